@@ -1,0 +1,46 @@
+"""Multi-head Latent Attention models of Hugging Face transformers on a smaller KV cache.
+
+Importing this package changes nothing: no class is patched, no name is registered.
+"""
+
+from kvsplice_hf.checkpoint import load_kvsplice, save_kvsplice
+from kvsplice_hf.config import KVSpliceConfig
+from kvsplice_hf.errors import (
+    CacheMismatchError,
+    CheckpointError,
+    ConfigError,
+    FoldingError,
+    KVSpliceError,
+    NotMLAError,
+    PatchStateError,
+    TransformersTooOldError,
+    UnsupportedError,
+)
+from kvsplice_hf.model_cache import KVCacheSize, KVSpliceCache, cache_nbytes, get_kv_cache_size
+from kvsplice_hf.patching import patch_model_with_kvsplice, unpatch_model
+from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.version import __version__
+
+
+__all__ = [
+    "CacheMismatchError",
+    "CheckpointError",
+    "ConfigError",
+    "FoldingError",
+    "KVCacheSize",
+    "KVSpliceCache",
+    "KVSpliceConfig",
+    "KVSpliceError",
+    "LearnedKVSplice",
+    "NotMLAError",
+    "PatchStateError",
+    "TransformersTooOldError",
+    "UnsupportedError",
+    "__version__",
+    "cache_nbytes",
+    "get_kv_cache_size",
+    "load_kvsplice",
+    "patch_model_with_kvsplice",
+    "save_kvsplice",
+    "unpatch_model",
+]

@@ -1,0 +1,284 @@
+"""Attention straight on codes: the projections are folded into the queries and into the output.
+
+Decoding is affine, `c_hat = D z + mu`, and `kv_b_proj` is linear, so with its halves `W_UK[h]` (N x R) and `W_UV[h]`
+(V x R) head h of a query scores a stored token as
+
+    q_nope . W_UK[h] (D z + mu) + q_rot . k_rot  =  (D^T W_UK[h]^T q_nope) . z + q_rot . k_rot + const(q)
+
+and its output is `W_UV[h] (D (p @ z) + sum(p) mu)`. All heads read the same rows: multi-query attention of head size
+r + P. This is weight absorption (DeepSeek-V2, arXiv 2405.04434, section 2.1) with one more linear map inside.
+
+Softmax ignores `const(q)` as long as every score carries it. The exact first tokens, scored on their latents, and
+learned sinks do not, so it is taken off theirs.
+
+Legend: `B` batch, `T` queries, `S` stored tokens, `H` heads, `K` exact tokens, `R` kv_lora_rank, `r` spliced rank,
+`P` qk_rope_head_dim, `N` qk_nope_head_dim, `V` v_head_dim.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from kvsplice_hf.cache import CompressedLatent
+from kvsplice_hf.sinks import ExactTokens, visible_keys
+
+
+# Scores of one block of queries are held in memory at once: at most this many numbers.
+_MAX_SCORES = 1 << 26
+
+
+class AbsorbedWeights(NamedTuple):
+    """`kv_b_proj.weight` by head: `key` [H, N, R] and `value` [H, V, R], views of one tensor."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class _Keys(NamedTuple):
+    """The rows that one block of queries reads.
+
+    Attributes:
+        rows: [B, S', r + P].
+        bias: added to the scores of `rows`, float [B or 1, 1, T or 1, S'], or None. Rows of exact tokens are out.
+        exact: latents minus mu, [B, K, R], or None.
+        exact_rot: rotated keys of the exact tokens, [B, K, P], or None.
+        exact_bias: added to the scores of the exact tokens, [B, 1, T or 1, K], or None.
+        exact_rows: index of the exact tokens among all S rows, [B, K], or None.
+        row_index: index of `rows` among all S rows, [B, S'], or None where they are all S.
+    """
+
+    rows: torch.Tensor
+    bias: torch.Tensor | None
+    exact: torch.Tensor | None
+    exact_rot: torch.Tensor | None
+    exact_bias: torch.Tensor | None
+    exact_rows: torch.Tensor | None
+    row_index: torch.Tensor | None
+
+
+def split_weight(weight: torch.Tensor, nope_dim: int, v_dim: int) -> AbsorbedWeights:
+    """The halves of `kv_b_proj.weight`, [H * (N + V), R]. H is derived, so that sharded weights work."""
+    by_head = weight.view(-1, nope_dim + v_dim, weight.shape[-1])
+    return AbsorbedWeights(by_head[:, :nope_dim], by_head[:, nope_dim:])
+
+
+def absorbed_attention(
+    query: torch.Tensor,
+    latent: CompressedLatent,
+    weights: AbsorbedWeights,
+    mask: torch.Tensor | None,
+    scaling: float,
+    *,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    indices: torch.Tensor | None = None,
+    learned_sinks: torch.Tensor | None = None,
+    return_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of `query` over the rows of `latent`.
+
+    Args:
+        query: [B, H, T, N + P], the last P numbers rotated.
+        latent: the stored rows, the new tokens' included.
+        weights: the halves of `kv_b_proj`.
+        mask: [B or 1, 1, T, S], boolean (True: visible) or additive; [B, S] with nonzero at real tokens; or None for
+            purely causal attention.
+        scaling: factor on the scores.
+        dropout: probability of dropping an attention weight.
+        sliding_window: keys visible to a query; only read where `mask` is not of four dimensions.
+        indices: rows selected for each query by a sparse-attention indexer, [B, T, k], or None.
+        learned_sinks: one extra logit per head, [H], that takes part in the softmax and carries no value.
+        return_weights: also return the attention weights.
+
+    Returns:
+        The output [B, T, H, V], and the weights [B, H, T, S] or None.
+    """
+    nope_dim = weights.key.shape[1]
+    q_nope, q_rot = query[..., :nope_dim], query[..., nope_dim:]
+    matrix, offset = latent.splice.fold()
+    # einsum batches over heads; a broadcast matmul would copy the weight for each row of the batch
+    q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope, weights.key)
+    mask = _four_dimensional(mask, latent, query.shape[2], sliding_window)
+    attended, attention = [], []
+    heads, queries, keys = query.shape[1], query.shape[2], latent.rows.shape[2]
+    step = max(1, _MAX_SCORES // (query.shape[0] * heads * keys))
+    for start in range(0, queries, step):
+        block = slice(start, min(start + step, queries))
+        selected = _select_keys(
+            latent,
+            offset,
+            None if mask is None else mask[:, :, block],
+            None if indices is None else indices[:, block],
+        )
+        mixed, weight = _attend(
+            q_latent[:, :, block], q_rot[:, :, block], matrix, offset, selected, scaling, dropout, learned_sinks
+        )
+        attended.append(mixed)
+        if return_weights:
+            attention.append(_spread_weights(weight, selected, keys))
+    mixed = attended[0] if len(attended) == 1 else torch.cat(attended, dim=2)
+    output = torch.einsum("bhtr,hvr->bthv", mixed, weights.value)
+    return output, torch.cat(attention, dim=2) if return_weights else None
+
+
+def _four_dimensional(
+    mask: torch.Tensor | None, latent: CompressedLatent, queries: int, sliding_window: int | None
+) -> torch.Tensor | None:
+    """Spell out what a missing or two-dimensional mask leaves to the attention function: causality and the window."""
+    keys, device = latent.rows.shape[2], latent.rows.device
+    if mask is not None and mask.dim() == 4:
+        return mask.to(device)[..., :keys]
+    # Unfilled rows of a static cache lie behind the last query, so that causality hides them as well.
+    all_seen = queries == 1 and isinstance(latent.first_row, int)
+    if mask is None and all_seen and (sliding_window is None or keys <= sliding_window):
+        return None
+    q_index = (torch.arange(queries, device=device) + latent.first_row)[:, None]
+    k_index = torch.arange(keys, device=device)[None]
+    visible = k_index <= q_index
+    if sliding_window is not None:
+        visible = visible & (k_index > q_index - sliding_window)
+    visible = visible[None, None]
+    if mask is None:
+        return visible
+    return visible & visible_keys(mask.to(device))[:, None, None, -keys:]
+
+
+def _as_bias(mask: torch.Tensor) -> torch.Tensor:
+    if mask.dtype != torch.bool:
+        return mask.float()
+    # The lowest finite number, not -inf: a padding query that sees no key must not turn into NaN.
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)
+
+
+def _select_keys(
+    latent: CompressedLatent, offset: torch.Tensor, mask: torch.Tensor | None, indices: torch.Tensor | None
+) -> _Keys:
+    rows, row_index = latent.rows[:, 0], None
+    keys = rows.shape[1]
+    bias = None if mask is None else _as_bias(mask)
+    if indices is not None and indices.shape[1] == 1 and indices.shape[-1] < keys:
+        # One query: read its k rows only. Several queries select different rows, for which a mask is cheaper.
+        row_index = indices[:, 0].long()
+        if bias is not None:
+            wide = bias.expand(row_index.shape[0], -1, -1, -1)
+            bias = wide.gather(3, row_index[:, None, None])
+        rows = rows.gather(1, row_index[..., None].expand(-1, -1, rows.shape[-1]))
+    elif indices is not None:
+        chosen = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
+        chosen_bias = _as_bias(chosen.scatter_(-1, indices.long(), True)[:, None])
+        bias = chosen_bias if bias is None else torch.minimum(bias, chosen_bias)
+    if latent.exact is None:
+        return _Keys(rows, bias, None, None, None, None, row_index)
+    return _split_off_exact(latent.exact, latent.splice.rank, offset, rows, bias, row_index)
+
+
+def _split_off_exact(
+    exact: ExactTokens,
+    rank: int,
+    offset: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+) -> _Keys:
+    """Take the rows of exact tokens out of the scores, and set their exact latents beside."""
+    lowest = torch.finfo(torch.float32).min
+    present, column, hidden = _locate_exact(exact, rows.shape[1], row_index)
+    exact_bias = torch.zeros(present.shape, device=rows.device).masked_fill_(~present, lowest)[:, None, None]
+    if bias is not None:
+        wide = bias.expand(present.shape[0], -1, -1, -1)
+        at_exact = wide.gather(3, column[:, None, None].expand(-1, 1, wide.shape[2], -1))
+        exact_bias = torch.minimum(at_exact, exact_bias)
+    hiding = torch.zeros(hidden.shape, device=rows.device).masked_fill_(hidden, lowest)[:, None, None]
+    bias = hiding if bias is None else torch.minimum(bias, hiding)
+    rotated = rows[..., rank:]
+    exact_rot = rotated.gather(1, column[..., None].expand(-1, -1, rotated.shape[-1]))
+    latents = exact.latents - offset.to(exact.latents.dtype)
+    return _Keys(rows, bias, latents, exact_rot, exact_bias, exact.positions, row_index)
+
+
+def _locate_exact(
+    exact: ExactTokens, count: int, row_index: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the exact tokens are among `count` rows read.
+
+    Returns:
+        Whether each is there, bool [B, K]; its column, [B, K]; and which rows are such tokens, bool [B, count].
+    """
+    if row_index is not None:
+        matches = row_index[:, :, None] == exact.positions[:, None, :]  # [B, S', K]
+        return matches.any(1), matches.int().argmax(1), matches.any(-1)
+    present = exact.valid(count)
+    # Slots without a token mark one row too many, which is cut off again.
+    marks = torch.zeros(present.shape[0], count + 1, dtype=torch.bool, device=present.device)
+    marks.scatter_(1, torch.where(present, exact.positions, count), True)
+    return present, exact.positions.clamp(0, count - 1), marks[:, :count]
+
+
+def _attend(
+    q_latent: torch.Tensor,
+    q_rot: torch.Tensor,
+    matrix: torch.Tensor,
+    offset: torch.Tensor,
+    keys: _Keys,
+    scaling: float,
+    dropout: float,
+    learned_sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores, softmax and mix for one block of queries.
+
+    Args:
+        q_latent: queries against the latent, [B, H, T, R].
+        q_rot: [B, H, T, P].
+        matrix, offset: D [R, r] and mu [R].
+
+    Returns:
+        Mixed latents [B, H, T, R], and all attention weights [B, H, T, S' + K (+ 1 for learned sinks)].
+    """
+    batch, heads, queries, latent_dim = q_latent.shape
+    rank, count = matrix.shape[1], keys.rows.shape[1]
+    # All heads read the same rows, so heads and queries together are the rows of one matrix product.
+    flat = torch.cat([q_latent @ matrix.to(q_latent.dtype), q_rot], dim=-1).reshape(batch, heads * queries, -1)
+    scores = [_biased(flat @ keys.rows.transpose(1, 2), keys.bias, heads, scaling)]
+    if keys.exact is not None and keys.exact_rot is not None:
+        q_full = torch.cat([q_latent, q_rot], dim=-1).reshape(batch, heads * queries, -1)
+        exact_keys = torch.cat([keys.exact, keys.exact_rot], dim=-1)
+        scores.append(_biased(q_full @ exact_keys.transpose(1, 2), keys.exact_bias, heads, scaling))
+    if learned_sinks is not None:
+        constant = (q_latent.float() @ offset.float()) * scaling  # what every other score leaves out
+        scores.append(learned_sinks.float().view(1, -1, 1).expand_as(constant)[..., None] - constant[..., None])
+    weights = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
+    weights = F.dropout(torch.softmax(weights, dim=-1), p=dropout, training=dropout > 0)
+    low = weights.to(keys.rows.dtype).view(batch, heads * queries, -1)
+    on_rows = low[..., :count]
+    mixed = (on_rows @ keys.rows[..., :rank]) @ matrix.T.to(low.dtype)
+    shares = weights.view(batch, heads * queries, -1)[..., :count].sum(-1, keepdim=True)
+    if keys.exact is not None:
+        on_exact = low[..., count : count + keys.exact.shape[1]]
+        mixed = mixed + on_exact @ keys.exact
+        shares = shares + on_exact.sum(-1, keepdim=True)  # the exact latents are stored without mu here
+    mixed = mixed + shares.to(mixed.dtype) * offset.to(mixed.dtype)
+    return mixed.view(batch, heads, queries, latent_dim), weights
+
+
+def _biased(scores: torch.Tensor, bias: torch.Tensor | None, heads: int, scaling: float) -> torch.Tensor:
+    """Scores [B, H * T, S'] as fp32 [B, H, T, S'], scaled, bias added."""
+    scores = scores.view(scores.shape[0], heads, -1, scores.shape[-1]).float() * scaling
+    return scores if bias is None else scores + bias
+
+
+def _spread_weights(weights: torch.Tensor, keys: _Keys, total: int) -> torch.Tensor:
+    """Weights over rows and exact tokens, put back at the places of the S stored tokens."""
+    batch, heads, queries, _ = weights.shape
+    count = keys.rows.shape[1]
+    on_rows = weights[..., :count]
+    if keys.row_index is not None:
+        spread = weights.new_zeros(batch, heads, queries, total)
+        on_rows = spread.scatter_add(3, keys.row_index[:, None, None].expand_as(on_rows), on_rows)
+    if keys.exact_rows is None:
+        return on_rows
+    on_exact = weights[..., count : count + keys.exact_rows.shape[1]]
+    # A slot without a token has weight 0, so it may be added anywhere.
+    places = keys.exact_rows.clamp(0, total - 1)[:, None, None].expand_as(on_exact)
+    return on_rows.scatter_add(3, places, on_exact)

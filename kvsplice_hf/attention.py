@@ -1,0 +1,249 @@
+"""What a patched attention module does: the hook before its forward, its `expand_kv`, and the attention function.
+
+Three places in the forward of an MLA module can be reached without rewriting it: just before it (a hook, where the
+cache and the mask are seen), `expand_kv` (an attribute of the instance), and the attention function (looked up by
+name). All functions here are module-level, so that patched models can be copied and pickled.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvsplice_hf.absorbed import absorbed_attention, split_weight
+from kvsplice_hf.cache import CompressedLatent, RowGeometry, splice_cache_layer
+from kvsplice_hf.errors import CacheMismatchError, FoldingError, UnsupportedError
+from kvsplice_hf.offload import read_parameter
+from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.sinks import exact_in_full_sequence
+
+
+# Attention functions that the absorbed one can stand in for; others (flash, flex) keep the expanded path.
+WRAPPED_ATTENTION = ("eager", "sdpa")
+_NAME_PREFIX = "kvsplice_"
+SITE_ATTRIBUTE = "_kvsplice_site"
+
+
+class PatchedSite:
+    """State of one patched attention module, kept on it as a plain attribute.
+
+    Args:
+        owner: the attention module whose latent this one reads: itself, unless it reuses an earlier layer's.
+        stores_latent: whether the module writes to the cache.
+        geometry: sizes of the rows.
+        num_heads: H.
+        mode: "auto", "absorbed" or "expanded".
+    """
+
+    def __init__(self, owner: Any, stores_latent: bool, geometry: RowGeometry, num_heads: int, mode: str) -> None:
+        self.owner = owner
+        self.stores_latent = stores_latent
+        self.geometry = geometry
+        self.num_heads = num_heads
+        self.mode = mode
+        self.hook: RemovableHandle | None = None
+        # Mask of the call that is running. The module's hook sets it right before the forward that reads it, also when
+        # gradient checkpointing runs the forward again, so it cannot be another call's.
+        self.attention_mask: torch.Tensor | None = None
+
+    @property
+    def splice(self) -> LearnedKVSplice:
+        return self.owner.kvsplice
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "attention_mask": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        # A model that was pickled whole may come back in a process that has never patched one.
+        register_attention()
+
+
+def register_attention() -> None:
+    """Make our attention functions, and the masks they need, known to transformers under names of ours."""
+    for base in WRAPPED_ATTENTION:
+        name = _NAME_PREFIX + base
+        if name in ALL_ATTENTION_FUNCTIONS:
+            continue
+        AttentionInterface.register(name, functools.partial(_kvsplice_attention, base=base))
+        # Without a mask of the same name a module gets no mask at all, and no error.
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def wrapped_name(base: str) -> str | None:
+    """Our name for the attention function `base`, or None where we have none."""
+    return _NAME_PREFIX + base if base in WRAPPED_ATTENTION else None
+
+
+def bind_cache_and_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a patched attention module: splice its cache layer, and note the mask.
+
+    Raises:
+        CacheMismatchError: the cache cannot hold spliced rows.
+    """
+    site: PatchedSite = getattr(module, SITE_ATTRIBUTE)
+    site.attention_mask = kwargs.get("attention_mask")
+    cache = kwargs.get("past_key_values")
+    if cache is None or not site.stores_latent:
+        return
+    if not isinstance(cache, Cache):
+        raise CacheMismatchError(
+            f"The patched model got a cache of type {type(cache).__name__}; it needs a transformers `Cache`: pass "
+            "nothing, a DynamicCache, a StaticCache, or KVSpliceCache(model)."
+        )
+    layer = splice_cache_layer(cache, module.layer_idx, site.geometry, site.splice)
+    layer.attention_mask = site.attention_mask
+
+
+def expand_spliced_kv(
+    self: Any, kv_nope: torch.Tensor | CompressedLatent, k_rot: torch.Tensor
+) -> tuple[torch.Tensor | CompressedLatent, torch.Tensor | CompressedLatent]:
+    """`expand_kv` of a patched attention module.
+
+    Given rows from a cache, decode them, or pass them on for absorbed attention. Given a plain latent (no cache:
+    training, perplexity), encode and decode it, so that the numbers are the same with and without a cache.
+    """
+    site: PatchedSite = getattr(self, SITE_ATTRIBUTE)
+    if isinstance(kv_nope, CompressedLatent):
+        if _attend_absorbed(self, site, kv_nope):
+            return kv_nope, kv_nope
+        latent, k_rot = kv_nope.latent(), kv_nope.k_rot
+    else:
+        latent = _round_trip(site, kv_nope)
+    return type(self).expand_kv(self, latent, k_rot)
+
+
+def _round_trip(site: PatchedSite, latent: torch.Tensor) -> torch.Tensor:
+    decoded = site.splice(latent)
+    if site.geometry.sink_tokens == 0:
+        return decoded
+    count, tokens = site.geometry.sink_tokens, latent.shape[2]
+    exact = exact_in_full_sequence(site.attention_mask, tokens, count, latent.device)
+    return torch.where(exact[:, None, :, None], latent, decoded)
+
+
+def foldable_weight(module: Any) -> torch.Tensor | None:
+    """The weight of a plain linear layer, or None where it is not what the layer multiplies by.
+
+    Packed (bitsandbytes, fp8) and adapted (LoRA) layers have a forward of their own, sharded ones a tensor type of
+    their own.
+    """
+    weight: Any = getattr(module, "weight", None)
+    plain = type(module).forward is nn.Linear.forward and type(weight) in (nn.Parameter, torch.Tensor)
+    return read_parameter(module, "weight") if plain and weight.is_floating_point() else None
+
+
+def _attend_absorbed(module: Any, site: PatchedSite, latent: CompressedLatent) -> bool:
+    """Whether this call runs on the codes.
+
+    Raises:
+        FoldingError: absorbed attention was asked for and `kv_b_proj` cannot be folded.
+        UnsupportedError: it was asked for, and the attention function was changed after patching.
+    """
+    ours = (module.config._attn_implementation or "").startswith(_NAME_PREFIX)
+    if site.mode == "expanded" or (site.mode == "auto" and not (ours and _absorbed_is_cheaper(module, site, latent))):
+        return False
+    foldable = foldable_weight(module.kv_b_proj) is not None
+    if site.mode == "absorbed" and not ours:
+        raise UnsupportedError(
+            f'attention="absorbed" needs the attention function set by the patch, but it is now '
+            f"{module.config._attn_implementation!r}. Unpatch, set it to one of {WRAPPED_ATTENTION}, and patch again."
+        )
+    if site.mode == "absorbed" and not foldable:
+        raise FoldingError(unfoldable_message(module.kv_b_proj))
+    return foldable
+
+
+def unfoldable_message(kv_b_proj: nn.Module) -> str:
+    """Why `kv_b_proj` cannot be folded, and what to do."""
+    return (
+        f'attention="absorbed" folds the weight of kv_b_proj, but it is a {type(kv_b_proj).__name__} (packed, adapted '
+        'or sharded), not a plain linear layer. Use attention="auto" or "expanded", merge the adapter, or leave '
+        "kv_b_proj out of the quantisation."
+    )
+
+
+def _absorbed_is_cheaper(module: Any, site: PatchedSite, latent: CompressedLatent) -> bool:
+    """Compare multiplications of the two ways for T queries over S rows.
+
+    Expanded: decode S latents, expand them, attend with head sizes N + P and V. Absorbed: take T queries and outputs
+    through the latent, attend with head sizes r + P and r, shared by all heads.
+    """
+    R, r = latent.splice.latent_dim, latent.splice.rank
+    N, P, V = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
+    H, T, S = site.num_heads, latent.new_tokens, latent.rows.shape[2]
+    expanded = S * R * (r + H * (N + V)) + T * S * H * (N + P + V)
+    absorbed = T * H * R * (N + V + 2 * r) + T * S * H * (2 * r + P)
+    return absorbed < expanded
+
+
+def _kvsplice_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor | CompressedLatent,
+    value: torch.Tensor | CompressedLatent,
+    attention_mask: torch.Tensor | None,
+    *,
+    base: str,
+    scaling: float,
+    dropout: float = 0.0,
+    indices: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function registered under our names: absorbed on codes, `base` on keys and values.
+
+    Sparse-attention modules hand over the indices of the selected rows instead of a mask when the name of the attention
+    function is not one they know.
+    """
+    if isinstance(key, CompressedLatent):
+        weight = foldable_weight(module.kv_b_proj)
+        if weight is None:
+            raise FoldingError(unfoldable_message(module.kv_b_proj))
+        return absorbed_attention(
+            query,
+            key,
+            split_weight(weight, module.qk_nope_head_dim, module.v_head_dim),
+            attention_mask,
+            scaling,
+            dropout=dropout,
+            sliding_window=kwargs.get("sliding_window"),
+            indices=indices,
+            learned_sinks=kwargs.get("s_aux"),
+            return_weights=base == "eager",
+        )
+    if indices is not None:
+        attention_mask = _mask_unselected(attention_mask, indices, key.shape[2], query.dtype)
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"] if base == "sdpa" else _eager_of(module.__class__)
+    return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _mask_unselected(mask: torch.Tensor | None, indices: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """Fold the indices [B, T, k] of selected rows into the mask [B, 1, T, S], as eager and SDPA modules do."""
+    selected = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
+    selected = selected.scatter_(-1, indices.long(), True)[:, None]
+    if mask is None:
+        return selected
+    if mask.dtype == torch.bool:
+        return mask & selected
+    return mask.masked_fill(~selected, torch.finfo(dtype).min)
+
+
+@functools.cache
+def _eager_of(attention_class: Any) -> Callable[..., Any]:
+    """The eager attention function of the file that defines the module: there is one "eager" per file."""
+    for parent in attention_class.__mro__:
+        function = getattr(sys.modules[parent.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise UnsupportedError(
+        f"{attention_class.__module__} defines no `eager_attention_forward`. Load the model with "
+        'attn_implementation="sdpa" before patching.'
+    )

@@ -1,0 +1,188 @@
+"""Saves and loads the splice alone: `kvsplice_config.json` and `kvsplice_model.safetensors`.
+
+The format is described in docs/checkpoint_format.md.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
+from kvsplice_hf.errors import CheckpointError, ConfigError
+from kvsplice_hf.patching import find_patch, is_patched, patch_model_with_kvsplice, patched_sites
+from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.sites import find_mla_sites
+
+
+CONFIG_NAME = "kvsplice_config.json"
+WEIGHTS_NAME = "kvsplice_model.safetensors"
+_FORMAT = "kvsplice"
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def save_kvsplice(model: nn.Module, directory: str | Path) -> Path:
+    """Write the splice of a patched model to `directory` (made if needed); the base model is not copied.
+
+    Returns:
+        The directory.
+
+    Raises:
+        PatchStateError: the model is not patched.
+    """
+    root, patch = find_patch(model)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    layers: dict[str, dict[str, int]] = {}
+    for site, patched in patched_sites(root):
+        state = patched.splice.state_dict()
+        tensors |= {_key(site.layer_idx, name): tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+        layers[str(site.layer_idx)] = {"kv_lora_rank": site.kv_lora_rank, "rank": patched.geometry.rank}
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    description = {
+        "base_model_name_or_path": getattr(root.config, "_name_or_path", ""),
+        "config": patch.config.to_dict(),
+        "format": _FORMAT,
+        "layers": layers,
+        "model_type": root.config.model_type,
+        "schema_version": SCHEMA_VERSION,
+        "transformers_version": transformers.__version__,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+    (directory / WEIGHTS_NAME).write_bytes(weights)
+    (directory / CONFIG_NAME).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return directory
+
+
+def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
+    """Load a splice saved by `save_kvsplice`.
+
+    An unpatched model is patched with the saved settings. On a patched one the parameters are replaced; it must splice
+    the same layers to the same ranks, and keeps its other settings.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of a newer schema, or for other shapes. The model is as it was.
+        NotMLAError: the model has no MLA layer.
+    """
+    directory = Path(directory)
+    description = _read_description(directory / CONFIG_NAME)
+    config = _read_config(directory / CONFIG_NAME, description)
+    tensors = _read_weights(directory / WEIGHTS_NAME, description["weights_sha256"])
+    patched_before = is_patched(model)
+    _require_fit(
+        _shapes_of_patched(model) if patched_before else _shapes_after_patch(model, config), tensors, directory
+    )
+    if not patched_before:
+        # Any start will do, the parameters come from the file: take the one that computes nothing.
+        patch_model_with_kvsplice(model, replace(config, init="identity"))
+        find_patch(model)[1].config = config
+    for site, patched in patched_sites(model):
+        names = patched.splice.state_dict()
+        patched.splice.load_state_dict({name: tensors[_key(site.layer_idx, name)] for name in names})
+    return model
+
+
+def _shapes_of_patched(model: nn.Module) -> dict[str, torch.Size]:
+    return {
+        _key(site.layer_idx, name): tensor.shape
+        for site, patched in patched_sites(model)
+        for name, tensor in patched.splice.state_dict().items()
+    }
+
+
+def _shapes_after_patch(model: nn.Module, config: KVSpliceConfig) -> dict[str, torch.Size]:
+    """The shapes that patching `model` with `config` would make.
+
+    Raises:
+        CheckpointError: the settings do not fit the model.
+    """
+    sites = {site.layer_idx: site for site in find_mla_sites(model, config.layer_pattern) if site.stores_latent}
+    shapes: dict[str, torch.Size] = {}
+    try:
+        for layer_idx in config.select_layers(tuple(sites)):
+            R = sites[layer_idx].kv_lora_rank
+            rank = config.rank_for(R, sites[layer_idx].name)
+            splice = LearnedKVSplice(R, rank, use_layernorm=config.use_layernorm, device="meta")
+            shapes |= {_key(layer_idx, name): tensor.shape for name, tensor in splice.state_dict().items()}
+    except ConfigError as error:
+        raise CheckpointError(f"The saved splice does not fit this {type(model).__name__}: {error}") from error
+    return shapes
+
+
+def _require_fit(needed: dict[str, torch.Size], tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    wrong = [
+        f"{name}: saved {tuple(found[name]) if name in found else 'nothing'}, "
+        f"the model needs {tuple(needed[name]) if name in needed else 'nothing'}"
+        for name in sorted(needed.keys() | found.keys())
+        if needed.get(name) != found.get(name)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"The splice in {directory} was made for other shapes than this model's: {'; '.join(wrong[:3])}{more}. "
+            "Load it into the base model it was made for."
+        )
+
+
+def _key(layer_idx: int, name: str) -> str:
+    # By cache layer, not by path: a splice trained on `...ForCausalLM` fits the bare model as well.
+    return f"layers.{layer_idx}.kvsplice.{name}"
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"No saved splice at {path.parent}: {error}. It takes the files of save_kvsplice."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: it is not JSON ({error}). Save the splice again.") from error
+    if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        raise CheckpointError(f'{path} is not a saved splice: "format" should be "{_FORMAT}".')
+    version = description.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path} has schema version {version!r}; this release reads up to {SCHEMA_VERSION}. Upgrade kvsplice_hf."
+        )
+    missing = sorted({"config", "layers", "model_type", "weights_sha256"} - set(description))
+    if missing:
+        raise CheckpointError(f"{path} is damaged: it lacks {missing}. Save the splice again.")
+    return description
+
+
+def _read_config(path: Path, description: dict[str, Any]) -> KVSpliceConfig:
+    try:
+        return KVSpliceConfig.from_dict(description["config"])
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} holds settings that cannot be used: {error}") from error
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"The weights of the splice cannot be read: {error}.") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise CheckpointError(
+            f"{path} is truncated or was changed: its SHA-256 is {found}, {CONFIG_NAME} says {sha256}. "
+            "Copy both files again."
+        )
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Save the splice again.") from error

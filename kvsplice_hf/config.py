@@ -1,0 +1,183 @@
+"""`KVSpliceConfig`: what to splice and how, validated on construction, with a JSON round trip."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from kvsplice_hf.errors import ConfigError
+
+
+SCHEMA_VERSION = 1
+DEFAULT_COMPRESSION_RATIO = 0.5
+ATTENTION_MODES = ("auto", "absorbed", "expanded")
+INITIALISATIONS = ("svd", "orthogonal", "identity")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_index(value: Any) -> bool:
+    return _is_int(value) and value >= 0
+
+
+def _parse_last(layers: str) -> int | None:
+    """The n of "last:n", or None where the text is something else."""
+    prefix, _, count = layers.partition(":")
+    return int(count) if prefix == "last" and count.isdigit() and int(count) > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVSpliceConfig:
+    """What `patch_model_with_kvsplice` does to a model.
+
+    Args:
+        compression_ratio: spliced rank over latent rank, r / R, in (0, 1]; each layer gets `round(R * ratio)`, at
+            least 1. Give this or `rank`, not both; with neither, 0.5.
+        rank: the spliced rank r itself, the same for every layer, from 1 to the smallest `kv_lora_rank`.
+        layers: which latents to splice: "all", "last:n", or a sequence of cache layer indices (`layer_idx`).
+        layer_pattern: dotted path of the list that holds the layers ("transformer.h"), for models where more than one
+            decoder, or none, is found by itself.
+        use_layernorm: apply LayerNorm to the code. Full rank is then no longer exact.
+        attention: "absorbed" attends on the codes themselves, "expanded" decodes them and runs the model's own
+            attention, "auto" takes whichever costs fewer operations for the call at hand.
+        init: how `compress` and `expand` start: "svd" of `kv_b_proj`, "orthogonal" (random), or "identity" (the first
+            r latent dimensions).
+        sink_tokens: this many first real tokens of each sequence keep their latents exactly (attention sinks).
+        schema_version: version of this set of fields, for files.
+
+    Raises:
+        ConfigError: a value is out of range, or both `compression_ratio` and `rank` are given.
+    """
+
+    compression_ratio: float | None = None
+    rank: int | None = None
+    layers: str | tuple[int, ...] = "all"
+    layer_pattern: str | None = None
+    use_layernorm: bool = False
+    attention: str = "auto"
+    init: str = "svd"
+    sink_tokens: int = 4
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"`schema_version` is {self.schema_version!r}; this release of kvsplice_hf reads version "
+                f"{SCHEMA_VERSION}. Upgrade kvsplice_hf to read newer files."
+            )
+        self._check_budget()
+        self._check_layers()
+        _check_choice("attention", self.attention, ATTENTION_MODES)
+        _check_choice("init", self.init, INITIALISATIONS)
+        if not _is_int(self.sink_tokens) or self.sink_tokens < 0:
+            raise ConfigError(f"`sink_tokens` is {self.sink_tokens!r}; it must be an integer of 0 or more.")
+        if not isinstance(self.use_layernorm, bool):
+            raise ConfigError(f"`use_layernorm` is {self.use_layernorm!r}; it must be True or False.")
+        if self.layer_pattern is not None and not (isinstance(self.layer_pattern, str) and self.layer_pattern):
+            raise ConfigError(f'`layer_pattern` is {self.layer_pattern!r}; it must be a path such as "transformer.h".')
+
+    def _check_budget(self) -> None:
+        ratio, rank = self.compression_ratio, self.rank
+        if ratio is not None and rank is not None:
+            raise ConfigError(f"Give `compression_ratio` ({ratio!r}) or `rank` ({rank!r}), not both.")
+        if ratio is None and rank is None:
+            object.__setattr__(self, "compression_ratio", DEFAULT_COMPRESSION_RATIO)
+        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1):
+            raise ConfigError(
+                f"`compression_ratio` is {ratio!r}; it must be a number in (0, 1]: the spliced rank over kv_lora_rank."
+            )
+        if rank is not None and (not _is_int(rank) or rank < 1):
+            raise ConfigError(f"`rank` is {rank!r}; it must be an integer from 1 to the model's kv_lora_rank.")
+
+    def _check_layers(self) -> None:
+        layers = self.layers
+        if isinstance(layers, str):
+            if layers != "all" and _parse_last(layers) is None:
+                raise ConfigError(f'`layers` is {layers!r}; it must be "all", "last:n", or a list of layer indices.')
+            return
+        if not isinstance(layers, Sequence) or not layers or not all(_is_index(i) for i in layers):
+            raise ConfigError(f'`layers` is {layers!r}; it must be "all", "last:n", or a list of layer indices.')
+        # Lists come from JSON and from callers; a tuple keeps the config hashable.
+        object.__setattr__(self, "layers", tuple(layers))
+
+    def rank_for(self, kv_lora_rank: int, where: str) -> int:
+        """The spliced rank r of a layer whose latent has `kv_lora_rank` dimensions; `where` names it in the error.
+
+        Raises:
+            ConfigError: `rank` is above `kv_lora_rank`.
+        """
+        if self.rank is None:
+            return max(1, round((self.compression_ratio or DEFAULT_COMPRESSION_RATIO) * kv_lora_rank))
+        if self.rank > kv_lora_rank:
+            raise ConfigError(
+                f"`rank` is {self.rank}, but {where} has kv_lora_rank {kv_lora_rank}. "
+                f"Give a rank of at most {kv_lora_rank}, or a `compression_ratio`."
+            )
+        return self.rank
+
+    def select_layers(self, available: tuple[int, ...]) -> tuple[int, ...]:
+        """The indices of `available` (ascending cache layer indices that hold a latent) chosen by `layers`.
+
+        Raises:
+            ConfigError: a listed index holds no latent, or "last:n" asks for more layers than there are.
+        """
+        if self.layers == "all":
+            return available
+        if isinstance(self.layers, str):
+            count = _parse_last(self.layers) or len(available)
+            if count > len(available):
+                raise ConfigError(f"`layers` is {self.layers!r}, but only {len(available)} layers hold a latent.")
+            return available[-count:]
+        missing = sorted(set(self.layers) - set(available))
+        if missing:
+            raise ConfigError(f"`layers` names {missing}, which hold no latent. Layers that do: {list(available)}.")
+        return tuple(sorted(set(self.layers)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values, sorted by name."""
+        values = asdict(self)
+        if not isinstance(self.layers, str):
+            values["layers"] = list(self.layers)
+        return dict(sorted(values.items()))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config that `to_dict` wrote.
+
+        Raises:
+            ConfigError: a newer schema, an unknown field, or a value out of range.
+        """
+        version = values.get("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            return cls(schema_version=version)  # raises the error that names both versions
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ConfigError(f"Unknown KVSpliceConfig fields {unknown}; known: {[f.name for f in fields(cls)]}.")
+        return cls(**values)
+
+    def save_json(self, path: str | Path) -> None:
+        """Write the config as sorted JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Self:
+        """Read a file of `save_json`.
+
+        Raises:
+            ConfigError: the file is missing, is not a JSON object, or holds values that `from_dict` refuses.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"Cannot read a KVSpliceConfig from {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds a JSON {type(values).__name__}; a KVSpliceConfig is a JSON object.")
+        return cls.from_dict(values)

@@ -1,0 +1,50 @@
+"""The exceptions of the package. Each message says what was found, what was needed, and what to do next.
+
+```
+KVSpliceError
+├── ConfigError            (also a ValueError)    a setting that cannot work, with the value and the allowed range
+├── NotMLAError            (also a TypeError)     no Multi-head Latent Attention to patch in this model
+├── TransformersTooOldError                       the installed transformers does not cache latents for this model
+├── PatchStateError        (also a RuntimeError)  patched twice, or not patched where that is needed
+├── UnsupportedError       (also a RuntimeError)  a feature that cannot run on a patched model
+├── FoldingError           (also a RuntimeError)  `kv_b_proj` cannot be folded, so absorbed attention is impossible
+├── CacheMismatchError     (also a RuntimeError)  a cache that does not fit the patched model
+└── CheckpointError        (also a RuntimeError)  a saved splice that is damaged, newer, or made for other shapes
+```
+"""
+
+
+class KVSpliceError(Exception):
+    """Base class of every exception raised by this package."""
+
+
+class ConfigError(KVSpliceError, ValueError):
+    """A setting is out of its range or contradicts another one."""
+
+
+class NotMLAError(KVSpliceError, TypeError):
+    """The model has no Multi-head Latent Attention layer that follows the convention of transformers."""
+
+
+class TransformersTooOldError(KVSpliceError):
+    """The installed transformers caches expanded keys and values for this model, so there is no latent to splice."""
+
+
+class PatchStateError(KVSpliceError, RuntimeError):
+    """The model is already patched, or is not patched although the call needs it."""
+
+
+class UnsupportedError(KVSpliceError, RuntimeError):
+    """A feature of transformers that a patched model cannot serve."""
+
+
+class FoldingError(KVSpliceError, RuntimeError):
+    """`kv_b_proj` is packed, wrapped or sharded, so its weight cannot be folded into the queries."""
+
+
+class CacheMismatchError(KVSpliceError, RuntimeError):
+    """The cache holds rows, or has layers, that the patched model cannot use."""
+
+
+class CheckpointError(KVSpliceError, RuntimeError):
+    """A saved splice is missing, damaged, of a newer schema, or made for a model of other shapes."""

@@ -1,0 +1,128 @@
+"""Caches of patched models, and how many bytes they hold.
+
+Legend: `B` batch, `S` tokens, `K` exact tokens, `R` kv_lora_rank, `r` spliced rank, `P` qk_rope_head_dim.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, StaticLayer
+
+from kvsplice_hf.attention import SITE_ATTRIBUTE
+from kvsplice_hf.cache import splice_cache_layer
+from kvsplice_hf.patching import find_patch, patched_sites
+from kvsplice_hf.sites import MLASite, find_mla_sites
+
+
+class KVSpliceCache(DynamicCache):
+    """A `DynamicCache` whose patched layers are spliced from the start.
+
+    `generate` needs none: it makes a cache of its own, which a patched model splices in place. This one is for callers
+    who hold the cache themselves, over several turns say.
+
+    Args:
+        model: a patched model.
+        kwargs: further arguments of `DynamicCache` (`offloading`, `offload_only_non_sliding`).
+
+    Raises:
+        PatchStateError: the model is not patched.
+    """
+
+    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
+        root, _ = find_patch(model)
+        super().__init__(config=root.config.get_text_config(decoder=True), **kwargs)
+        for site, patched in patched_sites(root):
+            splice_cache_layer(self, site.layer_idx, patched.geometry, patched.splice)
+
+
+class KVCacheSize(NamedTuple):
+    """Bytes of a cache without and with the splice."""
+
+    original_bytes: int
+    compressed_bytes: int
+
+
+def get_kv_cache_size(model: nn.Module, seq_len: int = 2048, batch_size: int = 1) -> KVCacheSize:
+    """Bytes that the MLA layers' cache holds for `batch_size` sequences of `seq_len` tokens, by formula.
+
+    Per token: R + P numbers unspliced, r + P spliced, and the indexer's key on sparse-attention layers, in the dtype of
+    the model. Per sequence and spliced layer: K exact latents of R numbers and their positions (8 bytes each). A
+    sliding window keeps `window - 1` tokens. Linear-attention layers are not counted; on an unpatched model both
+    figures are the same. `cache_nbytes` measures the same quantity on a cache.
+
+    Raises:
+        NotMLAError: the model has no MLA layer.
+    """
+    pattern = find_patch(model)[1].config.layer_pattern if _any_patched(model) else None
+    sites = find_mla_sites(model, pattern)
+    original = sum(_site_bytes(site, seq_len, spliced=False) for site in sites)
+    compressed = sum(_site_bytes(site, seq_len, spliced=SITE_ATTRIBUTE in vars(site.module)) for site in sites)
+    return KVCacheSize(batch_size * original, batch_size * compressed)
+
+
+def _any_patched(model: nn.Module) -> bool:
+    return any(SITE_ATTRIBUTE in vars(module) for module in model.modules())
+
+
+def _site_bytes(site: MLASite, seq_len: int, spliced: bool) -> int:
+    itemsize = site.dtype.itemsize
+    rows = seq_len if site.sliding_window is None else min(seq_len, site.sliding_window - 1)
+    indexer = seq_len * site.indexer_head_dim
+    if not site.stores_latent:  # a layer that reuses another one's latent may still have an indexer of its own
+        return itemsize * indexer
+    if not spliced:
+        return itemsize * (rows * (site.kv_lora_rank + site.qk_rope_head_dim) + indexer)
+    geometry = vars(site.module)[SITE_ATTRIBUTE].geometry
+    exact = geometry.sink_tokens * (geometry.kv_lora_rank * itemsize + torch.long.itemsize)
+    return itemsize * (rows * geometry.row_dim + indexer) + exact
+
+
+def cache_nbytes(cache: Cache, allocated: bool = False) -> int:
+    """Bytes of all tensors of a cache, measured; stock caches of any kind as well as spliced ones.
+
+    Args:
+        cache: the cache to measure.
+        allocated: count all memory held (spare capacity of growing buffers, unfilled rows of static ones) instead of
+            what the stored tokens occupy.
+    """
+    if allocated:
+        storages = {storage.data_ptr(): storage.nbytes() for storage in _storages(cache)}
+        return sum(storages.values())
+    return sum(_occupied(layer) for layer in cache.layers)
+
+
+def _occupied(layer: Any) -> int:
+    total = 0
+    for name, value in vars(layer).items():
+        if name == "_buffer":  # `keys` is a view of it
+            continue
+        nbytes = sum(tensor.nbytes for tensor in _tensors(value))
+        if isinstance(layer, StaticLayer) and name in ("keys", "values", "indexer_keys"):
+            filled = min(int(layer.get_seq_length()), layer.max_cache_len)
+            nbytes = nbytes * filled // layer.max_cache_len
+        total += nbytes
+    return total
+
+
+def _storages(cache: Cache) -> Iterator[torch.UntypedStorage]:
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            for tensor in _tensors(value):
+                yield tensor.untyped_storage()
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in `value`, inside containers and quantised tensors too. Counters (no dimensions) are left out."""
+    if isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            yield from _tensors([getattr(value, name) for name in value.__tensor_flatten__()[0]])
+        elif value.dim() > 0:
+            yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,298 @@
+"""`patch_model_with_kvsplice` and `unpatch_model`: everything that changes a model, and the way back."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvsplice_hf.attention import (
+    SITE_ATTRIBUTE,
+    WRAPPED_ATTENTION,
+    PatchedSite,
+    bind_cache_and_mask,
+    expand_spliced_kv,
+    foldable_weight,
+    register_attention,
+    unfoldable_message,
+    wrapped_name,
+)
+from kvsplice_hf.cache import RowGeometry
+from kvsplice_hf.config import KVSpliceConfig
+from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
+from kvsplice_hf.offload import execution_device
+from kvsplice_hf.projection import LearnedKVSplice, initialise_
+from kvsplice_hf.sites import MLASite, find_mla_sites
+
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_PATCH_ATTRIBUTE = "_kvsplice_patch"
+_UNSUPPORTED_METHODS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+@dataclass
+class ModelPatch:
+    """What the patch changed beside the attention modules. Kept on the model, and copied with it.
+
+    Attributes:
+        config: the settings in force.
+        attention: name of the attention function before the patch, by path of the attention module.
+        keys_to_ignore_on_save: `_keys_to_ignore_on_save` before the patch, by path of the submodel.
+    """
+
+    config: KVSpliceConfig
+    attention: dict[str, str] = field(default_factory=dict)
+    keys_to_ignore_on_save: dict[str, Any] = field(default_factory=dict)
+
+
+def patch_model_with_kvsplice(
+    model: ModelT,
+    config: KVSpliceConfig | None = None,
+    *,
+    compression_ratio: float | None = None,
+    rank: int | None = None,
+    layers: str | Sequence[int] | None = None,
+    layer_pattern: str | None = None,
+    use_layernorm: bool | None = None,
+) -> ModelT:
+    """Put a KVSplice projection on the MLA layers of a loaded model, in place.
+
+    From then on the cache of those layers holds codes instead of latents, with or without a cache the model computes
+    with what is left after the projection, and `layer.self_attn.kvsplice` holds the parameters. Only this instance
+    changes; `unpatch_model` undoes it exactly.
+
+    Args:
+        model: a model of transformers with Multi-head Latent Attention.
+        config: the settings; the keyword arguments below are short for some of its fields and override it.
+        compression_ratio: spliced rank over latent rank, in (0, 1]. With no budget given, 0.5.
+        rank: the spliced rank.
+        layers: "all", "last:n", or a list of cache layer indices.
+        layer_pattern: dotted path of the list of layers ("transformer.h").
+        use_layernorm: LayerNorm on the code.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        NotMLAError: no MLA layer was found, or `layer_pattern` names none.
+        TransformersTooOldError: the installed transformers does not cache latents for this model.
+        PatchStateError: the model is already patched.
+        ConfigError: a setting is out of range, or does not fit the model.
+        FoldingError: `attention="absorbed"` and a `kv_b_proj` that cannot be folded.
+        UnsupportedError: `attention="absorbed"` and an attention function it cannot stand in for.
+
+    Whatever is raised, the model is as it was.
+
+    Example:
+        >>> patch_model_with_kvsplice(model, compression_ratio=0.5)
+        >>> model.generate(**inputs, max_new_tokens=64)
+    """
+    config = _with_overrides(config, compression_ratio, rank, layers, layer_pattern, use_layernorm)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` is a {type(model).__name__}; it must be a loaded model.")
+    if is_patched(model):
+        raise PatchStateError(
+            "The model is already patched with KVSplice. For other settings, call unpatch_model(model) first."
+        )
+    sites = _select_sites(find_mla_sites(model, config.layer_pattern), config)
+    _check_attention(sites, config)
+    splices = {site.layer_idx: _make_splice(site, config) for site in sites if site.stores_latent}
+    _apply(model, sites, splices, config)
+    return model
+
+
+def unpatch_model(model: ModelT) -> ModelT:
+    """Undo `patch_model_with_kvsplice`. The model's own tensors were never touched; its logits are bit-identical again.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        PatchStateError: the model is not patched.
+    """
+    root, patch = find_patch(model)
+    for path, attention in patch.attention.items():
+        module_config = root.get_submodule(path).config
+        # A function that was chosen after the patch stays chosen.
+        if module_config._attn_implementation == wrapped_name(attention):
+            module_config._attn_implementation_internal = attention
+    for module in root.modules():
+        if SITE_ATTRIBUTE in vars(module):
+            _restore_module(module)
+    for path, keys in patch.keys_to_ignore_on_save.items():
+        root.get_submodule(path)._keys_to_ignore_on_save = keys
+    for name in _UNSUPPORTED_METHODS:
+        vars(root).pop(name, None)
+    delattr(root, _PATCH_ATTRIBUTE)
+    return model
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `model`, or a part of it, is patched."""
+    return any(SITE_ATTRIBUTE in vars(module) for module in model.modules())
+
+
+def find_patch(model: nn.Module) -> tuple[Any, ModelPatch]:
+    """The module that was patched (`model`, or one inside a wrapper), and what the patch changed.
+
+    Raises:
+        PatchStateError: the model is not patched.
+    """
+    for module in model.modules():
+        if _PATCH_ATTRIBUTE in vars(module):
+            return module, vars(module)[_PATCH_ATTRIBUTE]
+    raise PatchStateError(
+        f"This {type(model).__name__} is not patched with KVSplice. Call patch_model_with_kvsplice(model) first."
+    )
+
+
+def patched_sites(model: nn.Module) -> list[tuple[MLASite, PatchedSite]]:
+    """The patched MLA layers of a patched model that store a latent, by ascending `layer_idx`.
+
+    Raises:
+        PatchStateError: the model is not patched.
+    """
+    root, patch = find_patch(model)
+    sites = [site for site in find_mla_sites(root, patch.config.layer_pattern) if site.stores_latent]
+    return [(site, vars(site.module)[SITE_ATTRIBUTE]) for site in sites if SITE_ATTRIBUTE in vars(site.module)]
+
+
+def _with_overrides(config: KVSpliceConfig | None, *values: Any) -> KVSpliceConfig:
+    ratio, rank, layers, layer_pattern, use_layernorm = values
+    changes: dict[str, Any] = {"layers": layers, "layer_pattern": layer_pattern, "use_layernorm": use_layernorm}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if ratio is not None or rank is not None:  # a budget replaces the config's whatever form that had
+        changes |= {"compression_ratio": ratio, "rank": rank}
+    if config is None:
+        return KVSpliceConfig(**changes)
+    if not isinstance(config, KVSpliceConfig):
+        raise ConfigError(f"`config` is a {type(config).__name__}; it must be a KVSpliceConfig.")
+    return replace(config, **changes)
+
+
+def _select_sites(sites: list[MLASite], config: KVSpliceConfig) -> list[MLASite]:
+    """The sites to patch: those chosen by `layers`, and those that expand a chosen one's latent."""
+    chosen = config.select_layers(tuple(site.layer_idx for site in sites if site.stores_latent))
+    return [site for site in sites if (site.source or site).layer_idx in chosen]
+
+
+def _check_attention(sites: list[MLASite], config: KVSpliceConfig) -> None:
+    for site in sites:
+        base = site.module.config._attn_implementation
+        absorbable = wrapped_name(base) is not None
+        if config.attention == "absorbed" and not absorbable:
+            raise UnsupportedError(
+                f'attention="absorbed" cannot stand in for the attention function {base!r} of {site.name}. Load the '
+                f'model with attn_implementation set to one of {WRAPPED_ATTENTION}, or use attention="expanded".'
+            )
+        if config.attention == "absorbed" and foldable_weight(site.module.kv_b_proj) is None:
+            raise FoldingError(f"{site.name}: {unfoldable_message(site.module.kv_b_proj)}")
+    base = sites[0].module.config._attn_implementation
+    if config.attention == "auto" and wrapped_name(base) is None:
+        logger.warning(
+            "The model uses the attention function %r, which only the expanded path can feed: the cache is compressed, "
+            'but every step decodes all of it. Load the model with attn_implementation="sdpa" to decode on the codes.',
+            base,
+        )
+
+
+def _geometry(site: MLASite, config: KVSpliceConfig) -> RowGeometry:
+    rank = config.rank_for(site.kv_lora_rank, site.name)
+    sinks = config.sink_tokens
+    if site.sliding_window is not None:
+        # Within the window, how many keys a query sees tells its rank in the sequence only up to the window's size.
+        sinks = min(sinks, max(site.sliding_window - 1, 0))
+    return RowGeometry(site.kv_lora_rank, rank, site.qk_rope_head_dim, sinks)
+
+
+def _make_splice(site: MLASite, config: KVSpliceConfig) -> LearnedKVSplice:
+    module = site.module
+    rank = config.rank_for(site.kv_lora_rank, site.name)
+    device = execution_device(module.kv_b_proj)
+    splice = LearnedKVSplice(
+        site.kv_lora_rank, rank, use_layernorm=config.use_layernorm, device=device, dtype=site.dtype
+    )
+    weight = _effective_weight(site, device) if config.init == "svd" else None
+    initialise_(splice, config.init, weight)
+    return splice.train(module.training)
+
+
+@torch.no_grad()
+def _effective_weight(site: MLASite, device: torch.device) -> torch.Tensor:
+    """What `kv_b_proj` multiplies by, [H * (N + V), R], whether packed, adapted, offloaded or plain.
+
+    Raises:
+        ConfigError: the weights are not loaded or not finite.
+    """
+    if device.type == "meta":
+        raise ConfigError(
+            f"The weights of {site.name} are not loaded (meta device). Load the model before patching it."
+        )
+    unit_latents = torch.eye(site.kv_lora_rank, dtype=site.dtype, device=device)
+    weight = (site.module.kv_b_proj(unit_latents) - site.module.kv_b_proj(torch.zeros_like(unit_latents[:1]))).T
+    if not torch.isfinite(weight).all():
+        raise ConfigError(f"kv_b_proj of {site.name} holds values that are not finite; the model is damaged.")
+    return weight
+
+
+def _apply(model: nn.Module, sites: list[MLASite], splices: dict[int, LearnedKVSplice], config: KVSpliceConfig) -> None:
+    """Change the model. Everything that can fail on account of the caller has been checked before."""
+    register_attention()
+    patch = ModelPatch(config)
+    for site in sites:
+        owner, module = site.source or site, site.module
+        if site.stores_latent:
+            module.kvsplice = splices[site.layer_idx]
+        state = PatchedSite(
+            owner.module, site.stores_latent, _geometry(owner, config), site.num_heads, config.attention
+        )
+        state.hook = module.register_forward_pre_hook(bind_cache_and_mask, with_kwargs=True)
+        setattr(module, SITE_ATTRIBUTE, state)
+        # A partial, not a bound method: pickle would look a method up by name on the module, and find the stock one.
+        module.expand_kv = functools.partial(expand_spliced_kv, module)
+        base = module.config._attn_implementation
+        name = wrapped_name(base)
+        if config.attention != "expanded" and name is not None:
+            module.config._attn_implementation_internal = name
+            patch.attention[site.name] = base
+    _ignore_on_save(model, patch)
+    for name in _UNSUPPORTED_METHODS:
+        if hasattr(model, name):
+            setattr(model, name, functools.partial(_refuse_continuous_batching, model))
+    setattr(model, _PATCH_ATTRIBUTE, patch)
+
+
+def _restore_module(module: Any) -> None:
+    vars(module).pop(SITE_ATTRIBUTE).hook.remove()
+    del module.expand_kv
+    if "kvsplice" in module._modules:
+        del module.kvsplice
+
+
+def _ignore_on_save(model: nn.Module, patch: ModelPatch) -> None:
+    """Keep the splice out of `save_pretrained`: the base model's folder stays loadable by stock transformers."""
+    submodel: Any
+    for path, submodel in model.named_modules():
+        keys = {key for key in submodel.state_dict() if ".kvsplice." in key} if _is_pretrained(submodel) else set()
+        if keys:
+            patch.keys_to_ignore_on_save[path] = submodel._keys_to_ignore_on_save
+            submodel._keys_to_ignore_on_save = set(submodel._keys_to_ignore_on_save or ()) | keys
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    return isinstance(module, PreTrainedModel)
+
+
+def _refuse_continuous_batching(model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedError(
+        "Continuous batching (generate_batch) does not run on a model patched with KVSplice: its paged allocator sizes "
+        "every token by head_dim, not by the spliced row (and it fails on unpatched MLA models as well). Use "
+        "model.generate with a padded batch, or unpatch_model(model) first."
+    )

@@ -1,0 +1,128 @@
+"""`LearnedKVSplice`: the projection between a latent and its code, and the ways to initialise it.
+
+Encoding is `z = compress(softplus(scale) * c + shift)`, then LayerNorm if asked for; decoding is
+`(expand(z) - shift) / softplus(scale)`. Decoding is affine in the code, `c_hat = D z + mu`, which is what lets
+attention run on codes (see `attention.py`).
+
+Legend: `B` batch, `T` tokens, `R` kv_lora_rank, `r` spliced rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.offload import read_parameter
+
+
+class LearnedKVSplice(nn.Module):
+    """A per-dimension monotone transform followed by a low-rank pair of projections, and its inverse.
+
+    Parameters: `transform_scale` and `transform_shift` of shape [R] (1 and 0 at the start; the scale in use is
+    `softplus(transform_scale)`, so it is always positive), `compress.weight` [r, R], `expand.weight` [R, r], and
+    `code_norm` (LayerNorm over r) if asked for.
+
+    Args:
+        latent_dim: R, the size of the latent.
+        rank: r, the size of the code, from 1 to R.
+        use_layernorm: normalise the code before it is stored.
+        device, dtype: of the parameters.
+
+    Raises:
+        ConfigError: `rank` is not between 1 and `latent_dim`.
+
+    Example:
+        >>> splice = LearnedKVSplice(512, 256)
+        >>> splice.decode(splice.encode(torch.randn(1, 1, 7, 512))).shape
+        torch.Size([1, 1, 7, 512])
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        rank: int,
+        *,
+        use_layernorm: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= rank <= latent_dim:
+            raise ConfigError(f"`rank` is {rank}; it must be between 1 and the latent size {latent_dim}.")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.latent_dim, self.rank = latent_dim, rank
+        self.transform_scale = nn.Parameter(torch.ones(latent_dim, **factory))
+        self.transform_shift = nn.Parameter(torch.zeros(latent_dim, **factory))
+        self.compress = nn.Linear(latent_dim, rank, bias=False, **factory)
+        self.expand = nn.Linear(rank, latent_dim, bias=False, **factory)
+        self.code_norm = nn.LayerNorm(rank, **factory) if use_layernorm else None
+
+    def _transform(self) -> tuple[torch.Tensor, torch.Tensor]:
+        # In fp32: a scale rounded to bf16 on one way and not on the other would not cancel.
+        scale = F.softplus(read_parameter(self, "transform_scale").float())
+        return scale, read_parameter(self, "transform_shift").float()
+
+    def encode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Codes [..., r] of latents [..., R], in the latents' dtype."""
+        scale, shift = self._transform()
+        weight_dtype = self.compress.weight.dtype
+        codes = self.compress((latent * scale + shift).to(weight_dtype))
+        if self.code_norm is not None:
+            codes = self.code_norm(codes)
+        return codes.to(latent.dtype)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Latents [..., R] of codes [..., r], in the codes' dtype."""
+        matrix, offset = self.fold()
+        return F.linear(codes.to(matrix.dtype), matrix, offset).to(codes.dtype)
+
+    def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(D, mu)` of shapes [R, r] and [R], in the dtype of the weights, with `decode(z) == D z + mu`.
+
+        Computed anew from the parameters at every call: R x r products cost nothing beside one read of the codes, and a
+        result that is never kept can never be stale.
+        """
+        scale, shift = self._transform()
+        weight = read_parameter(self.expand, "weight")
+        return (weight / scale[:, None]).to(weight.dtype), (-shift / scale).to(weight.dtype)
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """What is left of latents [..., R] after the round trip through their codes."""
+        return self.decode(self.encode(latent))
+
+    def extra_repr(self) -> str:
+        return f"latent_dim={self.latent_dim}, rank={self.rank}"
+
+
+@torch.no_grad()
+def initialise_(splice: LearnedKVSplice, method: str, reader_weight: torch.Tensor | None = None) -> None:
+    """Set `compress` to the transpose of an orthonormal basis [R, r], and `expand` to that basis.
+
+    Args:
+        splice: the module to initialise, in place.
+        method: "svd" keeps the r directions of the latent that `kv_b_proj` reads most strongly (the right singular
+            vectors of its weight: the best rank-r approximation for white latents, Eckart-Young); "orthogonal" takes
+            random ones (seeded, the global generator is not touched); "identity" the first r dimensions.
+        reader_weight: the weight of `kv_b_proj`, [H * (N + V), R]; needed by "svd" only.
+
+    Raises:
+        ConfigError: an unknown method, or "svd" without `reader_weight`.
+    """
+    R, r = splice.latent_dim, splice.rank
+    if method == "svd":
+        if reader_weight is None:
+            raise ConfigError('The initialisation "svd" needs the weight of kv_b_proj.')
+        # The right singular vectors of W, from the R x R Gram matrix: W has many more rows than columns.
+        weight = reader_weight.double()
+        basis = torch.linalg.eigh(weight.T @ weight).eigenvectors.flip(-1)[:, :r]
+    elif method == "orthogonal":
+        basis = torch.empty(R, r, dtype=torch.float64)
+        nn.init.orthogonal_(basis, generator=torch.Generator().manual_seed(0))
+    elif method == "identity":
+        basis = torch.eye(R, r, dtype=torch.float64)
+    else:
+        raise ConfigError(f'Unknown initialisation {method!r}; known: "svd", "orthogonal", "identity".')
+    splice.compress.weight.copy_(basis.T)
+    splice.expand.weight.copy_(basis)

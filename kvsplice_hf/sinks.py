@@ -1,0 +1,137 @@
+"""The first real tokens of each sequence, whose latents are kept exactly.
+
+Attention sinks: models put much attention on the first few tokens whatever they are (StreamingLLM, arXiv 2309.17453),
+and their latents are far from all others, so coding them like the rest costs more than coding everything else. Which
+tokens are first depends on where the padding of each row of the batch ends, so it is worked out from the mask.
+
+Legend: `B` batch, `T` new tokens, `S` stored tokens, `K` exact tokens per sequence, `R` kv_lora_rank.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+# Position of a slot that no token has filled yet: beyond any length, while a token that left a sliding window has a
+# negative one. So "how many sink tokens has this row seen" stays known after they are gone.
+UNFILLED = torch.iinfo(torch.int32).max
+
+
+class ExactTokens(NamedTuple):
+    """Exact latents of the first K real tokens of each row, and where their rows are.
+
+    Attributes:
+        latents: [B, K, R].
+        positions: [B, K], int64, index among the stored rows; outside [0, S) where there is no such row.
+    """
+
+    latents: torch.Tensor
+    positions: torch.Tensor
+
+    def valid(self, length: int) -> torch.Tensor:
+        """Which slots hold a token among the first `length` rows: bool [B, K]."""
+        return (self.positions >= 0) & (self.positions < length)
+
+    def shifted(self, dropped: int, length: int) -> "ExactTokens":
+        """The same tokens after `dropped` rows went from the front and rows from `length` on went from the end."""
+        filled = self.positions != UNFILLED
+        positions = torch.where(filled, self.positions - dropped, UNFILLED)
+        # A row cut off at the end was not seen, so its slot is free again.
+        return ExactTokens(self.latents, torch.where(positions >= length, UNFILLED, positions))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ExactTokens":
+        return ExactTokens(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+
+
+def empty_exact_tokens(
+    batch: int, count: int, latent_dim: int, dtype: torch.dtype, device: torch.device
+) -> ExactTokens:
+    """Slots for `count` tokens in each of `batch` rows, none filled."""
+    return ExactTokens(
+        torch.zeros(batch, count, latent_dim, dtype=dtype, device=device),
+        torch.full((batch, count), UNFILLED, dtype=torch.long, device=device),
+    )
+
+
+def visible_keys(mask: torch.Tensor) -> torch.Tensor:
+    """A boolean or additive mask as booleans, True where a query may look."""
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        return mask != 0
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def real_tokens(mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Which of the `new_tokens` last tokens are not padding: bool [B or 1, T].
+
+    Args:
+        mask: what the attention module receives: [B, S or T] with nonzero at real tokens, or [B, 1, T, S], boolean or
+            additive. In the latter a padding token sees no key at all, and every other sees at least itself.
+    """
+    if mask.dim() == 2:
+        return visible_keys(mask[:, -new_tokens:])
+    return visible_keys(mask[:, 0, -new_tokens:]).any(-1)
+
+
+def exact_in_full_sequence(mask: torch.Tensor | None, tokens: int, count: int, device: torch.device) -> torch.Tensor:
+    """Which tokens of whole sequences are among the first `count` real ones: bool [B or 1, T]. For calls without cache.
+
+    A square mask [B, 1, T, T] counts, for each query, the keys it sees. That is its rank in its sequence under left
+    padding and in packed rows alike.
+    """
+    if mask is None:
+        return torch.arange(tokens, device=device)[None] < count
+    mask = mask.to(device)
+    if mask.dim() == 2:
+        real = visible_keys(mask[:, -tokens:])
+        return real & (real.cumsum(-1) <= count)
+    rank = visible_keys(mask[:, 0, -tokens:]).sum(-1, dtype=torch.int32)
+    return (rank >= 1) & (rank <= count)
+
+
+def fill_exact_tokens(
+    exact: ExactTokens, latents: torch.Tensor, mask: torch.Tensor | None, first_row: int | torch.Tensor
+) -> ExactTokens:
+    """`exact` with those new tokens added that are still among the first K of their row.
+
+    Only tensor operations of fixed shapes: no synchronisation with the device, no recompilation.
+
+    Args:
+        exact: the slots so far.
+        latents: the new tokens' latents, [B, T, R].
+        mask: the attention module's mask (see `real_tokens`), or None where nothing is padded.
+        first_row: row index of the first new token, an integer or a tensor of no dimensions.
+    """
+    batch, new_tokens, _ = latents.shape
+    count = exact.positions.shape[1]
+    device = latents.device
+    if mask is None:
+        real = torch.ones(1, new_tokens, dtype=torch.bool, device=device)
+    else:
+        real = real_tokens(mask, new_tokens).to(device)
+    seen = (exact.positions != UNFILLED).sum(-1, keepdim=True)  # [B, 1]
+    rank = (seen + real.cumsum(-1)).expand(batch, -1)  # [B, T], 1 for the first real token of a row
+    slots = torch.arange(1, count + 1, device=device)[None, :, None]
+    hits = real[:, None, :] & (rank[:, None, :] == slots)  # [B, K, T], at most one True along T
+    found, token = hits.any(-1), hits.int().argmax(-1)
+    new_latents = latents.gather(1, token[..., None].expand(-1, -1, latents.shape[-1]))
+    return ExactTokens(
+        torch.where(found[..., None], new_latents, exact.latents),
+        torch.where(found, token + first_row, exact.positions),
+    )
+
+
+def overlay_exact(latents: torch.Tensor, exact: ExactTokens) -> torch.Tensor:
+    """Decoded latents [B, 1, S, R] with the exact ones put at their places, in place."""
+    flat = latents[:, 0]
+    valid = exact.valid(flat.shape[1])
+    # A scatter needs every slot to go somewhere. Slots without a token repeat a slot that has one, or, where none has,
+    # put back what is there: equal values at equal places, so the order of the writes does not matter.
+    first = valid.int().argmax(-1, keepdim=True)
+    slot = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), first)
+    any_valid = valid.any(-1, keepdim=True)
+    rows = torch.where(any_valid, exact.positions.gather(1, slot), 0)[..., None].expand_as(exact.latents)
+    values = exact.latents.gather(1, slot[..., None].expand_as(exact.latents)).to(flat.dtype)
+    flat.scatter_(1, rows, torch.where(any_valid[..., None], values, flat.gather(1, rows)))
+    return latents
