@@ -147,9 +147,16 @@ def _four_dimensional(
 def _as_bias(mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype != torch.bool:
         return mask.float()
+    return _hide(None, ~mask)
+
+
+def _hide(bias: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
+    """`bias` with the keys out that `hidden` marks."""
     # The lowest finite number, not -inf: a padding query that sees no key must not turn into NaN.
     lowest = torch.finfo(torch.float32).min
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)
+    if bias is None:
+        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, lowest)
+    return bias.masked_fill(hidden, lowest)
 
 
 def _select_keys(
@@ -166,9 +173,8 @@ def _select_keys(
             bias = wide.gather(3, row_index[:, None, None])
         rows = rows.gather(1, row_index[..., None].expand(-1, -1, rows.shape[-1]))
     elif indices is not None:
-        chosen = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
-        chosen_bias = _as_bias(chosen.scatter_(-1, indices.long(), True)[:, None])
-        bias = chosen_bias if bias is None else torch.minimum(bias, chosen_bias)
+        unread = torch.ones(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
+        bias = _hide(bias, unread.scatter_(-1, indices.long(), False)[:, None])
     if latent.exact is None:
         return _Keys(rows, bias, None, None, None, None, row_index)
     return _split_off_exact(latent.exact, latent.splice.rank, offset, rows, bias, row_index)
@@ -183,15 +189,13 @@ def _split_off_exact(
     row_index: torch.Tensor | None,
 ) -> _Keys:
     """Take the rows of exact tokens out of the scores, and set their exact latents beside."""
-    lowest = torch.finfo(torch.float32).min
-    present, column, hidden = _locate_exact(exact, rows.shape[1], row_index)
-    exact_bias = torch.zeros(present.shape, device=rows.device).masked_fill_(~present, lowest)[:, None, None]
+    present, column, replaced = _locate_exact(exact, rows.shape[1], row_index)
+    exact_bias = None
     if bias is not None:
         wide = bias.expand(present.shape[0], -1, -1, -1)
-        at_exact = wide.gather(3, column[:, None, None].expand(-1, 1, wide.shape[2], -1))
-        exact_bias = torch.minimum(at_exact, exact_bias)
-    hiding = torch.zeros(hidden.shape, device=rows.device).masked_fill_(hidden, lowest)[:, None, None]
-    bias = hiding if bias is None else torch.minimum(bias, hiding)
+        exact_bias = wide.gather(3, column[:, None, None].expand(-1, wide.shape[1], wide.shape[2], -1))
+    exact_bias = _hide(exact_bias, ~present[:, None, None])
+    bias = _hide(bias, replaced[:, None, None])
     rotated = rows[..., rank:]
     exact_rot = rotated.gather(1, column[..., None].expand(-1, -1, rotated.shape[-1]))
     latents = exact.latents - offset.to(exact.latents.dtype)

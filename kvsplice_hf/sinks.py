@@ -123,7 +123,7 @@ def fill_exact_tokens(
 
 
 def overlay_exact(latents: torch.Tensor, exact: ExactTokens) -> torch.Tensor:
-    """Decoded latents [B, 1, S, R] with the exact ones put at their places, in place."""
+    """Decoded latents [B, 1, S, R] with the exact ones put at their places; in place where autograd allows."""
     flat = latents[:, 0]
     valid = exact.valid(flat.shape[1])
     # A scatter needs every slot to go somewhere. Slots without a token repeat a slot that has one, or, where none has,
@@ -133,5 +133,8 @@ def overlay_exact(latents: torch.Tensor, exact: ExactTokens) -> torch.Tensor:
     any_valid = valid.any(-1, keepdim=True)
     rows = torch.where(any_valid, exact.positions.gather(1, slot), 0)[..., None].expand_as(exact.latents)
     values = exact.latents.gather(1, slot[..., None].expand_as(exact.latents)).to(flat.dtype)
-    flat.scatter_(1, rows, torch.where(any_valid[..., None], values, flat.gather(1, rows)))
+    values = torch.where(any_valid[..., None], values, flat.gather(1, rows))
+    if torch.is_grad_enabled() and flat.requires_grad:  # autograd still needs what was gathered from
+        return flat.scatter(1, rows, values)[:, None]
+    flat.scatter_(1, rows, values)
     return latents
