@@ -38,22 +38,22 @@ def save_kvsplice(model: nn.Module, directory: str | Path) -> Path:
     Raises:
         PatchStateError: the model is not patched.
     """
-    root, patch = find_patch(model)
-    directory = Path(directory)
+    sites, directory = patched_sites(model), Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     layers: dict[str, dict[str, int]] = {}
-    for site, patched in patched_sites(root):
+    for site, patched in sites:
         state = patched.splice.state_dict()
         tensors |= {_key(site.layer_idx, name): tensor.detach().contiguous().cpu() for name, tensor in state.items()}
         layers[str(site.layer_idx)] = {"kv_lora_rank": site.kv_lora_rank, "rank": patched.geometry.rank}
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    base = sites[0][0].module.config.to_dict()
     description = {
-        "base_model_name_or_path": getattr(root.config, "_name_or_path", ""),
-        "config": patch.config.to_dict(),
+        "base_model_name_or_path": base.get("_name_or_path", ""),
+        "config": find_patch(model)[1].config.to_dict(),
         "format": _FORMAT,
         "layers": layers,
-        "model_type": root.config.model_type,
+        "model_type": base["model_type"],
         "schema_version": SCHEMA_VERSION,
         "transformers_version": transformers.__version__,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),

@@ -32,9 +32,9 @@ class KVSpliceCache(DynamicCache):
     """
 
     def __init__(self, model: nn.Module, **kwargs: Any) -> None:
-        root, _ = find_patch(model)
-        super().__init__(config=root.config.get_text_config(decoder=True), **kwargs)
-        for site, patched in patched_sites(root):
+        sites = patched_sites(model)
+        super().__init__(config=sites[0][0].module.config.get_text_config(decoder=True), **kwargs)
+        for site, patched in sites:
             splice_cache_layer(self, site.layer_idx, patched.geometry, patched.splice)
 
 

@@ -60,7 +60,7 @@ def patch_model_with_kvsplice(
     rank: int | None = None,
     layers: str | Sequence[int] | None = None,
     layer_pattern: str | None = None,
-    use_layernorm: bool | None = None,
+    use_layernorm: bool = False,
 ) -> ModelT:
     """Put a KVSplice projection on the MLA layers of a loaded model, in place.
 
@@ -166,7 +166,7 @@ def patched_sites(model: nn.Module) -> list[tuple[MLASite, PatchedSite]]:
 
 def _with_overrides(config: KVSpliceConfig | None, *values: Any) -> KVSpliceConfig:
     ratio, rank, layers, layer_pattern, use_layernorm = values
-    changes: dict[str, Any] = {"layers": layers, "layer_pattern": layer_pattern, "use_layernorm": use_layernorm}
+    changes: dict[str, Any] = {"layers": layers, "layer_pattern": layer_pattern, "use_layernorm": use_layernorm or None}
     changes = {name: value for name, value in changes.items() if value is not None}
     if ratio is not None or rank is not None:  # a budget replaces the config's whatever form that had
         changes |= {"compression_ratio": ratio, "rank": rank}

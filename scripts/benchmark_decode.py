@@ -6,19 +6,20 @@ recipes are interleaved, so that a slow moment of the machine hits all of them. 
 object.
 
     python scripts/benchmark_decode.py --context 4096 --prefill 2048
-    python scripts/benchmark_decode.py --memory true          # peak memory of prefill + decode, one process per recipe
+    python scripts/benchmark_decode.py --memory  # peak memory of prefill + decode, one process per recipe
 """
 
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import psutil
 import torch
 import transformers
 from rich.console import Console
@@ -30,10 +31,12 @@ from transformers.cache_utils import Cache
 from kvsplice_hf import KVSpliceConfig, cache_nbytes, patch_model_with_kvsplice, unpatch_model
 
 
-# DeepSeek-V2-Lite as published, but for the number of routed experts: six of them run per token whatever their number,
-# so eight cost the same time as 64 and a fraction of the memory.
+# Published geometries, with two changes that keep the share of attention in a step what it is in the whole model. Six
+# routed experts run per token whatever their number, so eight cost the same time as 64 and a fraction of the memory.
+# And the vocabulary is cut in proportion to the layers, or the output head would outweigh the few layers before it.
 GEOMETRIES = {
     "v2-lite": {
+        "published_layers": 27,
         "hidden_size": 2048,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
@@ -49,8 +52,14 @@ GEOMETRIES = {
         "num_experts_per_tok": 6,
         "first_k_dense_replace": 1,
         "vocab_size": 102400,
-        "max_position_embeddings": 65536,
     },
+}
+# For trying things out: the attention of V2-Lite on narrow layers.
+GEOMETRIES["mini"] = GEOMETRIES["v2-lite"] | {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "vocab_size": 8192,
 }
 RECIPES = {
     "stock": None,
@@ -65,6 +74,7 @@ class Arguments:
 
     geometry: str = field(default="v2-lite", metadata={"help": "model shape: " + ", ".join(GEOMETRIES)})
     layers: int = field(default=4, metadata={"help": "number of layers"})
+    whole_vocabulary: bool = field(default=False, metadata={"help": "do not cut the vocabulary with the layers"})
     context: int = field(default=4096, metadata={"help": "tokens in the cache before the timed decode steps"})
     prefill: int = field(default=2048, metadata={"help": "prompt length of the timed prefill, 0 to skip it"})
     batch_size: int = field(default=1, metadata={"help": "sequences per batch"})
@@ -78,7 +88,11 @@ class Arguments:
 def build(args: Arguments) -> PreTrainedModel:
     """A model of the geometry with random weights."""
     torch.manual_seed(0)
-    config = DeepseekV2Config(num_hidden_layers=args.layers, **GEOMETRIES[args.geometry])
+    sizes = dict(GEOMETRIES[args.geometry])
+    published_layers = sizes.pop("published_layers")
+    if not args.whole_vocabulary:
+        sizes["vocab_size"] = sizes["vocab_size"] * args.layers // published_layers
+    config = DeepseekV2Config(num_hidden_layers=args.layers, max_position_embeddings=1 << 17, **sizes)
     return DeepseekV2ForCausalLM(config).to(getattr(torch, args.dtype)).eval()
 
 
@@ -126,20 +140,23 @@ def measure(model: PreTrainedModel, args: Arguments) -> dict[str, dict[str, list
             results[name]["decode_s"].append(statistics.median(timed(step) for _ in range(3)))
             if args.prefill:
                 results[name]["prefill_s"].append(timed(lambda: model(short, use_cache=True, logits_to_keep=1)))
-            caches[name].crop(-4)
+            caches[name].crop(-4)  # so that every repeat reads the same number of tokens
             if name != "stock":
                 unpatch_model(model)
     return {n: {k: v[1:] if isinstance(v, list) else v for k, v in r.items()} for n, r in results.items()}
 
 
 def peak_memory(args: Arguments) -> dict[str, int]:
-    """Peak resident bytes of prefill and decode, above what the loaded model takes. For one recipe."""
+    """Peak resident bytes of prefill and decode, above what the loaded model takes. For one recipe, on Linux."""
     model = build(args)
     apply(model, args.only or "stock")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     prompt = torch.randint(model.config.vocab_size, (args.batch_size, args.context))
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
+    before = psutil.Process().memory_info().rss
     model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=args.memory_steps, do_sample=False)
-    return {"peak_bytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024}
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
+    return {"peak_bytes": peak - before}
 
 
 def summary(results: dict[str, dict], stock: dict) -> Table:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, tiny_batch
+from tiny_models import TINY_MODELS, build, tiny_batch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, QuantizedCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, QuantizedCache, cache_utils
 
 from kvsplice_hf import (
     CacheMismatchError,
@@ -175,9 +175,20 @@ def with_cache_of_another_splice() -> None:
     run(patched(rank=5), run(patched(rank=6), None))
 
 
+def require_fp8_cache() -> None:
+    if not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers has no quantised cache without further packages")
+
+
 def with_quantised_cache() -> None:
+    require_fp8_cache()
     model = patched()
     run(model, QuantizedCache(backend="fp8", config=model.config))
+
+
+def generate_with_quantised_cache() -> None:
+    require_fp8_cache()
+    generate(cache_implementation="quantized", cache_config={"backend": "fp8"})
 
 
 def generate(**settings: Any) -> None:
@@ -211,7 +222,7 @@ USE: dict[str, Case] = {
     "cache_implementation='quantized'": (
         CacheMismatchError,
         "leave `cache_implementation` unset",
-        lambda: generate(cache_implementation="quantized", cache_config={"backend": "fp8"}),
+        generate_with_quantised_cache,
     ),
     "a cache that is no Cache": (CacheMismatchError, "of type list", lambda: run_attention_with_list()),
     "generate_batch": (UnsupportedError, "model.generate", lambda: patched().generate_batch([[1, 2, 3]])),
@@ -219,7 +230,11 @@ USE: dict[str, Case] = {
     "a packed projection after an absorbed patch": (FoldingError, "PackedLinear", wrap_projection_after_the_patch),
     "another attention after an absorbed patch": (UnsupportedError, "patch again", change_attention_after_the_patch),
     "a cache for an unpatched model": (PatchStateError, "not patched", lambda: KVSpliceCache(build(NAME))),
-    "saving an unpatched model": (PatchStateError, "patch_model_with_kvsplice", lambda: save_kvsplice(build(NAME), "x")),
+    "saving an unpatched model": (
+        PatchStateError,
+        "patch_model_with_kvsplice",
+        lambda: save_kvsplice(build(NAME), "x"),
+    ),
     "loading into a model without latents": (KVSpliceError, "No saved splice", lambda: load_kvsplice(llama(), "x")),
     "cache size of a model without latents": (NotMLAError, "LlamaAttention", lambda: get_kv_cache_size(llama())),
 }
@@ -228,6 +243,14 @@ USE: dict[str, Case] = {
 def run_attention_with_list() -> None:
     model = patched()
     model.model.layers[0].self_attn(hidden_states=torch.zeros(1, 3, 64), attention_mask=None, past_key_values=[])
+
+
+@pytest.mark.parametrize("name", ["axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"])
+def test_a_release_that_caches_expanded_keys_for_the_architecture_is_refused(name: str) -> None:
+    if not TINY_MODELS[name].available or TINY_MODELS[name].caches_latents:
+        pytest.skip("only releases before 5.18 expand the keys of sparse-attention models before they cache them")
+    with pytest.raises(TransformersTooOldError, match=r"Install transformers>=5\.18"):
+        patch_model_with_kvsplice(build(name, needs_latent_cache=False))
 
 
 @pytest.mark.parametrize("case", USE)

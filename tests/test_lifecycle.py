@@ -9,9 +9,10 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from tiny_models import TINY_MODELS, build, tiny_batch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kvsplice_hf import KVSpliceConfig, PatchStateError, patch_model_with_kvsplice, unpatch_model
+from kvsplice_hf import KVSpliceCache, KVSpliceConfig, PatchStateError, patch_model_with_kvsplice, unpatch_model
 
 
 NAME = "deepseek_v3"
@@ -29,9 +30,7 @@ def logits(model: PreTrainedModel, use_cache: bool = False, name: str = NAME) ->
         output = model(ids[:, :half], attention_mask=mask[:, :half], use_cache=True)
         parts = [output.logits]
         for end in range(half + 1, ids.shape[1] + 1):
-            output = model(
-                ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=output.past_key_values
-            )
+            output = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=output.past_key_values)
             parts.append(output.logits)
     return torch.cat(parts, dim=1)[mask.bool()]
 
@@ -45,8 +44,6 @@ def reloaded(model: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_unpatching_restores_logits_and_attributes_bit_exactly(name: str) -> None:
-    if not TINY_MODELS[name].available:
-        pytest.skip(f"the installed transformers has no {name}")
     model = build(name)
     expected = logits(model, name=name), logits(model, use_cache=True, name=name)
     before = {path: set(vars(module)) | set(module._modules) for path, module in model.named_modules()}
@@ -200,6 +197,20 @@ def test_patching_a_patched_model_and_unpatching_an_unpatched_one_raise() -> Non
     unpatch_model(model)
     with pytest.raises(PatchStateError, match="not patched"):
         unpatch_model(model)
+
+
+def test_layers_in_another_place_are_patched_by_their_pattern() -> None:
+    inner = build(NAME)
+    model = nn.Module()
+    model.transformer, model.other = nn.Module(), build(NAME)
+    model.transformer.h = inner.model.layers
+    expected = logits(inner), logits(model.other)
+    patch_model_with_kvsplice(model, rank=5, layer_pattern="transformer.h")
+    assert not torch.equal(logits(inner), expected[0])
+    assert torch.equal(logits(model.other), expected[1])
+    assert len(KVSpliceCache(model).layers) == len(inner.model.layers)
+    unpatch_model(model)
+    assert torch.equal(logits(inner), expected[0])
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")

@@ -9,8 +9,10 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -88,6 +90,11 @@ class TinyModel:
     def available(self) -> bool:
         """Whether the installed transformers has this model."""
         return hasattr(transformers, self.causal_lm) and hasattr(transformers, self.config_class)
+
+    @property
+    def caches_latents(self) -> bool:
+        """Whether the installed transformers caches latents for it: with an indexer, only from 5.18 on."""
+        return not self.is_dsa or Version(transformers.__version__) >= Version("5.18.0")
 
 
 _MODELS = (
@@ -321,9 +328,18 @@ def _sharpen(model: PreTrainedModel) -> None:
             nn.init.uniform_(parameter, 0.0, 0.1)
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """The tiny model `name` with random weights, in eval mode on the CPU. The global random state is left alone."""
+def build(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, needs_latent_cache: bool = True
+) -> PreTrainedModel:
+    """The tiny model `name` with random weights, in eval mode on the CPU. The global random state is left alone.
+
+    Skips the calling test where the installed transformers lacks the model, or does not cache its latents.
+    """
     spec = TINY_MODELS[name]
+    if not spec.available:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    if needs_latent_cache and not spec.caches_latents:
+        pytest.skip(f"transformers {transformers.__version__} caches no latents for {name}")
     config = getattr(transformers, spec.config_class)(**copy.deepcopy(spec.kwargs))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
