@@ -17,7 +17,7 @@ from kvsplice_hf.errors import (
     UnsupportedError,
 )
 from kvsplice_hf.model_cache import KVCacheSize, KVSpliceCache, cache_nbytes, get_kv_cache_size
-from kvsplice_hf.patching import patch_model_with_kvsplice, unpatch_model
+from kvsplice_hf.patching import patch_model_with_kvsplice, splice_disabled, unpatch_model
 from kvsplice_hf.projection import LearnedKVSplice
 from kvsplice_hf.version import __version__
 
@@ -42,5 +42,6 @@ __all__ = [
     "load_kvsplice",
     "patch_model_with_kvsplice",
     "save_kvsplice",
+    "splice_disabled",
     "unpatch_model",
 ]

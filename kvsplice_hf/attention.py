@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvsplice_hf.absorbed import absorbed_attention, split_weight
-from kvsplice_hf.cache import CompressedLatent, RowGeometry, splice_cache_layer
+from kvsplice_hf.cache import CompressedLatent, RowGeometry, SplicedLayerMixin, splice_cache_layer
 from kvsplice_hf.errors import CacheMismatchError, FoldingError, UnsupportedError
 from kvsplice_hf.offload import read_parameter
 from kvsplice_hf.projection import LearnedKVSplice
@@ -50,6 +50,8 @@ class PatchedSite:
         self.num_heads = num_heads
         self.mode = mode
         self.hook: RemovableHandle | None = None
+        # False while `splice_disabled` lets the model run as if it were not patched.
+        self.enabled = True
         # Mask of the call that is running. The module's hook sets it right before the forward that reads it, also when
         # gradient checkpointing runs the forward again, so it cannot be another call's.
         self.attention_mask: torch.Tensor | None = None
@@ -94,6 +96,9 @@ def bind_cache_and_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, An
     cache = kwargs.get("past_key_values")
     if cache is None or not site.stores_latent:
         return
+    if not site.enabled:
+        _require_stock_layer(cache, module.layer_idx)
+        return
     if not isinstance(cache, Cache):
         raise CacheMismatchError(
             f"The patched model got a cache of type {type(cache).__name__}; it needs a transformers `Cache`: pass "
@@ -101,6 +106,15 @@ def bind_cache_and_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, An
         )
     layer = splice_cache_layer(cache, module.layer_idx, site.geometry, site.splice)
     layer.attention_mask = site.attention_mask
+
+
+def _require_stock_layer(cache: Any, layer_idx: int) -> None:
+    layers = cache.layers if isinstance(cache, Cache) else []
+    if layer_idx < len(layers) and isinstance(layers[layer_idx], SplicedLayerMixin):
+        raise CacheMismatchError(
+            f"Cache layer {layer_idx} is spliced, but the model runs with the splice disabled. Give it a cache of "
+            "its own: pass nothing, or DynamicCache(config=model.config)."
+        )
 
 
 def expand_spliced_kv(
@@ -112,7 +126,9 @@ def expand_spliced_kv(
     training, perplexity), encode and decode it, so that the numbers are the same with and without a cache.
     """
     site: PatchedSite = getattr(self, SITE_ATTRIBUTE)
-    if isinstance(kv_nope, CompressedLatent):
+    if not site.enabled:
+        latent = kv_nope
+    elif isinstance(kv_nope, CompressedLatent):
         if _attend_absorbed(self, site, kv_nope):
             return kv_nope, kv_nope
         latent, k_rot = kv_nope.latent(), kv_nope.k_rot

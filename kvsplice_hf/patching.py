@@ -1,8 +1,9 @@
 """`patch_model_with_kvsplice` and `unpatch_model`: everything that changes a model, and the way back."""
 
+import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar
 
@@ -132,6 +133,32 @@ def unpatch_model(model: ModelT) -> ModelT:
         vars(root).pop(name, None)
     delattr(root, _PATCH_ATTRIBUTE)
     return model
+
+
+@contextlib.contextmanager
+def splice_disabled(model: nn.Module) -> Iterator[None]:
+    """Within this context the patched model computes exactly what the unpatched one would, on the same weights.
+
+    For comparing the two without a second copy in memory. A cache belongs to one of the two: a spliced one cannot be
+    continued inside the context, nor a stock one outside.
+
+    Raises:
+        PatchStateError: the model is not patched.
+
+    Example:
+        >>> with splice_disabled(model):
+        ...     original = model(input_ids, use_cache=False).logits
+    """
+    root, _ = find_patch(model)
+    sites = [vars(module)[SITE_ATTRIBUTE] for module in root.modules() if SITE_ATTRIBUTE in vars(module)]
+    before = [site.enabled for site in sites]
+    for site in sites:
+        site.enabled = False
+    try:
+        yield
+    finally:
+        for site, enabled in zip(sites, before, strict=True):
+            site.enabled = enabled
 
 
 def is_patched(model: nn.Module) -> bool:

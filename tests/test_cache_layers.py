@@ -34,6 +34,7 @@ from kvsplice_hf.cache import (
     splice_cache_layer,
 )
 from kvsplice_hf.errors import CacheMismatchError
+from kvsplice_hf.model_cache import cache_nbytes
 from kvsplice_hf.projection import LearnedKVSplice, initialise_
 from kvsplice_hf.sinks import UNFILLED
 
@@ -411,6 +412,17 @@ def test_rows_that_moved_elsewhere_do_not_keep_the_old_buffer_alive(
     assert layer._buffer is None
 
 
+@pytest.mark.parametrize("kind", [KINDS[name] for name in DYNAMIC], ids=DYNAMIC)
+@torch.no_grad()
+def test_a_reset_dynamic_layer_holds_no_memory(kind: Kind) -> None:
+    cache = Cache(layers=[make_layer(kind, VARIANTS["half_rank"])])
+    for _ in range(2):
+        cache.update(*tokens(3), 0)
+    assert cache_nbytes(cache, allocated=True) > 0
+    cache.reset()
+    assert cache_nbytes(cache, allocated=True) == 0
+
+
 def exact_tokens(layer: Any) -> list[list[int]]:
     return layer.exact.positions.tolist()
 
@@ -628,13 +640,25 @@ def test_gradients_flow_through_stored_rows_as_if_there_were_no_cache(kind: Kind
         torch.testing.assert_close(mine, reference, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the next token is written into rows that autograd keeps")
-def test_queries_get_gradients_when_the_rows_themselves_are_frozen() -> None:
+FROZEN = pytest.mark.xfail(
+    strict=True, raises=RuntimeError, reason="the next token is written into rows that autograd keeps"
+)
+
+
+@pytest.mark.parametrize("trained_tokens", [4, 1, pytest.param(0, marks=FROZEN)], ids=["all", "prompt", "none"])
+def test_what_was_read_at_a_step_can_be_differentiated_after_later_steps(trained_tokens: int) -> None:
     layer = make_layer(KINDS["dynamic"], VARIANTS["half_rank"])
     query = torch.ones(2, 1, 1, 3, requires_grad=True)
-    scores = [query @ layer.update(*tokens(1, seed=step))[0].codes.mT for step in range(4)]
+    inputs = [tokens(1, seed=step) for step in range(4)]
+    for latents, _ in inputs[:trained_tokens]:
+        latents.requires_grad_()
+    scores = [query @ layer.update(*pair)[0].codes.mT for pair in inputs]
     torch.cat(scores, dim=-1).sum().backward()
+    # Each token is read once at its own step and once at every later one.
+    codes = [layer.splice.encode(latents).detach() for latents, _ in inputs]
+    expected = sum((4 - step) * code for step, code in enumerate(codes))
     assert query.grad is not None
+    torch.testing.assert_close(query.grad, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 @pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a buffer of inference mode cannot be written outside it")

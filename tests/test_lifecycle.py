@@ -12,7 +12,15 @@ from tiny_models import TINY_MODELS, build, tiny_batch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kvsplice_hf import KVSpliceCache, KVSpliceConfig, PatchStateError, patch_model_with_kvsplice, unpatch_model
+from kvsplice_hf import (
+    CacheMismatchError,
+    KVSpliceCache,
+    KVSpliceConfig,
+    PatchStateError,
+    patch_model_with_kvsplice,
+    splice_disabled,
+    unpatch_model,
+)
 
 
 NAME = "deepseek_v3"
@@ -188,6 +196,26 @@ def test_models_built_from_one_config_object_are_patched_one_by_one() -> None:
     patch_model_with_kvsplice(first, HALF_RANK)
     assert torch.equal(logits(second), expected[0])
     assert torch.equal(logits(second, use_cache=True), expected[1])
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "mistral_large4"])
+def test_a_disabled_splice_gives_the_stock_logits_bit_exactly(name: str) -> None:
+    model = build(name)
+    expected = logits(model, name=name), logits(model, use_cache=True, name=name)
+    patch_model_with_kvsplice(model, HALF_RANK)
+    spliced = logits(model, use_cache=True, name=name)
+    with splice_disabled(model):
+        assert torch.equal(logits(model, name=name), expected[0])
+        assert torch.equal(logits(model, use_cache=True, name=name), expected[1])
+    assert torch.equal(logits(model, use_cache=True, name=name), spliced)
+
+
+def test_a_spliced_cache_cannot_be_continued_with_the_splice_disabled() -> None:
+    model = patch_model_with_kvsplice(build(NAME), HALF_RANK)
+    ids, _ = tiny_batch(NAME, pad=0)
+    cache = model(ids, use_cache=True).past_key_values
+    with splice_disabled(model), pytest.raises(CacheMismatchError, match="spliced"):
+        model(ids[:, :1], past_key_values=cache)
 
 
 def test_patching_a_patched_model_and_unpatching_an_unpatched_one_raise() -> None:
