@@ -264,6 +264,11 @@ class _DynamicMixin(SplicedLayerMixin):
         self._map_exact(lambda tensor: tensor[indices])
 
 
+def _is_writable(tensor: torch.Tensor) -> bool:
+    """A tensor made in inference mode can be changed there only. (Dynamo cannot ask, and runs in no such mode.)"""
+    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference()
+
+
 class _GrowingMixin(_DynamicMixin):
     """Appends rows to a buffer with room to spare instead of concatenating the whole past at each step."""
 
@@ -278,11 +283,12 @@ class _GrowingMixin(_DynamicMixin):
         stored, total = self.keys.shape[-2], self.keys.shape[-2] + rows.shape[-2]
         if stored == 0:
             self.keys, self._buffer = rows, None
-        elif torch.is_grad_enabled() and (rows.requires_grad or self.keys.requires_grad):
-            # Autograd keeps what it needs for the backward pass; writing into it would be an error.
+        elif torch.is_grad_enabled():
+            # Autograd may keep the rows for the backward pass, of the queries if not of the rows themselves; writing
+            # into what it keeps would be an error.
             self.keys, self._buffer = torch.cat([self.keys, rows], dim=-2), None
         else:
-            if self._buffer is None or self._buffer.shape[-2] < total:
+            if self._buffer is None or self._buffer.shape[-2] < total or not _is_writable(self._buffer):
                 self._buffer = self._grown(total)
             self._buffer[:, :, stored:total] = rows
             self.keys = self._buffer[:, :, :total]
@@ -438,6 +444,11 @@ def splice_cache_layer(
     """
     while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
+    if len(cache.layers) <= layer_idx:
+        raise CacheMismatchError(
+            f"The cache has {len(cache.layers)} layers, but the model stores a latent in layer {layer_idx}. It was "
+            "made for another model: make it with this model's config, or start from KVSpliceCache(model)."
+        )
     stock: Any = cache.layers[layer_idx]
     if isinstance(stock, SplicedLayerMixin) and (stock.geometry == geometry or not _is_empty(stock)):
         if stock.geometry != geometry:

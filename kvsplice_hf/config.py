@@ -31,7 +31,7 @@ def _is_index(value: Any) -> bool:
 def _parse_last(layers: str) -> int | None:
     """The n of "last:n", or None where the text is something else."""
     prefix, _, count = layers.partition(":")
-    return int(count) if prefix == "last" and count.isdigit() and int(count) > 0 else None
+    return int(count) if prefix == "last" and count.isdecimal() and int(count) > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,9 +243,12 @@ def _make_splice(site: MLASite, config: KVSpliceConfig) -> LearnedKVSplice:
     module = site.module
     rank = config.rank_for(site.kv_lora_rank, site.name)
     device = execution_device(module.kv_b_proj)
-    splice = LearnedKVSplice(
-        site.kv_lora_rank, rank, use_layernorm=config.use_layernorm, device=device, dtype=site.dtype
-    )
+    # The constructors of linear layers draw random numbers, which are overwritten right away. A patch must not change
+    # what a seeded program draws next.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        splice = LearnedKVSplice(
+            site.kv_lora_rank, rank, use_layernorm=config.use_layernorm, device=device, dtype=site.dtype
+        )
     weight = _effective_weight(site, device) if config.init == "svd" else None
     initialise_(splice, config.init, weight)
     return splice.train(module.training)

@@ -134,6 +134,9 @@ def overlay_exact(latents: torch.Tensor, exact: ExactTokens) -> torch.Tensor:
     rows = torch.where(any_valid, exact.positions.gather(1, slot), 0)[..., None].expand_as(exact.latents)
     values = exact.latents.gather(1, slot[..., None].expand_as(exact.latents)).to(flat.dtype)
     values = torch.where(any_valid[..., None], values, flat.gather(1, rows))
+    if values.requires_grad:  # a place that is written several times has its gradient once
+        writes_first = slot == torch.arange(valid.shape[1], device=valid.device)
+        values = torch.where(writes_first[..., None], values, values.detach())
     if torch.is_grad_enabled() and flat.requires_grad:  # autograd still needs what was gathered from
         return flat.scatter(1, rows, values)[:, None]
     flat.scatter_(1, rows, values)

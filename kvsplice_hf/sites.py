@@ -100,7 +100,8 @@ def _resolve_root(model: nn.Module, layer_pattern: str | None) -> tuple[str, nn.
     if layer_pattern is None:
         return "", model
     modules = dict(model.named_modules())
-    for path in (layer_pattern, f"model.{layer_pattern}"):
+    # A pattern may come from a causal LM and be used on its bare model, or the other way round.
+    for path in (layer_pattern, f"model.{layer_pattern}", layer_pattern.removeprefix("model.")):
         if path in modules:
             return f"{path}.", modules[path]
     lists = sorted(name for name, module in modules.items() if isinstance(module, nn.ModuleList))

@@ -137,7 +137,7 @@ def test_unfilled_rows_of_a_static_cache_are_not_seen(queries: int) -> None:
     check(problem, reference(problem, visible))
 
 
-@pytest.mark.parametrize(("queries", "selected"), product([1, 3], [2, 5, 9]))
+@pytest.mark.parametrize(("queries", "selected"), list(product([1, 3], [2, 5, 9])))
 def test_only_the_rows_that_an_indexer_selected_are_read(queries: int, selected: int) -> None:
     keys = 9
     problem = make_problem(queries, keys, torch.float32)

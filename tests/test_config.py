@@ -78,7 +78,6 @@ def test_a_setting_that_cannot_work_is_named_in_the_error(settings: dict[str, An
         KVSpliceConfig.from_dict(settings)
 
 
-@pytest.mark.xfail(strict=True, reason="str.isdigit accepts digits that int refuses")
 def test_a_superscript_is_not_a_number_of_layers() -> None:
     with pytest.raises(ConfigError, match="`layers` is 'last:²'"):
         KVSpliceConfig(layers="last:²")

@@ -218,6 +218,14 @@ def test_a_spliced_cache_cannot_be_continued_with_the_splice_disabled() -> None:
         model(ids[:, :1], past_key_values=cache)
 
 
+@pytest.mark.parametrize("init", ["svd", "orthogonal", "identity"])
+def test_patching_leaves_the_random_state_alone(init: str) -> None:
+    model = build(NAME)
+    before = torch.get_rng_state()
+    patch_model_with_kvsplice(model, KVSpliceConfig(rank=5, init=init))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_patching_a_patched_model_and_unpatching_an_unpatched_one_raise() -> None:
     model = patch_model_with_kvsplice(build(NAME))
     with pytest.raises(PatchStateError, match="already patched"):
