@@ -132,8 +132,10 @@ def measure(model: PreTrainedModel, args: Arguments) -> dict[str, dict[str, list
         results[name]["cache_bytes"] = cache_nbytes(caches[name])
         if name != "stock":
             unpatch_model(model)
-    for _ in tqdm(range(args.repeats + 1), desc="repeats", file=sys.stderr):  # the first one warms up
-        for name in RECIPES:
+    names = list(RECIPES)
+    for repeat in tqdm(range(args.repeats + 1), desc="repeats", file=sys.stderr):  # the first one warms up
+        turn = repeat % len(names)  # each recipe comes first, second and last in turn
+        for name in names[turn:] + names[:turn]:
             apply(model, name)
             step = lambda name=name: model(token, past_key_values=caches[name], use_cache=True)  # noqa: E731
             step()
@@ -160,17 +162,20 @@ def peak_memory(args: Arguments) -> dict[str, int]:
 
 
 def summary(results: dict[str, dict], stock: dict) -> Table:
-    """The results as a table of medians, spreads and ratios to stock."""
+    """The results as a table: medians and ranges of times, and of their ratios to stock."""
     table = Table("recipe", "decode step (ms)", "stock / this", "prefill (ms)", "this / stock", "cache bytes")
     for name, row in results.items():
         cells = [name]
-        for key, ratio in (("decode_s", lambda a, b: b / a), ("prefill_s", lambda a, b: a / b)):
+        for key, stock_over in (("decode_s", True), ("prefill_s", False)):
             if not row[key]:
                 cells += ["-", "-"]
                 continue
-            median, base = statistics.median(row[key]), statistics.median(stock[key])
-            cells.append(f"{median * 1e3:.1f} ({min(row[key]) * 1e3:.1f}-{max(row[key]) * 1e3:.1f})")
-            cells.append(f"{ratio(median, base):.2f}x")
+            cells.append(
+                f"{statistics.median(row[key]) * 1e3:.1f} ({min(row[key]) * 1e3:.1f}-{max(row[key]) * 1e3:.1f})"
+            )
+            # Paired within each repeat: the machine's speed drifts from one to the next.
+            ratios = [a / b if stock_over else b / a for a, b in zip(stock[key], row[key], strict=True)]
+            cells.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
         table.add_row(*cells, f"{row['cache_bytes']:,}")
     return table
 
@@ -188,7 +193,7 @@ def environment(args: Arguments) -> dict[str, object]:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=160)
     with torch.no_grad():
         if args.memory and args.only is not None:
             print(json.dumps(peak_memory(args)))

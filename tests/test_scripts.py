@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_tokenizer import byte_tokenizer, trained_model
 
 
 ROOT = Path(__file__).parent.parent
@@ -52,3 +53,47 @@ def test_a_wrong_argument_is_named() -> None:
     )
     assert process.returncode != 0
     assert "contxt" in process.stderr
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A trained tiny model with its tokenizer, as any user's folder."""
+    folder = tmp_path_factory.mktemp("model")
+    trained_model().save_pretrained(folder)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.eos_token = "A"
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_quality_script_shows_no_loss_at_full_rank_and_a_large_one_for_a_random_projection(
+    model_folder: str, tmp_path: Path
+) -> None:
+    common = ["--model", model_folder, "--window", "48", "--samples", "4", "--chunk", "13", "--output", str(tmp_path)]
+    exact = run("eval_deepseek_quality.py", *common, "--compression-ratio", "1.0")["results"][0]
+    assert abs(exact["loss_percent"]) < 0.01
+    assert exact["cache_check"] == "passed"
+    broken = run("eval_deepseek_quality.py", *common, "--compression-ratio", "0.15", "--init", "orthogonal")
+    assert broken["results"][0]["loss_percent"] > 10
+    assert broken["results"][0]["bytes_ratio"] < 0.6
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 2, "no result may overwrite another"
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == {"report.json", "quality_against_bytes.png"}
+
+
+def test_the_throughput_script_measures_both_models_in_every_setting(model_folder: str, tmp_path: Path) -> None:
+    settings = ["--batch-sizes", "1,2", "--seq-len", "16,24", "--trials", "1", "--new-tokens", "2"]
+    report = run("benchmark_deepseek_kvsplice.py", "--model", model_folder, *settings, "--output", str(tmp_path))
+    assert [(row["batch_size"], row["seq_len"]) for row in report["results"]] == [(1, 16), (2, 16), (1, 24), (2, 24)]
+    for row in report["results"]:
+        assert row["spliced"]["cache_bytes"] < row["original"]["cache_bytes"]
+        assert min(row[name]["decode_tokens_per_s"] for name in ("original", "spliced")) > 0
+    assert (Path(report["folder"]) / "speed_against_context.png").stat().st_size > 0
+
+
+def test_the_research_import_path_leads_to_the_package() -> None:
+    code = "import deepseek_kvsplice_plugin as p, kvsplice_hf as k; assert p.LearnedKVSplice is k.LearnedKVSplice"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

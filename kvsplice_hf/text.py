@@ -1,0 +1,138 @@
+"""Text to measure and to calibrate on: named data sets, local files, and one that every Python carries.
+
+Every source has two halves that never overlap, "calibration" and "evaluation". `pydoc` is the English prose of Python's
+own language reference (`pydoc_data.topics`, about 370 kB of distinct prose), so that a quality figure can be had
+without any download; the named sets come through `datasets` from the Hugging Face hub.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvsplice_hf.errors import ConfigError
+
+
+SPLITS = ("calibration", "evaluation")
+_SUFFIXES = (".txt", ".md", ".rst")
+
+
+@dataclass(frozen=True)
+class _HubSet:
+    """Where a named set is, and which of its splits serves which half."""
+
+    path: str
+    name: str | None
+    calibration: str
+    evaluation: str
+
+
+HUB_SETS = {
+    "c4": _HubSet("allenai/c4", "en", "train", "validation"),
+    # One split only: the halves are the even and the odd documents.
+    "fineweb-edu": _HubSet("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", "train"),
+    "tinystories": _HubSet("roneneldan/TinyStories", None, "train", "validation"),
+    "wikitext": _HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test"),
+}
+
+
+def load_texts(source: str, split: str = "evaluation", samples: int | None = None) -> list[str]:
+    """The documents of one half of a text source.
+
+    Args:
+        source: "pydoc", one of the named sets ("wikitext", "fineweb-edu", "tinystories", "c4"), or the path of a text
+            file (split in its middle, between paragraphs) or of a folder of text files (every other file).
+        split: "calibration" or "evaluation".
+        samples: at most this many documents.
+
+    Raises:
+        ConfigError: the source or the split is unknown, empty, or cannot be loaded.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"`split` is {split!r}; it must be one of {SPLITS}.")
+    documents = [text for text in islice(_documents(source, split), samples) if text.strip()]
+    if not documents:
+        raise ConfigError(f"The {split} half of {source!r} holds no text.")
+    return documents
+
+
+def _documents(source: str, split: str) -> Iterator[str]:
+    half = SPLITS.index(split)
+    if source == "pydoc":
+        yield from islice(_pydoc_topics(), half, None, 2)
+    elif source in HUB_SETS:
+        yield from _hub_documents(source, split)
+    elif Path(source).is_dir():
+        files = sorted(path for path in Path(source).rglob("*") if path.suffix in _SUFFIXES)
+        yield from (path.read_text(encoding="utf-8", errors="replace") for path in files[half::2])
+    elif Path(source).is_file():
+        paragraphs = Path(source).read_text(encoding="utf-8", errors="replace").split("\n\n")
+        middle = len(paragraphs) // 2
+        yield "\n\n".join(paragraphs[middle:] if half else paragraphs[:middle])
+    else:
+        raise ConfigError(
+            f"Unknown text {source!r}: it is neither a file nor a folder, nor one of pydoc, {', '.join(HUB_SETS)}."
+        )
+
+
+def _pydoc_topics() -> Iterator[str]:
+    """The topics in order of their names, each paragraph only where it comes first.
+
+    Topics quote one another ("compound" holds all of "if"), so splitting by topic alone would put the same sentences
+    into both halves.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    for _, text in sorted(topics.items()):
+        paragraphs = {" ".join(paragraph.split()): paragraph for paragraph in text.split("\n\n")}
+        new = [paragraph for key, paragraph in paragraphs.items() if key not in seen]
+        seen |= paragraphs.keys()
+        if new:
+            yield "\n\n".join(new)
+
+
+def _hub_documents(source: str, split: str) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ConfigError(f"{source!r} needs the package datasets: pip install datasets.") from error
+    entry = HUB_SETS[source]
+    try:
+        rows: Iterator[Any] = iter(load_dataset(entry.path, entry.name, split=getattr(entry, split), streaming=True))
+        first = next(rows)
+    except Exception as error:  # the hub client raises many kinds; all mean that the set is not to be had
+        raise ConfigError(
+            f"The data set {entry.path} cannot be loaded ({type(error).__name__}: {error}). Offline, use "
+            '"pydoc" or a local file.'
+        ) from error
+    texts = (row["text"] for row in chain([first], rows))
+    shared = entry.calibration == entry.evaluation
+    yield from islice(texts, SPLITS.index(split), None, 2) if shared else texts
+
+
+def token_windows(tokenizer: Any, texts: list[str], window: int, samples: int | None = None) -> torch.Tensor:
+    """The texts as token windows of one length, int64 [windows, window]; what is left over at the end is dropped.
+
+    The windows do not overlap: every token but the first of each window is predicted exactly once, from between 1 and
+    `window - 1` tokens before it.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        texts: documents; they are joined by the tokenizer's end-of-text token, or by blank lines.
+        window: tokens per window.
+        samples: at most this many windows.
+
+    Raises:
+        ConfigError: the texts are shorter than one window.
+    """
+    if window < 2:
+        raise ConfigError(f"`window` is {window}; a window needs two tokens at least.")
+    ids = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False).input_ids[0]
+    count = len(ids) // window
+    if count == 0:
+        raise ConfigError(f"The texts have {len(ids)} tokens, less than one window of {window}. Give more text.")
+    return ids[: count * window].view(count, window)[:samples]

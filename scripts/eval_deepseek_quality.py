@@ -1,0 +1,122 @@
+#!/usr/bin/env python
+"""Perplexity of a model with and without the splice, through the cache, with KL divergence and top-1 agreement.
+
+Both come from one process and one set of weights. Every token but the first of a window is predicted once; windows do
+not overlap. A second run without a cache checks that it measures the same. The last line of stdout is one JSON object.
+
+    python scripts/eval_deepseek_quality.py --model deepseek-ai/DeepSeek-V2-Lite --compression-ratio 1.0 0.75 0.5
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib
+import torch
+from common import environment, finish, load_model, results_folder
+from rich.console import Console
+from rich.table import Table
+from transformers import HfArgumentParser, PreTrainedModel
+
+from kvsplice_hf import KVSpliceConfig, KVSpliceError, get_kv_cache_size, patch_model_with_kvsplice, unpatch_model
+from kvsplice_hf.evaluation import score_windows
+from kvsplice_hf.text import load_texts, token_windows
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+# Relative difference of the perplexities with and without a cache above which the measurement is called broken. The
+# two sum in another order, and bf16 rounds.
+CACHE_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
+
+
+@dataclass
+class Arguments:
+    """Perplexity of a model with and without the splice, through the cache."""
+
+    model: str = field(metadata={"help": "folder or hub name of an MLA model"})
+    compression_ratio: list[float] = field(default_factory=lambda: [0.5], metadata={"help": "r / R, one or several"})
+    init: str = field(default="svd", metadata={"help": "start of the splice: svd, orthogonal, identity"})
+    dataset: str = field(
+        default="pydoc", metadata={"help": "pydoc, wikitext, fineweb-edu, tinystories, c4, file, folder"}
+    )
+    samples: int = field(default=8, metadata={"help": "windows to score"})
+    window: int = field(default=512, metadata={"help": "tokens per window"})
+    batch_size: int = field(default=1, metadata={"help": "windows per forward"})
+    chunk: int = field(default=128, metadata={"help": "tokens per forward through the cache"})
+    check_samples: int = field(default=1, metadata={"help": "windows of the check without a cache"})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the model"})
+    output: str = field(default="results", metadata={"help": "folder for the results"})
+
+
+def evaluate_ratio(model: PreTrainedModel, windows: torch.Tensor, ratio: float, args: Arguments) -> dict[str, Any]:
+    """Patch, score with and without a cache, unpatch."""
+    patch_model_with_kvsplice(model, KVSpliceConfig(compression_ratio=ratio, init=args.init))
+    try:
+        size = get_kv_cache_size(model, seq_len=args.window)
+        summary: dict[str, Any] = score_windows(model, windows, batch_size=args.batch_size, chunk=args.chunk).summary()
+        check = windows[: args.check_samples]
+        cached = score_windows(model, check, chunk=args.chunk, progress=False).summary()["perplexity"]
+        plain = score_windows(model, check, chunk=None, progress=False).summary()["perplexity"]
+    finally:
+        unpatch_model(model)
+    summary["compression_ratio"] = ratio
+    summary["bytes_ratio"] = size.compressed_bytes / size.original_bytes
+    summary["no_cache_difference"] = abs(plain / cached - 1)
+    summary["cache_check"] = "passed" if summary["no_cache_difference"] <= CACHE_TOLERANCE[args.dtype] else "FAILED"
+    return summary
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    table = Table("r / R", "cache bytes", "perplexity", "original", "loss", "KL (nats)", "top-1", "no-cache check")
+    for row in rows:
+        table.add_row(
+            f"{row['compression_ratio']:g}",
+            f"{row['bytes_ratio']:.3f}x",
+            f"{row['perplexity']:.3f} ± {row['perplexity_stderr']:.3f}",
+            f"{row['original_perplexity']:.3f} ± {row['original_perplexity_stderr']:.3f}",
+            f"{row['loss_percent']:+.2f} %",
+            f"{row['kl']:.4f}",
+            f"{row['top1_agreement']:.1%}",
+            f"{row['cache_check']} ({row['no_cache_difference']:.1e})",
+        )
+    return table
+
+
+def draw(rows: list[dict[str, Any]], path: Any) -> None:
+    """Quality against bytes."""
+    figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    rows = sorted(rows, key=lambda row: row["bytes_ratio"])
+    errors = [row["perplexity_stderr"] for row in rows]
+    axes.errorbar(
+        [r["bytes_ratio"] for r in rows], [r["perplexity"] for r in rows], errors, marker="o", label="spliced"
+    )
+    axes.axhline(rows[0]["original_perplexity"], linestyle="--", color="grey", label="original")
+    axes.set(xlabel="cache bytes over stock", ylabel="perplexity", title="Quality against cache bytes", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    console = Console(stderr=True)
+    try:
+        model, tokenizer = load_model(args.model, args.dtype)
+        texts = load_texts(args.dataset, "evaluation")
+        windows = token_windows(tokenizer, texts, args.window, args.samples)
+        rows = [evaluate_ratio(model, windows, ratio, args) for ratio in args.compression_ratio]
+    except KVSpliceError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    folder = results_folder(args.output, "quality")
+    draw(rows, folder / "quality_against_bytes.png")
+    console.print(table_of(rows))
+    finish({"results": rows, **environment(args)}, folder)
+    if any(row["cache_check"] != "passed" for row in rows):
+        sys.exit("The perplexity through the cache differs from the one without: do not trust these figures.")
+
+
+if __name__ == "__main__":
+    main()
