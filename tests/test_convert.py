@@ -1,6 +1,8 @@
 """`convert_to_mla` gives a stock MLA model: exact where every rotation is kept, close and checked where it is not."""
 
 import copy
+import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from byte_tokenizer import byte_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, DynamicCache, PreTrainedModel
 
@@ -495,3 +498,46 @@ def test_settings_that_cannot_work_are_refused(gqa: PreTrainedModel, settings: d
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The script
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Runs scripts/convert_to_mla.py in this process on a byte model and a text file."""
+    build("Llama", vocab_size=256).save_pretrained(tmp_path / "llama")
+    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {n} of a text about {n * n} things." for n in range(60)))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    main = importlib.import_module("convert_to_mla").main
+
+    def run(output: Path, *arguments: str) -> None:
+        command = ["convert_to_mla.py", "--model", str(tmp_path / "llama"), "--output", str(output)]
+        texts = ["--calibration", str(tmp_path / "text.txt"), "--evaluation", str(tmp_path / "text.txt")]
+        monkeypatch.setattr(sys, "argv", [*command, *texts, "--window", "64", *arguments])
+        main()
+
+    return run
+
+
+def test_the_script_writes_a_model_and_reports_in_json(
+    script: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script(tmp_path / "mla", "--rope-dim", "12", "--kv-lora-rank", "20", "--evaluation-tokens", "256")
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    # Two layers of 2 x 2 x 12 numbers before, of 20 + 12 after, 4 bytes each.
+    assert (report["bytes_per_token_before"], report["bytes_per_token_after"]) == (384, 256)
+    assert report["evaluation_tokens"] == 256
+    assert report["calibration_tokens"] > 0
+    assert 0 < report["kl_nats"] < 0.5
+    assert {"command", "machine", "versions"} <= set(report)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mla")
+    assert loaded.config.kv_lora_rank == 20
+
+
+def test_the_script_overwrites_nothing_and_passes_errors_on(script: Callable[..., None], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="not an empty folder"):
+        script(tmp_path / "llama")
+    with pytest.raises(SystemExit, match="even number"):
+        script(tmp_path / "new", "--rope-dim", "many")
+    with pytest.raises(SystemExit, match=r"ConfigError: `rope_dim` is 13"):
+        script(tmp_path / "new", "--rope-dim", "13")
+    assert not (tmp_path / "new").exists()

@@ -1,6 +1,5 @@
 """`convert_to_mla`: a RoPE model with grouped-query attention becomes a stock `DeepseekV3ForCausalLM`.
 
-What is done and why, with figures, is in docs/conversion.md.
 
 The rooms, in the order in which a conversion walks through them:
 

@@ -14,7 +14,7 @@ import torch
 from kvsplice_hf.convert.source import SourceModel, to_complex
 
 
-# Pairs per head: a few thousand queries change nothing any more, see docs/conversion.md.
+# Pairs per head: a few thousand queries change nothing any more.
 QUERIES_PER_HEAD = 1024
 KEYS_PER_QUERY = 32
 
