@@ -1,6 +1,5 @@
 """`convert_to_mla`: a RoPE model with grouped-query attention becomes a stock `DeepseekV3ForCausalLM`.
 
-
 The rooms, in the order in which a conversion walks through them:
 
 - `source`: reads the model, and refuses what cannot be carried over;
