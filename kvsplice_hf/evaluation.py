@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import datasets
 import evaluate
@@ -83,9 +84,9 @@ class WindowScores:
     kl: list[float] = field(default_factory=list)
     agrees: list[float] = field(default_factory=list)
 
-    def summary(self) -> dict[str, float]:
-        """The metrics, and the standard error of both perplexities over windows."""
-        result: dict[str, float] = {"tokens": len(self.nll), "window": self.window, "stride": self.window}
+    def summary(self) -> dict[str, Any]:
+        """The metrics, and the standard error of both perplexities over windows (None for a single window)."""
+        result: dict[str, Any] = {"tokens": len(self.nll), "window": self.window, "stride": self.window}
         spliced = _metric(TokenPerplexity, self.nll)["perplexity"]
         original = _metric(TokenPerplexity, self.original_nll)["perplexity"]
         result |= {
@@ -98,12 +99,15 @@ class WindowScores:
         result["original_perplexity_stderr"] = self._standard_error(self.original_nll)
         return result
 
-    def _standard_error(self, nll: list[float]) -> float:
-        """Standard error of the perplexity, from the spread of the windows' mean log-likelihoods (delta method)."""
+    def _standard_error(self, nll: list[float]) -> float | None:
+        """Standard error of the perplexity, from the spread of the windows' mean log-likelihoods (delta method).
+
+        None for a single window.
+        """
         size = self.window - 1
         means = [statistics.fmean(nll[start : start + size]) for start in range(0, len(nll), size)]
         if len(means) < 2:
-            return float("nan")
+            return None
         return math.exp(statistics.fmean(means)) * statistics.stdev(means) / math.sqrt(len(means))
 
 

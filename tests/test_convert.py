@@ -512,7 +512,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Non
     def run(output: Path, *arguments: str) -> None:
         command = ["convert_to_mla.py", "--model", str(tmp_path / "llama"), "--output", str(output)]
         texts = ["--calibration", str(tmp_path / "text.txt"), "--evaluation", str(tmp_path / "text.txt")]
-        monkeypatch.setattr(sys, "argv", [*command, *texts, "--window", "64", *arguments])
+        monkeypatch.setattr(sys, "argv", [*command, *texts, "--window", "64", "--calibration-window", "64", *arguments])
         main()
 
     return run

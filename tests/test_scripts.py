@@ -93,6 +93,72 @@ def test_the_throughput_script_measures_both_models_in_every_setting(model_folde
     assert (Path(report["folder"]) / "speed_against_context.png").stat().st_size > 0
 
 
+def test_the_demo_answers_with_both_models(model_folder: str, tmp_path: Path) -> None:
+    settings = [
+        "--compression-ratio",
+        "0.5",
+        "--samples",
+        "1",
+        "--new-tokens",
+        "4",
+        "--context",
+        "64",
+        "--window",
+        "64",
+    ]
+    report = run("demo.py", "--model", model_folder, "--prompt", "What is", *settings, "--output", str(tmp_path))
+    assert set(report["answers"]) == set(report["speed"]) == {"original", "spliced"}
+    assert all(answer["text"] for answer in report["answers"].values())
+    assert report["bytes_per_token"]["spliced"] < report["bytes_per_token"]["original"]
+    assert report["quality"]["loss_percent"] > 0
+    assert report["quality"]["perplexity_stderr"] is None, "one window has no spread, and NaN is no JSON"
+
+
+def test_one_command_runs_benchmark_and_quality(model_folder: str, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "OUTPUT": str(tmp_path),
+        "BENCHMARK_ARGS": "--batch_sizes 1 --seq_len 16 --trials 1 --new_tokens 2",
+        "QUALITY_ARGS": "--samples 2 --window 32",
+    }
+    command = [str(ROOT / "scripts" / "test_deepseek_kvsplice.sh"), "--model", model_folder]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    benchmark, quality = (json.loads(line) for line in process.stdout.splitlines() if line.startswith("{"))
+    assert benchmark["results"][0]["spliced"]["cache_bytes"] < benchmark["results"][0]["original"]["cache_bytes"]
+    assert quality["results"][0]["cache_check"] == "passed"
+    wrong = subprocess.run([*command[:1], "--modle", "x"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "--modle" in wrong.stderr
+
+
+@pytest.mark.parametrize("script", ["demo.py", "eval_deepseek_quality.py", "benchmark_deepseek_kvsplice.py"])
+def test_a_model_that_is_not_there_is_named_without_a_traceback(script: str, tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / script), "--model", str(tmp_path / "nothing")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )
+    assert process.returncode != 0
+    assert "nothing" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+def test_an_unknown_dtype_is_named_without_a_traceback(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "demo.py"), "--dtype", "float7"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.returncode != 0
+    assert "'float7'" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
 def test_the_research_import_path_leads_to_the_package() -> None:
     code = "import deepseek_kvsplice_plugin as p, kvsplice_hf as k; assert p.LearnedKVSplice is k.LearnedKVSplice"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}

@@ -126,22 +126,38 @@ def fit_queries(
 ) -> LayerRotation:
     """How each head reads the virtual heads: least squares on the logits, a real 2 x 2 matrix per slot and frequency.
 
-    The start is what the closed form gives: slots are read exactly, all else at its mean turn. From there the matrices
-    are fitted together, so that what still rotates makes up for what no longer does.
+    The start is `closed_form_start`. From there the matrices are fitted together, so that what still rotates makes up
+    for what no longer does.
     """
+    matrix_of = _matrix_of(virtual, slots)
+    start = closed_form_start(source, virtual, slots)
+    read = torch.empty(*start.shape, 2, 2, dtype=torch.float64)
+    for head in range(source.num_heads):
+        matrices = _fit_head(source, sequences, virtual.mix, start[head], slots, matrix_of, head, generator)
+        read[head] = matrices[matrix_of] @ _turn_matrix(start[head])
+    return LayerRotation(virtual.mix, read)
+
+
+def closed_form_start(source: SourceModel, virtual: VirtualHeads, slots: Sequence[Slot]) -> torch.Tensor:
+    """How heads read the virtual heads before any fit: slots exactly, all else at its mean turn. Complex [H, F, G]."""
+    own = torch.arange(source.num_heads) // source.heads_per_key
+    exact = virtual.unmix[:, own].transpose(0, 1)
+    rotates = _matrix_of(virtual, slots) < len(slots)
+    return torch.where(rotates, exact, virtual.mean_turn.conj()[:, :, None] * exact)
+
+
+def closed_form_queries(source: SourceModel, virtual: VirtualHeads, slots: Sequence[Slot]) -> LayerRotation:
+    """`closed_form_start` as it is: what `fit_queries` is compared with."""
+    return LayerRotation(virtual.mix, _turn_matrix(closed_form_start(source, virtual, slots)))
+
+
+def _matrix_of(virtual: VirtualHeads, slots: Sequence[Slot]) -> torch.Tensor:
+    """Which matrix a pair goes through, [F, G]: its own for a slot, one per frequency for all that do not rotate."""
     frequencies, groups = virtual.cost.shape
-    # Which matrix a pair goes through: its own for a slot, one per frequency for all pairs that do not rotate.
     matrix_of = (len(slots) + torch.arange(frequencies))[:, None].repeat(1, groups)
     for index, slot in enumerate(slots):
         matrix_of[slot] = index
-    rotates = matrix_of < len(slots)
-    read = torch.empty(source.num_heads, frequencies, groups, 2, 2, dtype=torch.float64)
-    for head in range(source.num_heads):
-        start = virtual.unmix[:, head // source.heads_per_key]
-        start = torch.where(rotates, start, virtual.mean_turn[head].conj()[:, None] * start)
-        matrices = _fit_head(source, sequences, virtual.mix, start, slots, matrix_of, head, generator)
-        read[head] = matrices[matrix_of] @ _turn_matrix(start)
-    return LayerRotation(virtual.mix, read)
+    return matrix_of
 
 
 def _fit_head(
