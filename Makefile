@@ -21,7 +21,8 @@ $(VENV)/.ready: setup.cfg Makefile
 
 demo: $(VENV)/.ready
 	$(BIN)/python scripts/demo.py
-	PYTHON=$(BIN)/python scripts/test_deepseek_kvsplice.sh
+	PYTHON=$(BIN)/python BENCHMARK_ARGS="--batch_sizes 1,4 --trials 2 --new_tokens 8" \
+	    QUALITY_ARGS="--compression_ratio 1.0 0.95 --samples 4" scripts/test_deepseek_kvsplice.sh
 
 # The same at the smallest setting, to see that it runs.
 demo-small: $(VENV)/.ready
