@@ -22,13 +22,13 @@ $(VENV)/.ready: setup.cfg Makefile
 demo: $(VENV)/.ready
 	$(BIN)/python scripts/demo.py
 	PYTHON=$(BIN)/python BENCHMARK_ARGS="--batch_sizes 1,4 --trials 2 --new_tokens 8" \
-	    QUALITY_ARGS="--compression_ratio 1.0 0.95 --samples 4" scripts/test_deepseek_kvsplice.sh
+	    QUALITY_ARGS="--compression_ratio 1.0 --bytes_per_token 257 128 --samples 4" scripts/test_deepseek_kvsplice.sh
 
 # The same at the smallest setting, to see that it runs.
 demo-small: $(VENV)/.ready
-	$(BIN)/python scripts/demo.py --new_tokens 8 --samples 1 --context 128
+	$(BIN)/python scripts/demo.py --new_tokens 8 --samples 1 --context 128 --calibration_tokens 2048
 	PYTHON=$(BIN)/python BENCHMARK_ARGS="--batch_sizes 1 --seq_len 64 --trials 1 --new_tokens 2" \
-	    QUALITY_ARGS="--samples 1 --window 128" scripts/test_deepseek_kvsplice.sh
+	    QUALITY_ARGS="--samples 1 --window 128 --calibration_tokens 2048" scripts/test_deepseek_kvsplice.sh
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS)

@@ -3,10 +3,13 @@
 Importing this package changes nothing: no class is patched, no name is registered.
 """
 
+from kvsplice_hf.calibration.calibrator import CalibrationReport, KVSpliceCalibrator
 from kvsplice_hf.checkpoint import load_kvsplice, save_kvsplice
+from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import (
     CacheMismatchError,
+    CalibrationError,
     CheckpointError,
     ConfigError,
     FoldingError,
@@ -24,16 +27,20 @@ from kvsplice_hf.version import __version__
 
 __all__ = [
     "CacheMismatchError",
+    "CalibrationError",
+    "CalibrationReport",
     "CheckpointError",
     "ConfigError",
     "FoldingError",
     "KVCacheSize",
     "KVSpliceCache",
+    "KVSpliceCalibrator",
     "KVSpliceConfig",
     "KVSpliceError",
     "LearnedKVSplice",
     "NotMLAError",
     "PatchStateError",
+    "RowCodec",
     "TransformersTooOldError",
     "UnsupportedError",
     "__version__",

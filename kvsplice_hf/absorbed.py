@@ -162,7 +162,7 @@ def _hide(bias: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
 def _select_keys(
     latent: CompressedLatent, offset: torch.Tensor, mask: torch.Tensor | None, indices: torch.Tensor | None
 ) -> _Keys:
-    rows, row_index = latent.rows[:, 0], None
+    rows, row_index = latent.numbers[:, 0], None
     keys = rows.shape[1]
     bias = None if mask is None else _as_bias(mask)
     if indices is not None and indices.shape[1] == 1 and indices.shape[-1] < keys:
@@ -177,11 +177,16 @@ def _select_keys(
         bias = _hide(bias, unread.scatter_(-1, indices.long(), False)[:, None])
     if latent.exact is None:
         return _Keys(rows, bias, None, None, None, None, row_index)
-    return _split_off_exact(latent.exact, latent.splice.rank, offset, rows, bias, row_index)
+    exact, exact_rot = latent.exact, None
+    if latent.is_packed:  # the rows hold k_rot inexactly, so it is kept beside the latent
+        R = latent.splice.latent_dim
+        exact, exact_rot = ExactTokens(exact.latents[..., :R], exact.positions), exact.latents[..., R:]
+    return _split_off_exact(exact, exact_rot, latent.splice.rank, offset, rows, bias, row_index)
 
 
 def _split_off_exact(
     exact: ExactTokens,
+    exact_rot: torch.Tensor | None,
     rank: int,
     offset: torch.Tensor,
     rows: torch.Tensor,
@@ -196,8 +201,9 @@ def _split_off_exact(
         exact_bias = wide.gather(3, column[:, None, None].expand(-1, wide.shape[1], wide.shape[2], -1))
     exact_bias = _hide(exact_bias, ~present[:, None, None])
     bias = _hide(bias, replaced[:, None, None])
-    rotated = rows[..., rank:]
-    exact_rot = rotated.gather(1, column[..., None].expand(-1, -1, rotated.shape[-1]))
+    if exact_rot is None:
+        rotated = rows[..., rank:]
+        exact_rot = rotated.gather(1, column[..., None].expand(-1, -1, rotated.shape[-1]))
     latents = exact.latents - offset.to(exact.latents.dtype)
     return _Keys(rows, bias, latents, exact_rot, exact_bias, exact.positions, row_index)
 

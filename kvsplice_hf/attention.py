@@ -118,7 +118,7 @@ def _require_stock_layer(cache: Any, layer_idx: int) -> None:
 
 
 def expand_spliced_kv(
-    self: Any, kv_nope: torch.Tensor | CompressedLatent, k_rot: torch.Tensor
+    self: Any, kv_nope: torch.Tensor | CompressedLatent, k_rot: Any
 ) -> tuple[torch.Tensor | CompressedLatent, torch.Tensor | CompressedLatent]:
     """`expand_kv` of a patched attention module.
 
@@ -133,17 +133,17 @@ def expand_spliced_kv(
             return kv_nope, kv_nope
         latent, k_rot = kv_nope.latent(), kv_nope.k_rot
     else:
-        latent = _round_trip(site, kv_nope)
+        latent, k_rot = _round_trip(site, kv_nope, k_rot)
     return type(self).expand_kv(self, latent, k_rot)
 
 
-def _round_trip(site: PatchedSite, latent: torch.Tensor) -> torch.Tensor:
-    decoded = site.splice(latent)
+def _round_trip(site: PatchedSite, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    decoded, rotated = site.splice.round_trip(latent, k_rot)
     if site.geometry.sink_tokens == 0:
-        return decoded
+        return decoded, rotated
     count, tokens = site.geometry.sink_tokens, latent.shape[2]
-    exact = exact_in_full_sequence(site.attention_mask, tokens, count, latent.device)
-    return torch.where(exact[:, None, :, None], latent, decoded)
+    exact = exact_in_full_sequence(site.attention_mask, tokens, count, latent.device)[:, None, :, None]
+    return torch.where(exact, latent, decoded), torch.where(exact.to(k_rot.device), k_rot, rotated)
 
 
 def foldable_weight(module: Any) -> torch.Tensor | None:
@@ -235,6 +235,35 @@ def _kvsplice_attention(
             learned_sinks=kwargs.get("s_aux"),
             return_weights=base == "eager",
         )
+    assert not isinstance(value, CompressedLatent)
+    return attend_expanded(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        base=base,
+        scaling=scaling,
+        dropout=dropout,
+        indices=indices,
+        **kwargs,
+    )
+
+
+def attend_expanded(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    base: str,
+    scaling: float,
+    dropout: float = 0.0,
+    indices: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function `base` of transformers, under a name that the module does not know."""
     if indices is not None:
         attention_mask = _mask_unselected(attention_mask, indices, key.shape[2], query.dtype)
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"] if base == "sdpa" else _eager_of(module.__class__)

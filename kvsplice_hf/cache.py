@@ -32,17 +32,31 @@ from kvsplice_hf.sinks import ExactTokens, empty_exact_tokens, fill_exact_tokens
 
 @dataclass(frozen=True)
 class RowGeometry:
-    """Sizes of one layer's rows: R, r, P and K."""
+    """Sizes of one layer's rows: R, r, P, K, and the bytes of a row where rows are packed."""
 
     kv_lora_rank: int
     rank: int
     qk_rope_head_dim: int
     sink_tokens: int
+    packed_bytes: int | None = None
 
     @property
     def row_dim(self) -> int:
-        """r + P numbers per token."""
-        return self.rank + self.qk_rope_head_dim
+        """Width of a stored row: r + P numbers, or bytes where rows are packed."""
+        return self.rank + self.qk_rope_head_dim if self.packed_bytes is None else self.packed_bytes
+
+    @property
+    def exact_dim(self) -> int:
+        """Numbers per exact token: the latent, and k_rot where the rows do not hold it exactly."""
+        return self.kv_lora_rank + (0 if self.packed_bytes is None else self.qk_rope_head_dim)
+
+    def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of stored rows, in a model whose latents have `dtype`."""
+        return dtype if self.packed_bytes is None else torch.uint8
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a stored row, in a model whose latents have `dtype`."""
+        return self.row_dim * self.row_dtype(dtype).itemsize
 
 
 class CompressedLatent:
@@ -51,11 +65,12 @@ class CompressedLatent:
     It carries the projection that made the codes, because some models expand a latent that another layer stored.
 
     Attributes:
-        rows: [B, 1, S, r + P], a view of the cache.
+        rows: [B, 1, S, r + P], or packed [B, 1, S, bytes]; a view of the cache.
         splice: the projection of the layer that stored the rows.
         exact: the exact first tokens, or None.
         new_tokens: T, how many of the rows belong to the current call.
         first_row: row of the first new token, an integer, or a tensor in a static cache.
+        dtype: of the latents; by default that of the rows, which are then not packed.
     """
 
     def __init__(
@@ -65,7 +80,10 @@ class CompressedLatent:
         exact: ExactTokens | None,
         new_tokens: int,
         first_row: int | torch.Tensor,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        self.dtype = rows.dtype if dtype is None else dtype
+        self._numbers: torch.Tensor | None = None
         self.rows = rows
         self.splice = splice
         self.exact = exact
@@ -73,30 +91,50 @@ class CompressedLatent:
         self.first_row = first_row
 
     @property
+    def numbers(self) -> torch.Tensor:
+        """`[code | k_rot]`, [B, 1, S, r + P]; unpacked once where rows are packed."""
+        if self._numbers is None:
+            self._numbers = self.splice.numbers(self.rows, self.dtype)
+        return self._numbers
+
+    @property
+    def is_packed(self) -> bool:
+        return self.splice.codec is not None
+
+    @property
     def codes(self) -> torch.Tensor:
         """[B, 1, S, r]."""
-        return self.rows[..., : self.splice.rank]
+        return self.numbers[..., : self.splice.rank]
 
     @property
     def k_rot(self) -> torch.Tensor:
-        """[B, 1, S, P]."""
-        return self.rows[..., self.splice.rank :]
+        """[B, 1, S, P], the exact ones in their places."""
+        k_rot = self.numbers[..., self.splice.rank :]
+        if self.exact is None or not self.is_packed:
+            return k_rot
+        return overlay_exact(k_rot.clone(), self._exact_part(slice(self.splice.latent_dim, None)))
 
     @property
     def shape(self) -> torch.Size:
         """Shape of the codes: the models read the number of keys from what `expand_kv` returned."""
-        return self.codes.shape
+        return torch.Size((*self.rows.shape[:-1], self.splice.rank))
 
     def latent(self) -> torch.Tensor:
         """Decoded latents [B, 1, S, R], the exact ones in their places."""
         latent = self.splice.decode(self.codes)
-        return latent if self.exact is None else overlay_exact(latent, self.exact)
+        if self.exact is None:
+            return latent
+        return overlay_exact(latent, self._exact_part(slice(self.splice.latent_dim)))
+
+    def _exact_part(self, columns: slice) -> ExactTokens:
+        assert self.exact is not None
+        return ExactTokens(self.exact.latents[..., columns], self.exact.positions)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "CompressedLatent":
         """The same on another device (accelerate moves shared latents between layer groups)."""
         exact = None if self.exact is None else self.exact.to(device, non_blocking)
         rows = self.rows.to(device, non_blocking=non_blocking)
-        return CompressedLatent(rows, self.splice, exact, self.new_tokens, self.first_row)
+        return CompressedLatent(rows, self.splice, exact, self.new_tokens, self.first_row, self.dtype)
 
     def __repr__(self) -> str:
         return f"CompressedLatent(rows={tuple(self.rows.shape)}, rank={self.splice.rank})"
@@ -150,18 +188,19 @@ class SplicedLayerMixin(_StockLayer):
 
         `early_initialization` calls this with the head size of the expanded keys, which does not matter here.
         """
-        rows = key_states.new_empty(key_states.shape[0], 1, 0, self.geometry.row_dim)
+        row_dtype = self.geometry.row_dtype(key_states.dtype)
+        rows = key_states.new_empty(key_states.shape[0], 1, 0, self.geometry.row_dim, dtype=row_dtype)
         super().lazy_initialization(rows, rows[..., :0])
-        self._allocate_exact(rows)
+        self._allocate_exact(key_states)
 
-    def _allocate_exact(self, rows: torch.Tensor) -> None:
+    def _allocate_exact(self, key_states: torch.Tensor) -> None:
         if self.geometry.sink_tokens > 0:
-            sizes = (rows.shape[0], self.geometry.sink_tokens, self.geometry.kv_lora_rank)
-            self.exact = empty_exact_tokens(*sizes, dtype=rows.dtype, device=rows.device)
+            sizes = (key_states.shape[0], self.geometry.sink_tokens, self.geometry.exact_dim)
+            self.exact = empty_exact_tokens(*sizes, dtype=key_states.dtype, device=key_states.device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[CompressedLatent, torch.Tensor]:
+    ) -> tuple[CompressedLatent, torch.Tensor | CompressedLatent]:
         """Encode and store new tokens.
 
         Args:
@@ -169,23 +208,25 @@ class SplicedLayerMixin(_StockLayer):
             value_states: rotated keys [B, 1, T, P].
 
         Returns:
-            All stored tokens as a `CompressedLatent`, and their rotated keys [B, 1, S, P].
+            All stored tokens as a `CompressedLatent`, and their rotated keys [B, 1, S, P]; where rows are packed, the
+            same `CompressedLatent` again, which unpacks when it is read.
 
         Raises:
             CacheMismatchError: the shapes are not those of this layer's latents.
         """
         self._check_shapes(key_states, value_states)
-        rows = torch.cat([self.splice.encode(key_states), value_states], dim=-1)
+        rows = self.splice.rows(key_states, value_states)
         if not self.is_initialized:
-            self.lazy_initialization(rows, rows)
+            self.lazy_initialization(key_states, value_states)
         first_row = self._first_new_row()
         all_rows = self._store(rows, *args, **kwargs)
-        exact = self._track_exact(key_states, first_row, all_rows)
+        kept = key_states if self.splice.codec is None else torch.cat([key_states, value_states], dim=-1)
+        exact = self._track_exact(kept, first_row, all_rows)
         self.attention_mask = None
         if isinstance(first_row, int):  # rows may have left a sliding window at the front
             first_row = min(first_row, all_rows.shape[2] - rows.shape[2])
-        latent = CompressedLatent(all_rows, self.splice, exact, rows.shape[2], first_row)
-        return latent, latent.k_rot
+        latent = CompressedLatent(all_rows, self.splice, exact, rows.shape[2], first_row, key_states.dtype)
+        return latent, latent if latent.is_packed else latent.k_rot
 
     def _check_shapes(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         found = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
@@ -239,7 +280,8 @@ class _DynamicMixin(SplicedLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         # The stock layer starts from a tensor without dimensions, which has no length to ask for.
-        self.keys = key_states.new_empty(key_states.shape[0], 1, 0, self.geometry.row_dim)
+        row_dtype = self.geometry.row_dtype(key_states.dtype)
+        self.keys = key_states.new_empty(key_states.shape[0], 1, 0, self.geometry.row_dim, dtype=row_dtype)
         self.values = self.keys[..., :0]
 
     def reset(self) -> None:
@@ -351,8 +393,8 @@ class _WindowMixin(_DynamicMixin):
 class _StaticMixin(SplicedLayerMixin):
     """Buffers of fixed size, changed in place so that compiled graphs keep their addresses."""
 
-    def _allocate_exact(self, rows: torch.Tensor) -> None:
-        super()._allocate_exact(rows)
+    def _allocate_exact(self, key_states: torch.Tensor) -> None:
+        super()._allocate_exact(key_states)
         if self.exact is not None and not torch.compiler.is_compiling():
             for tensor in self.exact:
                 torch._dynamo.mark_static_address(tensor)

@@ -5,7 +5,6 @@ The format is described in docs/checkpoint_format.md.
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,16 +14,19 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
-from kvsplice_hf.patching import find_patch, is_patched, patch_model_with_kvsplice, patched_sites
+from kvsplice_hf.offload import execution_device
+from kvsplice_hf.patching import find_patch, is_patched, patch_with_splices, patched_sites
 from kvsplice_hf.projection import LearnedKVSplice
-from kvsplice_hf.sites import find_mla_sites
+from kvsplice_hf.sites import MLASite, find_mla_sites
 
 
 CONFIG_NAME = "kvsplice_config.json"
 WEIGHTS_NAME = "kvsplice_model.safetensors"
 _FORMAT = "kvsplice"
+_CODEC_BUFFERS = ("widths", "scales", "centres", "sigmas")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -80,18 +82,56 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
     description = _read_description(directory / CONFIG_NAME)
     config = _read_config(directory / CONFIG_NAME, description)
     tensors = _read_weights(directory / WEIGHTS_NAME, description["weights_sha256"])
-    patched_before = is_patched(model)
-    _require_fit(
-        _shapes_of_patched(model) if patched_before else _shapes_after_patch(model, config), tensors, directory
-    )
-    if not patched_before:
-        # Any start will do, the parameters come from the file: take the one that computes nothing.
-        patch_model_with_kvsplice(model, replace(config, init="identity"))
-        find_patch(model)[1].config = config
-    for site, patched in patched_sites(model):
-        names = patched.splice.state_dict()
-        patched.splice.load_state_dict({name: tensors[_key(site.layer_idx, name)] for name in names})
+    if is_patched(model):
+        _require_fit(_shapes_of_patched(model), tensors, directory)
+        codecs = {site.layer_idx: _codec(tensors, site.layer_idx, directory) for site, _ in patched_sites(model)}
+        _require_same_rows(model, codecs, directory)
+        for site, patched in patched_sites(model):
+            _set_parameters(patched.splice, tensors, site.layer_idx, codecs[site.layer_idx])
+        return model
+    chosen = _chosen_sites(model, config)
+    _require_fit(_shapes_after_patch(model, config, chosen, tensors), tensors, directory)
+    splices = {}
+    for site in chosen:
+        splice = _empty_splice(site, config, tensors)
+        _set_parameters(splice, tensors, site.layer_idx, _codec(tensors, site.layer_idx, directory))
+        splices[site.layer_idx] = splice.train(site.module.training)
+    patch_with_splices(model, config, splices)
     return model
+
+
+def _set_parameters(
+    splice: LearnedKVSplice, tensors: dict[str, torch.Tensor], layer_idx: int, codec: RowCodec | None
+) -> None:
+    splice.codec = None if codec is None else codec.to(splice.compress.weight.device)
+    splice.load_state_dict({name: tensors[_key(layer_idx, name)] for name in splice.state_dict()})
+
+
+def _codec(tensors: dict[str, torch.Tensor], layer_idx: int, directory: Path) -> RowCodec | None:
+    """The codec that the file holds for a layer.
+
+    Raises:
+        CheckpointError: its values cannot be used.
+    """
+    values = [tensors.get(_key(layer_idx, f"codec.{name}")) for name in _CODEC_BUFFERS]
+    found = [value for value in values if value is not None]
+    if len(found) < len(_CODEC_BUFFERS):
+        return None
+    try:
+        return RowCodec(*found)
+    except ConfigError as error:
+        raise CheckpointError(f"The codec of layer {layer_idx} in {directory} cannot be used: {error}") from error
+
+
+def _require_same_rows(model: nn.Module, codecs: dict[int, RowCodec | None], directory: Path) -> None:
+    for site, patched in patched_sites(model):
+        codec = codecs[site.layer_idx]
+        found = None if codec is None else codec.row_bytes
+        if found != patched.geometry.packed_bytes:
+            raise CheckpointError(
+                f"The splice in {directory} stores rows of {found} bytes in layer {site.layer_idx}, the patched model "
+                f"rows of {patched.geometry.packed_bytes}. Call unpatch_model(model) first, then load."
+            )
 
 
 def _shapes_of_patched(model: nn.Module) -> dict[str, torch.Size]:
@@ -102,20 +142,55 @@ def _shapes_of_patched(model: nn.Module) -> dict[str, torch.Size]:
     }
 
 
-def _shapes_after_patch(model: nn.Module, config: KVSpliceConfig) -> dict[str, torch.Size]:
-    """The shapes that patching `model` with `config` would make.
+def _chosen_sites(model: nn.Module, config: KVSpliceConfig) -> list[MLASite]:
+    """The sites that store a latent and that the settings choose.
 
     Raises:
         CheckpointError: the settings do not fit the model.
     """
     sites = {site.layer_idx: site for site in find_mla_sites(model, config.layer_pattern) if site.stores_latent}
+    try:
+        return [sites[layer_idx] for layer_idx in config.select_layers(tuple(sites))]
+    except ConfigError as error:
+        raise CheckpointError(f"The saved splice does not fit this {type(model).__name__}: {error}") from error
+
+
+def _rank(site: MLASite, config: KVSpliceConfig, tensors: dict[str, torch.Tensor]) -> int:
+    """r of a layer: from the settings, or, where rows are packed, from the file."""
+    if not config.is_packed:
+        return config.rank_for(site.kv_lora_rank, site.name)
+    weight = tensors.get(_key(site.layer_idx, "compress.weight"))
+    return min(max(1, len(weight)), site.kv_lora_rank) if weight is not None and weight.dim() == 2 else 1
+
+
+def _empty_splice(
+    site: MLASite, config: KVSpliceConfig, tensors: dict[str, torch.Tensor], device: torch.device | str | None = None
+) -> LearnedKVSplice:
+    device = execution_device(site.module.kv_b_proj) if device is None else device
+    rank = _rank(site, config, tensors)
+    with torch.random.fork_rng(devices=[]), torch.device(device):  # constructors draw random numbers
+        return LearnedKVSplice(
+            site.kv_lora_rank, rank, use_layernorm=config.use_layernorm, device=device, dtype=site.dtype
+        )
+
+
+def _shapes_after_patch(
+    model: nn.Module, config: KVSpliceConfig, chosen: list[MLASite], tensors: dict[str, torch.Tensor]
+) -> dict[str, torch.Size]:
+    """The shapes that patching `model` with `config` would make.
+
+    Raises:
+        CheckpointError: the settings do not fit the model.
+    """
     shapes: dict[str, torch.Size] = {}
     try:
-        for layer_idx in config.select_layers(tuple(sites)):
-            R = sites[layer_idx].kv_lora_rank
-            rank = config.rank_for(R, sites[layer_idx].name)
-            splice = LearnedKVSplice(R, rank, use_layernorm=config.use_layernorm, device="meta")
-            shapes |= {_key(layer_idx, name): tensor.shape for name, tensor in splice.state_dict().items()}
+        for site in chosen:
+            splice = _empty_splice(site, config, tensors, device="meta")
+            shapes |= {_key(site.layer_idx, name): tensor.shape for name, tensor in splice.state_dict().items()}
+            if config.is_packed:
+                row = torch.Size([splice.rank + site.qk_rope_head_dim])
+                sizes = {"widths": row, "scales": row, "centres": row, "sigmas": torch.Size([splice.rank])}
+                shapes |= {_key(site.layer_idx, f"codec.{name}"): size for name, size in sizes.items()}
     except ConfigError as error:
         raise CheckpointError(f"The saved splice does not fit this {type(model).__name__}: {error}") from error
     return shapes

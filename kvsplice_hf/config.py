@@ -10,7 +10,11 @@ from kvsplice_hf.errors import ConfigError
 
 
 SCHEMA_VERSION = 1
-DEFAULT_COMPRESSION_RATIO = 0.5
+# Bytes of a row over those of the stock row in bf16, where no budget is given.
+DEFAULT_BYTES_RATIO = 0.25
+# The exact tokens of a sequence of this length are counted into a budget of bytes per token.
+REFERENCE_LENGTH = 4096
+ALLOCATIONS = ("auto", "global", "layer")
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 INITIALISATIONS = ("svd", "orthogonal", "identity")
 
@@ -22,6 +26,10 @@ def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_index(value: Any) -> bool:
@@ -40,8 +48,14 @@ class KVSpliceConfig:
 
     Args:
         compression_ratio: spliced rank over latent rank, r / R, in (0, 1]; each layer gets `round(R * ratio)`, at
-            least 1. Give this or `rank`, not both; with neither, 0.5.
+            least 1. Codes are stored as numbers of the model's dtype.
         rank: the spliced rank r itself, the same for every layer, from 1 to the smallest `kv_lora_rank`.
+        bytes_per_token: all bytes per token and layer on average, in packed codes; the exact first tokens are counted
+            in at a length of 4096. Needs calibration.
+        bits: the same as bits per number of the stock row. Of these four budgets give one; with none, packed codes at
+            a quarter of the stock row in bf16.
+        allocation: "global" lets layers compete for bytes, "layer" gives each the same, "auto" takes what loses less on
+            calibration text that was held out ("global" where there is none).
         layers: which latents to splice: "all", "last:n", or a sequence of cache layer indices (`layer_idx`).
         layer_pattern: dotted path of the list that holds the layers ("transformer.h"), for models where more than one
             decoder, or none, is found by itself.
@@ -54,11 +68,14 @@ class KVSpliceConfig:
         schema_version: version of this set of fields, for files.
 
     Raises:
-        ConfigError: a value is out of range, or both `compression_ratio` and `rank` are given.
+        ConfigError: a value is out of range, or more than one budget is given.
     """
 
     compression_ratio: float | None = None
     rank: int | None = None
+    bytes_per_token: float | None = None
+    bits: float | None = None
+    allocation: str = "auto"
     layers: str | tuple[int, ...] = "all"
     layer_pattern: str | None = None
     use_layernorm: bool = False
@@ -77,25 +94,46 @@ class KVSpliceConfig:
         self._check_layers()
         _check_choice("attention", self.attention, ATTENTION_MODES)
         _check_choice("init", self.init, INITIALISATIONS)
+        _check_choice("allocation", self.allocation, ALLOCATIONS)
         if not _is_int(self.sink_tokens) or self.sink_tokens < 0:
             raise ConfigError(f"`sink_tokens` is {self.sink_tokens!r}; it must be an integer of 0 or more.")
         if not isinstance(self.use_layernorm, bool):
             raise ConfigError(f"`use_layernorm` is {self.use_layernorm!r}; it must be True or False.")
+        if self.is_packed and self.use_layernorm:
+            raise ConfigError("`use_layernorm` works on codes stored as numbers: give `compression_ratio` or `rank`.")
         if self.layer_pattern is not None and not (isinstance(self.layer_pattern, str) and self.layer_pattern):
             raise ConfigError(f'`layer_pattern` is {self.layer_pattern!r}; it must be a path such as "transformer.h".')
 
     def _check_budget(self) -> None:
+        names = ("compression_ratio", "rank", "bytes_per_token", "bits")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if len(given) > 1:
+            raise ConfigError(f"Give one budget, not {' and '.join(f'`{name}` ({v!r})' for name, v in given.items())}.")
         ratio, rank = self.compression_ratio, self.rank
-        if ratio is not None and rank is not None:
-            raise ConfigError(f"Give `compression_ratio` ({ratio!r}) or `rank` ({rank!r}), not both.")
-        if ratio is None and rank is None:
-            object.__setattr__(self, "compression_ratio", DEFAULT_COMPRESSION_RATIO)
-        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1):
+        if ratio is not None and not (_is_number(ratio) and 0 < ratio <= 1):
             raise ConfigError(
                 f"`compression_ratio` is {ratio!r}; it must be a number in (0, 1]: the spliced rank over kv_lora_rank."
             )
         if rank is not None and (not _is_int(rank) or rank < 1):
             raise ConfigError(f"`rank` is {rank!r}; it must be an integer from 1 to the model's kv_lora_rank.")
+        for name, unit in (("bytes_per_token", "bytes per token and layer"), ("bits", "bits per number")):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value < float("inf")):
+                raise ConfigError(f"`{name}` is {value!r}; it must be a positive number of {unit}.")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether rows are packed bytes."""
+        return self.compression_ratio is None and self.rank is None
+
+    def row_budget(self, row_dim: int) -> float:
+        """Bytes of a packed row, where the stock row has `row_dim` = R + P numbers."""
+        exact = self.sink_tokens * (2 * row_dim + 8) / REFERENCE_LENGTH
+        if self.bytes_per_token is not None:
+            return self.bytes_per_token - exact
+        if self.bits is not None:
+            return self.bits * row_dim / 8 - exact
+        return DEFAULT_BYTES_RATIO * 2 * row_dim - exact
 
     def _check_layers(self) -> None:
         layers = self.layers
@@ -114,8 +152,10 @@ class KVSpliceConfig:
         Raises:
             ConfigError: `rank` is above `kv_lora_rank`.
         """
+        if self.compression_ratio is not None:
+            return max(1, round(self.compression_ratio * kv_lora_rank))
         if self.rank is None:
-            return max(1, round((self.compression_ratio or DEFAULT_COMPRESSION_RATIO) * kv_lora_rank))
+            raise ConfigError("The spliced rank of packed rows follows from calibration, not from the settings.")
         if self.rank > kv_lora_rank:
             raise ConfigError(
                 f"`rank` is {self.rank}, but {where} has kv_lora_rank {kv_lora_rank}. "

@@ -5,6 +5,7 @@ KVSpliceError
 ├── ConfigError            (also a ValueError)    a setting that cannot work, with the value and the allowed range
 ├── NotMLAError            (also a TypeError)     no Multi-head Latent Attention to patch in this model
 ├── TransformersTooOldError                       the installed transformers does not cache latents for this model
+├── CalibrationError       (also a RuntimeError)  calibration text or statistics that nothing can be fitted to
 ├── PatchStateError        (also a RuntimeError)  patched twice, or not patched where that is needed
 ├── UnsupportedError       (also a RuntimeError)  a feature that cannot run on a patched model
 ├── FoldingError           (also a RuntimeError)  `kv_b_proj` cannot be folded, so absorbed attention is impossible
@@ -28,6 +29,10 @@ class NotMLAError(KVSpliceError, TypeError):
 
 class TransformersTooOldError(KVSpliceError):
     """The installed transformers caches expanded keys and values for this model, so there is no latent to splice."""
+
+
+class CalibrationError(KVSpliceError, RuntimeError):
+    """Calibration text or statistics are missing, damaged, too few, or of another model."""
 
 
 class PatchStateError(KVSpliceError, RuntimeError):

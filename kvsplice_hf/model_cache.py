@@ -48,8 +48,9 @@ class KVCacheSize(NamedTuple):
 def get_kv_cache_size(model: nn.Module, seq_len: int = 2048, batch_size: int = 1) -> KVCacheSize:
     """Bytes that the MLA layers' cache holds for `batch_size` sequences of `seq_len` tokens, by formula.
 
-    Per token: R + P numbers unspliced, r + P spliced, and the indexer's key on sparse-attention layers, in the dtype of
-    the model. Per sequence and spliced layer: K exact latents of R numbers and their positions (8 bytes each). A
+    Per token: R + P numbers unspliced, r + P spliced (or the bytes of a packed row), and the indexer's key on
+    sparse-attention layers, in the dtype of the model. Per sequence and spliced layer: K exact latents of R numbers (R
+    + P where rows are packed) and their positions (8 bytes each). A
     sliding window keeps `window - 1` tokens. Linear-attention layers are not counted; on an unpatched model both
     figures are the same. `cache_nbytes` measures the same quantity on a cache.
 
@@ -76,8 +77,8 @@ def _site_bytes(site: MLASite, seq_len: int, spliced: bool) -> int:
     if not spliced:
         return itemsize * (rows * (site.kv_lora_rank + site.qk_rope_head_dim) + indexer)
     geometry = vars(site.module)[SITE_ATTRIBUTE].geometry
-    exact = geometry.sink_tokens * (geometry.kv_lora_rank * itemsize + torch.long.itemsize)
-    return itemsize * (rows * geometry.row_dim + indexer) + exact
+    exact = geometry.sink_tokens * (geometry.exact_dim * itemsize + torch.long.itemsize)
+    return rows * geometry.nbytes(site.dtype) + itemsize * indexer + exact
 
 
 def cache_nbytes(cache: Cache, allocated: bool = False) -> int:

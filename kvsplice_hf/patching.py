@@ -5,6 +5,7 @@ import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -23,11 +24,16 @@ from kvsplice_hf.attention import (
     wrapped_name,
 )
 from kvsplice_hf.cache import RowGeometry
+from kvsplice_hf.calibration.auto import auto_calibrate, own_text
+from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
+from kvsplice_hf.calibration.collect import predicts
+from kvsplice_hf.calibration.fit import LayerFit, write_fit_
+from kvsplice_hf.calibration.holdout import divergence, log_probabilities
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
 from kvsplice_hf.offload import execution_device
 from kvsplice_hf.projection import LearnedKVSplice, initialise_
-from kvsplice_hf.sites import MLASite, find_mla_sites
+from kvsplice_hf.sites import MLASite, effective_weight, find_mla_sites
 
 
 logger = logging.getLogger(__name__)
@@ -59,9 +65,13 @@ def patch_model_with_kvsplice(
     *,
     compression_ratio: float | None = None,
     rank: int | None = None,
+    bytes_per_token: float | None = None,
+    bits: float | None = None,
     layers: str | Sequence[int] | None = None,
     layer_pattern: str | None = None,
     use_layernorm: bool = False,
+    calibration: Any = None,
+    tokenizer: Any = None,
 ) -> ModelT:
     """Put a KVSplice projection on the MLA layers of a loaded model, in place.
 
@@ -72,11 +82,19 @@ def patch_model_with_kvsplice(
     Args:
         model: a model of transformers with Multi-head Latent Attention.
         config: the settings; the keyword arguments below are short for some of its fields and override it.
-        compression_ratio: spliced rank over latent rank, in (0, 1]. With no budget given, 0.5.
+        compression_ratio: spliced rank over latent rank, in (0, 1].
         rank: the spliced rank.
+        bytes_per_token: all bytes per token and layer on average, in packed codes. With no budget given, a quarter of
+            what the stock cache takes in bf16.
+        bits: the same as bits per number of the stock row.
         layers: "all", "last:n", or a list of cache layer indices.
         layer_pattern: dotted path of the list of layers ("transformer.h").
         use_layernorm: LayerNorm on the code.
+        calibration: what the projection is fitted to: a `KVSpliceCalibrator`, the path of its saved statistics, token
+            ids, texts, a data set (see `KVSpliceCalibrator.collect`), or "auto": text that the model writes itself,
+            with varied prose if there is a tokenizer. None means "auto" for packed codes; for `compression_ratio` and
+            `rank` it means the weights alone, which is a poor guess.
+        tokenizer: for calibration on texts.
 
     Returns:
         `model` itself.
@@ -88,14 +106,33 @@ def patch_model_with_kvsplice(
         ConfigError: a setting is out of range, or does not fit the model.
         FoldingError: `attention="absorbed"` and a `kv_b_proj` that cannot be folded.
         UnsupportedError: `attention="absorbed"` and an attention function it cannot stand in for.
+        CalibrationError: the calibration text or statistics cannot be used, or are too few for the rank.
 
     Whatever is raised, the model is as it was.
 
     Example:
-        >>> patch_model_with_kvsplice(model, compression_ratio=0.5)
+        >>> patch_model_with_kvsplice(model, bytes_per_token=193, tokenizer=tokenizer)
         >>> model.generate(**inputs, max_new_tokens=64)
     """
-    config = _with_overrides(config, compression_ratio, rank, layers, layer_pattern, use_layernorm)
+    budget = {"compression_ratio": compression_ratio, "rank": rank, "bytes_per_token": bytes_per_token, "bits": bits}
+    config = _with_overrides(config, budget, layers, layer_pattern, use_layernorm)
+    sites = _sites_to_patch(model, config)
+    fits = _fits(model, sites, config, calibration, tokenizer)
+    splices = {site.layer_idx: _make_splice(site, config, fits) for site in sites if site.stores_latent}
+    _apply(model, sites, splices, config)
+    return model
+
+
+def patch_with_splices(model: nn.Module, config: KVSpliceConfig, splices: dict[int, LearnedKVSplice]) -> None:
+    """Patch with projections that are there already, by cache layer index (a saved splice, say).
+
+    Raises: as `patch_model_with_kvsplice`.
+    """
+    _apply(model, _sites_to_patch(model, config), splices, config)
+
+
+def _sites_to_patch(model: nn.Module, config: KVSpliceConfig) -> list[MLASite]:
+    """The sites to patch, after all checks that need no calibration."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` is a {type(model).__name__}; it must be a loaded model.")
     if is_patched(model):
@@ -104,9 +141,7 @@ def patch_model_with_kvsplice(
         )
     sites = _select_sites(find_mla_sites(model, config.layer_pattern), config)
     _check_attention(sites, config)
-    splices = {site.layer_idx: _make_splice(site, config) for site in sites if site.stores_latent}
-    _apply(model, sites, splices, config)
-    return model
+    return sites
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -191,12 +226,12 @@ def patched_sites(model: nn.Module) -> list[tuple[MLASite, PatchedSite]]:
     return [(site, vars(site.module)[SITE_ATTRIBUTE]) for site in sites if SITE_ATTRIBUTE in vars(site.module)]
 
 
-def _with_overrides(config: KVSpliceConfig | None, *values: Any) -> KVSpliceConfig:
-    ratio, rank, layers, layer_pattern, use_layernorm = values
+def _with_overrides(config: KVSpliceConfig | None, budget: dict[str, Any], *values: Any) -> KVSpliceConfig:
+    layers, layer_pattern, use_layernorm = values
     changes: dict[str, Any] = {"layers": layers, "layer_pattern": layer_pattern, "use_layernorm": use_layernorm or None}
     changes = {name: value for name, value in changes.items() if value is not None}
-    if ratio is not None or rank is not None:  # a budget replaces the config's whatever form that had
-        changes |= {"compression_ratio": ratio, "rank": rank}
+    if any(value is not None for value in budget.values()):  # replaces the config's budget, whatever form that had
+        changes |= budget
     if config is None:
         return KVSpliceConfig(**changes)
     if not isinstance(config, KVSpliceConfig):
@@ -230,18 +265,78 @@ def _check_attention(sites: list[MLASite], config: KVSpliceConfig) -> None:
         )
 
 
+def _fits(
+    model: nn.Module, sites: list[MLASite], config: KVSpliceConfig, calibration: Any, tokenizer: Any
+) -> dict[int, LayerFit]:
+    """What calibration found for each layer; nothing where the weights alone decide."""
+    if calibration is None and not config.is_packed:
+        if config.init == "svd" and config.compression_ratio != 1.0:
+            logger.warning(
+                "No calibration: the projection keeps what the weights of kv_b_proj read most, which says little about "
+                "what matters. On real weights half the rank chosen in this way multiplied the perplexity by 80 "
+                '(docs/calibration.md). Pass calibration="auto", or text and tokenizer.'
+            )
+        return {}
+    stores = [site for site in sites if site.stores_latent]
+    for site in stores:  # weights that are missing or damaged are named before the model is run
+        effective_weight(site)
+    if isinstance(calibration, (str, Path)) and str(calibration).endswith(".safetensors"):
+        calibration = KVSpliceCalibrator.load(calibration)
+    if not isinstance(calibration, KVSpliceCalibrator):
+        calibrator = KVSpliceCalibrator(model, layer_pattern=config.layer_pattern, sink_tokens=config.sink_tokens)
+        if calibration is None or (isinstance(calibration, str) and calibration == "auto"):
+            auto_calibrate(model, calibrator, tokenizer, lambda: _own_text(model, config))
+        else:
+            calibrator.collect(calibration, tokenizer=tokenizer)
+        calibration = calibrator
+    calibration.require_model(stores)
+    if config.is_packed and config.allocation == "auto" and calibration.holdout and predicts(model):
+        return _better_allocation(model, sites, config, calibration)
+    return calibration.fit(config, [site.layer_idx for site in stores])[0]
+
+
+def _better_allocation(
+    model: nn.Module, sites: list[MLASite], config: KVSpliceConfig, calibrator: KVSpliceCalibrator
+) -> dict[int, LayerFit]:
+    """Bytes that layers compete for, unless giving each the same loses less on text that was held out."""
+    layers = [site.layer_idx for site in sites if site.stores_latent]
+    stock = log_probabilities(model, calibrator.holdout)
+    fits, losses = {}, {}
+    for allocation in ("global", "layer"):
+        fits[allocation] = calibrator.fit(replace(config, allocation=allocation), layers)[0]
+        splices = {site.layer_idx: _make_splice(site, config, fits[allocation]) for site in sites if site.stores_latent}
+        _apply(model, sites, splices, config)
+        try:
+            losses[allocation] = divergence(stock, log_probabilities(model, calibrator.holdout))
+        finally:
+            unpatch_model(model)
+    best = min(losses, key=lambda allocation: losses[allocation])
+    logger.info("Divergence on held-out text, nats per token: %s. Taken: %s.", losses, best)
+    return fits[best]
+
+
+def _own_text(model: Any, config: KVSpliceConfig) -> list[dict[str, torch.Tensor]]:
+    """Text the model writes, faster than unpatched: at full rank the splice changes nothing but the speed."""
+    exact = KVSpliceConfig(compression_ratio=1.0, init="identity", layer_pattern=config.layer_pattern)
+    patch_model_with_kvsplice(model, exact)
+    try:
+        return own_text(model)
+    finally:
+        unpatch_model(model)
+
+
 def _geometry(site: MLASite, config: KVSpliceConfig) -> RowGeometry:
-    rank = config.rank_for(site.kv_lora_rank, site.name)
-    sinks = config.sink_tokens
+    splice, sinks = site.module.kvsplice, config.sink_tokens
     if site.sliding_window is not None:
         # Within the window, how many keys a query sees tells its rank in the sequence only up to the window's size.
         sinks = min(sinks, max(site.sliding_window - 1, 0))
-    return RowGeometry(site.kv_lora_rank, rank, site.qk_rope_head_dim, sinks)
+    packed = splice.codec.row_bytes if splice.codec is not None else None
+    return RowGeometry(site.kv_lora_rank, splice.rank, site.qk_rope_head_dim, sinks, packed)
 
 
-def _make_splice(site: MLASite, config: KVSpliceConfig) -> LearnedKVSplice:
-    module = site.module
-    rank = config.rank_for(site.kv_lora_rank, site.name)
+def _make_splice(site: MLASite, config: KVSpliceConfig, fits: dict[int, LayerFit]) -> LearnedKVSplice:
+    module, fit = site.module, fits.get(site.layer_idx)
+    rank = config.rank_for(site.kv_lora_rank, site.name) if fit is None else fit.rank
     device = execution_device(module.kv_b_proj)
     # The constructors of linear layers draw random numbers, which are overwritten right away. A patch must not change
     # what a seeded program draws next.
@@ -249,27 +344,12 @@ def _make_splice(site: MLASite, config: KVSpliceConfig) -> LearnedKVSplice:
         splice = LearnedKVSplice(
             site.kv_lora_rank, rank, use_layernorm=config.use_layernorm, device=device, dtype=site.dtype
         )
-    weight = _effective_weight(site, device) if config.init == "svd" else None
-    initialise_(splice, config.init, weight)
+    if fit is None:
+        weight = effective_weight(site, device) if config.init == "svd" else None
+        initialise_(splice, config.init, weight)
+    else:
+        write_fit_(splice, fit)
     return splice.train(module.training)
-
-
-@torch.no_grad()
-def _effective_weight(site: MLASite, device: torch.device) -> torch.Tensor:
-    """What `kv_b_proj` multiplies by, [H * (N + V), R], whether packed, adapted, offloaded or plain.
-
-    Raises:
-        ConfigError: the weights are not loaded or not finite.
-    """
-    if device.type == "meta":
-        raise ConfigError(
-            f"The weights of {site.name} are not loaded (meta device). Load the model before patching it."
-        )
-    unit_latents = torch.eye(site.kv_lora_rank, dtype=site.dtype, device=device)
-    weight = (site.module.kv_b_proj(unit_latents) - site.module.kv_b_proj(torch.zeros_like(unit_latents[:1]))).T
-    if not torch.isfinite(weight).all():
-        raise ConfigError(f"kv_b_proj of {site.name} holds values that are not finite; the model is damaged.")
-    return weight
 
 
 def _apply(model: nn.Module, sites: list[MLASite], splices: dict[int, LearnedKVSplice], config: KVSpliceConfig) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.offload import read_parameter
 
@@ -22,7 +23,8 @@ class LearnedKVSplice(nn.Module):
 
     Parameters: `transform_scale` and `transform_shift` of shape [R] (1 and 0 at the start; the scale in use is
     `softplus(transform_scale)`, so it is always positive), `compress.weight` [r, R], `expand.weight` [R, r], and
-    `code_norm` (LayerNorm over r) if asked for.
+    `code_norm` (LayerNorm over r) if asked for. `codec` packs rows into bytes; calibration sets it, at first there is
+    none.
 
     Args:
         latent_dim: R, the size of the latent.
@@ -58,6 +60,7 @@ class LearnedKVSplice(nn.Module):
         self.compress = nn.Linear(latent_dim, rank, bias=False, **factory)
         self.expand = nn.Linear(rank, latent_dim, bias=False, **factory)
         self.code_norm = nn.LayerNorm(rank, **factory) if use_layernorm else None
+        self.codec: RowCodec | None = None
 
     def _transform(self) -> tuple[torch.Tensor, torch.Tensor]:
         # In fp32: a scale rounded to bf16 on one way and not on the other would not cancel.
@@ -77,6 +80,26 @@ class LearnedKVSplice(nn.Module):
         """Latents [..., R] of codes [..., r], in the codes' dtype."""
         matrix, offset = self.fold()
         return F.linear(codes.to(matrix.dtype), matrix, offset).to(codes.dtype)
+
+    def rows(self, latent: torch.Tensor, k_rot: torch.Tensor) -> torch.Tensor:
+        """What a cache stores of latents [..., R] and rotated keys [..., P].
+
+        Numbers `[code | k_rot]` [..., r + P] in the latents' dtype, or with a codec packed bytes.
+        """
+        rows = torch.cat([self.encode(latent), k_rot.to(latent.dtype)], dim=-1)
+        return rows if self.codec is None else self.codec.pack(rows)
+
+    def numbers(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`[code | k_rot]` [..., r + P] of stored rows; in `dtype` where they were packed."""
+        return rows if self.codec is None else self.codec.unpack(rows).to(dtype)
+
+    def round_trip(self, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the cache would give back of latents [..., R] and rotated keys [..., P], without a cache."""
+        codes = self.encode(latent)
+        if self.codec is None:
+            return self.decode(codes), k_rot
+        rows = self.codec.round_trip(torch.cat([codes, k_rot.to(codes.dtype)], dim=-1))
+        return self.decode(rows[..., : self.rank]), rows[..., self.rank :]
 
     def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(D, mu)` of shapes [R, r] and [R], in the dtype of the weights, with `decode(z) == D z + mu`.

@@ -21,7 +21,7 @@ class ExactTokens(NamedTuple):
     """Exact latents of the first K real tokens of each row, and where their rows are.
 
     Attributes:
-        latents: [B, K, R].
+        latents: [B, K, R]; where rows are packed, k_rot follows: [B, K, R + P].
         positions: [B, K], int64, index among the stored rows; outside [0, S) where there is no such row.
     """
 

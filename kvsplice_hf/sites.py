@@ -16,7 +16,8 @@ import torch
 import transformers
 from torch import nn
 
-from kvsplice_hf.errors import NotMLAError, TransformersTooOldError
+from kvsplice_hf.errors import ConfigError, NotMLAError, TransformersTooOldError
+from kvsplice_hf.offload import execution_device
 
 
 # Transformers caches latents since 5.15.0; the models with a sparse-attention indexer do since 5.18.0.
@@ -94,6 +95,25 @@ def find_mla_sites(model: nn.Module, layer_pattern: str | None = None) -> list[M
     for name, module in found:
         sites.append(_make_site(name, module, sites))
     return sites
+
+
+@torch.no_grad()
+def effective_weight(site: MLASite, device: torch.device | None = None) -> torch.Tensor:
+    """What `kv_b_proj` multiplies by, [H * (N + V), R], whether packed, adapted, offloaded or plain.
+
+    Raises:
+        ConfigError: the weights are not loaded or not finite.
+    """
+    device = execution_device(site.module.kv_b_proj) if device is None else device
+    if device.type == "meta":
+        raise ConfigError(
+            f"The weights of {site.name} are not loaded (meta device). Load the model before patching it."
+        )
+    unit_latents = torch.eye(site.kv_lora_rank, dtype=site.dtype, device=device)
+    weight = (site.module.kv_b_proj(unit_latents) - site.module.kv_b_proj(torch.zeros_like(unit_latents[:1]))).T
+    if not torch.isfinite(weight).all():
+        raise ConfigError(f"kv_b_proj of {site.name} holds values that are not finite; the model is damaged.")
+    return weight
 
 
 def _resolve_root(model: nn.Module, layer_pattern: str | None) -> tuple[str, nn.Module]:

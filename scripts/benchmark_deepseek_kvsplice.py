@@ -18,12 +18,12 @@ from typing import Any
 import matplotlib
 import psutil
 import torch
-from common import DEMO, console, environment, finish, load_model, readable_errors, results_folder
+from common import DEMO, Budget, console, environment, finish, load_model, readable_errors, results_folder, splice
 from rich.table import Table
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
-from kvsplice_hf import cache_nbytes, patch_model_with_kvsplice, splice_disabled
+from kvsplice_hf import cache_nbytes, splice_disabled
 
 
 matplotlib.use("Agg")
@@ -31,11 +31,10 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 @dataclass
-class Arguments:
+class Arguments(Budget):
     """Throughput and memory of a model with and without the splice."""
 
     model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
-    compression_ratio: float = field(default=0.5, metadata={"help": "r / R"})
     batch_sizes: str = field(default="1,4,8,16", metadata={"help": "batch sizes, comma-separated"})
     seq_len: str = field(default="512", metadata={"help": "prompt lengths, comma-separated"})
     new_tokens: int = field(default=16, metadata={"help": "decode steps per trial"})
@@ -173,8 +172,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
-        model, _ = load_model(args.model, args.dtype)
-        patch_model_with_kvsplice(model, compression_ratio=args.compression_ratio)
+        model, tokenizer = load_model(args.model, args.dtype)
+        splice(model, tokenizer, args)
         rows = run_all(model, args)
     folder = results_folder(args.output, "benchmark")
     draw(rows, folder / "speed_against_context.png")

@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,13 @@ import transformers
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from kvsplice_hf import ConfigError, KVSpliceError
+from kvsplice_hf import (
+    ConfigError,
+    KVSpliceCalibrator,
+    KVSpliceConfig,
+    KVSpliceError,
+    patch_model_with_kvsplice,
+)
 from kvsplice_hf.demo import load_demo_model
 
 
@@ -25,6 +32,20 @@ DEMO = "demo"
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Budget:
+    """Arguments of scripts that splice a model."""
+
+    compression_ratio: float | None = field(default=None, metadata={"help": "r / R, codes as numbers"})
+    bytes_per_token: float | None = field(
+        default=None, metadata={"help": "bytes per token and layer in packed codes; no budget: a quarter of stock"}
+    )
+    calibration: str = field(
+        default="pydoc", metadata={"help": 'text to calibrate on, "auto" (the model\'s own), or "none" (weights alone)'}
+    )
+    calibration_tokens: int = field(default=8192, metadata={"help": "how many tokens of it"})
 
 
 class LoadedModel(NamedTuple):
@@ -60,6 +81,20 @@ def load_model(name: str, dtype: str) -> LoadedModel:
     device_map = "auto" if torch.cuda.is_available() else None
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, device_map=device_map).eval()
     return LoadedModel(model, AutoTokenizer.from_pretrained(name))
+
+
+def calibrate(model: PreTrainedModel, tokenizer: Any, calibration: str, tokens: int) -> Any:
+    """What `patch_model_with_kvsplice` takes as `calibration`; statistics serve any number of budgets."""
+    if calibration in ("none", "auto"):
+        return None if calibration == "none" else "auto"
+    return KVSpliceCalibrator(model).collect(calibration, tokenizer=tokenizer, max_tokens=tokens)
+
+
+def splice(model: PreTrainedModel, tokenizer: Any, args: Budget) -> None:
+    """Calibrate and patch."""
+    calibration = calibrate(model, tokenizer, args.calibration, args.calibration_tokens)
+    budget = {"compression_ratio": args.compression_ratio, "bytes_per_token": args.bytes_per_token}
+    patch_model_with_kvsplice(model, KVSpliceConfig(**budget), calibration=calibration, tokenizer=tokenizer)
 
 
 @contextmanager

@@ -13,24 +13,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import DEMO, console, environment, finish, load_model, readable_errors, results_folder
+from common import DEMO, Budget, console, environment, finish, load_model, readable_errors, results_folder, splice
 from rich.columns import Columns
 from rich.panel import Panel
 from rich.table import Table
 from transformers import HfArgumentParser, PreTrainedModel
 
-from kvsplice_hf import cache_nbytes, get_kv_cache_size, patch_model_with_kvsplice, splice_disabled
+from kvsplice_hf import cache_nbytes, get_kv_cache_size, splice_disabled
 from kvsplice_hf.demo import demo_folder
 from kvsplice_hf.evaluation import score_windows
 from kvsplice_hf.text import load_texts, token_windows
 
 
 @dataclass
-class Arguments:
+class Arguments(Budget):
     """A real model turned into MLA, spliced, and asked the same question before and after."""
 
     model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
-    compression_ratio: float = field(default=0.95, metadata={"help": "r / R"})
     prompt: str = field(
         default="What is the capital of France, and what is it known for?", metadata={"help": "question"}
     )
@@ -93,7 +92,7 @@ def table_of(report: dict[str, Any]) -> Table:
 
 def run(args: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
     model, tokenizer = load_model(args.model, args.dtype)
-    patch_model_with_kvsplice(model, compression_ratio=args.compression_ratio)
+    splice(model, tokenizer, args)
     with splice_disabled(model):
         original = answer(model, tokenizer, args)
     spliced = answer(model, tokenizer, args)
@@ -104,7 +103,7 @@ def run(args: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
     size = get_kv_cache_size(model, seq_len=args.context)
     per_token = {"original": size.original_bytes / args.context, "spliced": size.compressed_bytes / args.context}
     report = {"answers": {"original": original, "spliced": spliced}, "bytes_per_token": per_token, "quality": quality}
-    report |= {"speed": speed, "context": args.context, "compression_ratio": args.compression_ratio}
+    report |= {"speed": speed, "context": args.context}
     return report, {"original": original["text"], "spliced": spliced["text"]}
 
 

@@ -5,7 +5,8 @@ Both come from one process and one set of weights. Every token but the first of 
 not overlap. A second run without a cache checks that it measures the same. The last line of stdout is one JSON object.
 
     python scripts/eval_deepseek_quality.py                 # SmolLM2-135M as MLA
-    python scripts/eval_deepseek_quality.py --model deepseek-ai/DeepSeek-V2-Lite --compression-ratio 1.0 0.75 0.5
+    python scripts/eval_deepseek_quality.py --model deepseek-ai/DeepSeek-V2-Lite --bytes-per-token 288 192
+    python scripts/eval_deepseek_quality.py --compression-ratio 1.0 0.75 0.5 --calibration none
 """
 
 import sys
@@ -14,12 +15,18 @@ from typing import Any
 
 import matplotlib
 import torch
-from common import DEMO, console, environment, finish, load_model, readable_errors, results_folder
+from common import DEMO, calibrate, console, environment, finish, load_model, readable_errors, results_folder
 from rich.table import Table
 from transformers import HfArgumentParser, PreTrainedModel
 
-from kvsplice_hf import KVSpliceConfig, get_kv_cache_size, patch_model_with_kvsplice, unpatch_model
+from kvsplice_hf import (
+    KVSpliceConfig,
+    get_kv_cache_size,
+    patch_model_with_kvsplice,
+    unpatch_model,
+)
 from kvsplice_hf.evaluation import score_windows
+from kvsplice_hf.patching import patched_sites
 from kvsplice_hf.text import load_texts, token_windows
 
 
@@ -37,7 +44,14 @@ class Arguments:
     """Perplexity of a model with and without the splice, through the cache."""
 
     model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
-    compression_ratio: list[float] = field(default_factory=lambda: [0.5], metadata={"help": "r / R, one or several"})
+    compression_ratio: list[float] = field(default_factory=list, metadata={"help": "r / R, none, one or several"})
+    bytes_per_token: list[float] = field(
+        default_factory=list, metadata={"help": "bytes per token and layer of packed codes, none, one or several"}
+    )
+    calibration: str = field(
+        default="pydoc", metadata={"help": 'text to calibrate on, "auto" (the model\'s own), or "none" (weights alone)'}
+    )
+    calibration_tokens: int = field(default=8192, metadata={"help": "how many tokens of it"})
     init: str = field(default="svd", metadata={"help": "start of the splice: svd, orthogonal, identity"})
     dataset: str = field(
         default="pydoc", metadata={"help": "pydoc, wikitext, fineweb-edu, tinystories, c4, file, folder"}
@@ -51,18 +65,30 @@ class Arguments:
     output: str = field(default="results", metadata={"help": "folder for the results"})
 
 
-def evaluate_ratio(model: PreTrainedModel, windows: torch.Tensor, ratio: float, args: Arguments) -> dict[str, Any]:
+def budgets(args: Arguments) -> list[dict[str, float]]:
+    """The settings to measure; a quarter of the stock bytes where none are given."""
+    ratios = [{"compression_ratio": ratio} for ratio in args.compression_ratio]
+    return ratios + [{"bytes_per_token": size} for size in args.bytes_per_token] or [{}]
+
+
+def evaluate_budget(
+    model: PreTrainedModel, windows: torch.Tensor, budget: dict[str, float], calibration: Any, args: Arguments
+) -> dict[str, Any]:
     """Patch, score with and without a cache, unpatch."""
-    patch_model_with_kvsplice(model, KVSpliceConfig(compression_ratio=ratio, init=args.init))
+    config = KVSpliceConfig(**budget, init=args.init)
+    # Full rank is exact as it is; calibrated, it would be exact but for rounding.
+    patch_model_with_kvsplice(model, config, calibration=None if config.compression_ratio == 1.0 else calibration)
     try:
         size = get_kv_cache_size(model, seq_len=args.window)
+        patched = patched_sites(model)
         summary: dict[str, Any] = score_windows(model, windows, batch_size=args.batch_size, chunk=args.chunk).summary()
         check = windows[: args.check_samples]
         cached = score_windows(model, check, chunk=args.chunk, progress=False).summary()["perplexity"]
         plain = score_windows(model, check, chunk=None, progress=False).summary()["perplexity"]
     finally:
         unpatch_model(model)
-    summary["compression_ratio"] = ratio
+    summary["budget"] = budget or {"bytes_per_token": "a quarter of stock in bf16"}
+    summary["bytes_per_token_and_layer"] = size.compressed_bytes / args.window / len(patched)
     summary["bytes_ratio"] = size.compressed_bytes / size.original_bytes
     summary["no_cache_difference"] = abs(plain / cached - 1)
     summary["cache_check"] = "passed" if summary["no_cache_difference"] <= CACHE_TOLERANCE[args.dtype] else "FAILED"
@@ -70,10 +96,10 @@ def evaluate_ratio(model: PreTrainedModel, windows: torch.Tensor, ratio: float, 
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    table = Table("r / R", "cache bytes", "perplexity", "original", "loss", "KL (nats)", "top-1", "no-cache check")
+    table = Table("budget", "cache bytes", "perplexity", "original", "loss", "KL (nats)", "top-1", "no-cache check")
     for row in rows:
         table.add_row(
-            f"{row['compression_ratio']:g}",
+            ", ".join(f"{name} {value}" for name, value in row["budget"].items()),
             f"{row['bytes_ratio']:.3f}x",
             with_error(row["perplexity"], row["perplexity_stderr"]),
             with_error(row["original_perplexity"], row["original_perplexity_stderr"]),
@@ -110,7 +136,8 @@ def main() -> None:
         model, tokenizer = load_model(args.model, args.dtype)
         texts = load_texts(args.dataset, "evaluation")
         windows = token_windows(tokenizer, texts, args.window, args.samples)
-        rows = [evaluate_ratio(model, windows, ratio, args) for ratio in args.compression_ratio]
+        calibration = calibrate(model, tokenizer, args.calibration, args.calibration_tokens)
+        rows = [evaluate_budget(model, windows, budget, calibration, args) for budget in budgets(args)]
     folder = results_folder(args.output, "quality")
     draw(rows, folder / "quality_against_bytes.png")
     console().print(table_of(rows))

@@ -28,13 +28,13 @@ from typing import Any, TypeVar
 
 import matplotlib
 import torch
-from common import DEMO, console, environment, finish, load_model, readable_errors, results_folder
+from common import DEMO, Budget, console, environment, finish, load_model, readable_errors, results_folder, splice
 from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
-from kvsplice_hf import get_kv_cache_size, patch_model_with_kvsplice, splice_disabled
+from kvsplice_hf import get_kv_cache_size, splice_disabled
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.text import load_texts
 
@@ -52,11 +52,10 @@ NumberT = TypeVar("NumberT", int, float)
 
 
 @dataclass
-class Arguments:
+class Arguments(Budget):
     """Passkey retrieval of a model with and without the splice, through the cache."""
 
     model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
-    compression_ratio: float = field(default=0.5, metadata={"help": "r / R"})
     lengths: str = field(default="512,1024,2048", metadata={"help": "tokens of prompt and key, comma-separated"})
     depths: str = field(
         default="0.1,0.3,0.5,0.7,0.9", metadata={"help": "share of the prose ahead of the key, comma-separated"}
@@ -123,11 +122,6 @@ class Trial:
     prompt: Prompt
     original: Verdict
     spliced: Verdict
-
-
-def splice(model: PreTrainedModel, tokenizer: Any, args: Arguments) -> None:
-    """Patch the model with the budget of the arguments. Other ways to spend a budget go here."""
-    patch_model_with_kvsplice(model, compression_ratio=args.compression_ratio)
 
 
 def numbers(text: str, kind: type[NumberT], name: str) -> list[NumberT]:

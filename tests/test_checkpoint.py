@@ -65,13 +65,13 @@ def write_weights(directory: Path, content: bytes) -> None:
 
 
 ROUND_TRIPS = {
-    "defaults": (NAME, KVSpliceConfig(), torch.float32),
-    "bf16": (NAME, KVSpliceConfig(), torch.bfloat16),
+    "defaults": (NAME, KVSpliceConfig(compression_ratio=0.5), torch.float32),
+    "bf16": (NAME, KVSpliceConfig(compression_ratio=0.5), torch.bfloat16),
     "layernorm": (NAME, KVSpliceConfig(rank=RANK, use_layernorm=True, sink_tokens=0), torch.float32),
-    "one_layer": (NAME, KVSpliceConfig(layers=[1], init="orthogonal", attention="expanded"), torch.float32),
+    "one_layer": (NAME, KVSpliceConfig(rank=9, layers=[1], init="orthogonal", attention="expanded"), torch.float32),
     "mixed_ranks": ("dots3_note", KVSpliceConfig(compression_ratio=0.25), torch.float32),
-    "last_two_of_mixed_ranks": ("dots3_note", KVSpliceConfig(layers="last:2"), torch.float32),
-    "reused_latents": ("mistral_large4", KVSpliceConfig(), torch.float32),
+    "last_two_of_mixed_ranks": ("dots3_note", KVSpliceConfig(compression_ratio=0.5, layers="last:2"), torch.float32),
+    "reused_latents": ("mistral_large4", KVSpliceConfig(compression_ratio=0.5), torch.float32),
 }
 
 

@@ -12,7 +12,7 @@ from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
 from kvsplice_hf.errors import ConfigError
 
 
-# Every field away from its default (budget as a ratio), and the other form of each field that has two.
+# Every field away from its default (the budget in one of its forms), and the other form of each field that has two.
 EVERY_FIELD = KVSpliceConfig(
     compression_ratio=0.25,
     layers=[3, 1],
@@ -38,7 +38,19 @@ INVALID = {
     "rank_of_zero": ({"rank": 0}, r"`rank` is 0; .* from 1"),
     "rank_fractional": ({"rank": 1.5}, r"`rank` is 1\.5; it must be an integer"),
     "rank_boolean": ({"rank": True}, r"`rank` is True"),
-    "ratio_and_rank": ({"compression_ratio": 0.5, "rank": 8}, r"\(0\.5\) or `rank` \(8\), not both"),
+    "ratio_and_rank": (
+        {"compression_ratio": 0.5, "rank": 8},
+        r"one budget, not `compression_ratio` \(0\.5\) and `rank` \(8\)",
+    ),
+    "ratio_and_bytes": ({"compression_ratio": 0.5, "bytes_per_token": 9}, r"one budget, not .*`bytes_per_token` \(9\)"),
+    "bytes_of_zero": ({"bytes_per_token": 0}, r"`bytes_per_token` is 0; .* positive number of bytes"),
+    "bytes_infinite": ({"bytes_per_token": float("inf")}, r"`bytes_per_token` is inf"),
+    "bits_text": ({"bits": "4"}, r"`bits` is '4'; .* bits per number"),
+    "allocation": ({"allocation": "best"}, r"`allocation` is 'best'; .*'auto', 'global', 'layer'"),
+    "layernorm_on_packed_rows": (
+        {"bits": 4, "use_layernorm": True},
+        r"`use_layernorm` works on codes stored as numbers",
+    ),
     "layers_last_none": ({"layers": "last:0"}, r"`layers` is 'last:0'; it must be \"all\", \"last:n\""),
     "layers_first": ({"layers": "first:2"}, r"`layers` is 'first:2'"),
     "layers_empty": ({"layers": []}, r"`layers` is \[\]"),
@@ -58,14 +70,12 @@ INVALID = {
 @pytest.mark.parametrize(
     ("given", "ratio", "rank"),
     [
-        ({}, 0.5, None),
+        ({}, None, None),
         ({"compression_ratio": 1}, 1, None),
         ({"rank": 3}, None, 3),
     ],
 )
-def test_the_budget_is_half_the_latent_when_none_is_given(
-    given: dict[str, Any], ratio: float | None, rank: int | None
-) -> None:
+def test_a_budget_of_rank_is_kept_as_given(given: dict[str, Any], ratio: float | None, rank: int | None) -> None:
     config = KVSpliceConfig(**given)
     assert (config.compression_ratio, config.rank) == (ratio, rank)
 
@@ -132,7 +142,7 @@ def test_a_file_that_cannot_be_used_is_named_in_the_error(content: bytes | None,
 @pytest.mark.parametrize(
     ("settings", "kv_lora_rank", "rank"),
     [
-        ({}, 512, 256),
+        ({"compression_ratio": 0.5}, 512, 256),
         ({"compression_ratio": 0.5}, 7, 4),
         ({"compression_ratio": 0.3}, 11, 3),
         ({"compression_ratio": 0.001}, 48, 1),
@@ -144,6 +154,26 @@ def test_a_file_that_cannot_be_used_is_named_in_the_error(content: bytes | None,
 )
 def test_the_rank_follows_the_budget(settings: dict[str, Any], kv_lora_rank: int, rank: int) -> None:
     assert KVSpliceConfig(**settings).rank_for(kv_lora_rank, "layers.0") == rank
+
+
+@pytest.mark.parametrize(
+    ("settings", "row_dim", "budget"),
+    [
+        ({"sink_tokens": 0}, 576, 288.0),  # a quarter of the stock row in bf16
+        ({"bytes_per_token": 193, "sink_tokens": 0}, 385, 193.0),
+        ({"bits": 4, "sink_tokens": 0}, 576, 288.0),
+        # Four exact tokens of 385 bf16 numbers and a position, spread over 4096 tokens.
+        ({"bytes_per_token": 193}, 385, 193 - 4 * (770 + 8) / 4096),
+    ],
+)
+def test_a_budget_of_bytes_leaves_room_for_the_exact_tokens(
+    settings: dict[str, Any], row_dim: int, budget: float
+) -> None:
+    config = KVSpliceConfig(**settings)
+    assert config.is_packed
+    assert config.row_budget(row_dim) == pytest.approx(budget)
+    with pytest.raises(ConfigError, match="follows from calibration"):
+        config.rank_for(512, "layers.0")
 
 
 def test_a_rank_above_the_latent_names_the_layer() -> None:

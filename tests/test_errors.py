@@ -119,7 +119,7 @@ PATCH: dict[str, tuple[type[KVSpliceError], str, Callable[[], nn.Module], dict[s
     "ratio above 1": (ConfigError, r"`compression_ratio` is 1\.5", lambda: build(NAME), {"compression_ratio": 1.5}),
     "rank above R": (ConfigError, "kv_lora_rank 32. Give a rank of at most 32", lambda: build(NAME), {"rank": 33}),
     "rank 0": (ConfigError, "`rank` is 0", lambda: build(NAME), {"rank": 0}),
-    "rank and ratio": (ConfigError, "not both", lambda: build(NAME), {"rank": 3, "compression_ratio": 0.5}),
+    "rank and ratio": (ConfigError, "one budget", lambda: build(NAME), {"rank": 3, "compression_ratio": 0.5}),
     "unknown layers": (ConfigError, '"all", "last:n"', lambda: build(NAME), {"layers": "first:2"}),
     "absent layer": (ConfigError, r"\[7\], which hold no latent", lambda: build(NAME), {"layers": [0, 7]}),
     "unknown layer pattern": (NotMLAError, r"model\.layers", lambda: build(NAME), {"layer_pattern": "transformer.h"}),

@@ -229,7 +229,7 @@ def test_patching_leaves_the_random_state_alone(init: str) -> None:
 def test_patching_a_patched_model_and_unpatching_an_unpatched_one_raise() -> None:
     model = patch_model_with_kvsplice(build(NAME))
     with pytest.raises(PatchStateError, match="already patched"):
-        patch_model_with_kvsplice(model)
+        patch_model_with_kvsplice(model, compression_ratio=0.5)
     unpatch_model(model)
     with pytest.raises(PatchStateError, match="not patched"):
         unpatch_model(model)

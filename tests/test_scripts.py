@@ -71,6 +71,7 @@ def test_the_quality_script_shows_no_loss_at_full_rank_and_a_large_one_for_a_ran
     model_folder: str, tmp_path: Path
 ) -> None:
     common = ["--model", model_folder, "--window", "48", "--samples", "4", "--chunk", "13", "--output", str(tmp_path)]
+    common += ["--calibration", "none"]
     exact = run("eval_deepseek_quality.py", *common, "--compression-ratio", "1.0")["results"][0]
     assert abs(exact["loss_percent"]) < 0.01
     assert exact["cache_check"] == "passed"
@@ -85,6 +86,7 @@ def test_the_quality_script_shows_no_loss_at_full_rank_and_a_large_one_for_a_ran
 
 def test_the_throughput_script_measures_both_models_in_every_setting(model_folder: str, tmp_path: Path) -> None:
     settings = ["--batch-sizes", "1,2", "--seq-len", "16,24", "--trials", "1", "--new-tokens", "2"]
+    settings += ["--compression-ratio", "0.5", "--calibration", "none"]
     report = run("benchmark_deepseek_kvsplice.py", "--model", model_folder, *settings, "--output", str(tmp_path))
     assert [(row["batch_size"], row["seq_len"]) for row in report["results"]] == [(1, 16), (2, 16), (1, 24), (2, 24)]
     for row in report["results"]:
@@ -94,23 +96,13 @@ def test_the_throughput_script_measures_both_models_in_every_setting(model_folde
 
 
 def test_the_demo_answers_with_both_models(model_folder: str, tmp_path: Path) -> None:
-    settings = [
-        "--compression-ratio",
-        "0.5",
-        "--samples",
-        "1",
-        "--new-tokens",
-        "4",
-        "--context",
-        "64",
-        "--window",
-        "64",
-    ]
-    report = run("demo.py", "--model", model_folder, "--prompt", "What is", *settings, "--output", str(tmp_path))
+    model = ["--model", model_folder, "--calibration-tokens", "2048", "--prompt", "What is"]
+    settings = ["--samples", "1", "--new-tokens", "4", "--context", "64", "--window", "64"]
+    report = run("demo.py", *model, *settings, "--output", str(tmp_path))
     assert set(report["answers"]) == set(report["speed"]) == {"original", "spliced"}
     assert all(answer["text"] for answer in report["answers"].values())
     assert report["bytes_per_token"]["spliced"] < report["bytes_per_token"]["original"]
-    assert report["quality"]["loss_percent"] > 0
+    assert report["quality"]["kl"] > 0
     assert report["quality"]["perplexity_stderr"] is None, "one window has no spread, and NaN is no JSON"
 
 
@@ -120,8 +112,8 @@ def test_one_command_runs_benchmark_and_quality(model_folder: str, tmp_path: Pat
         "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
         "OUTPUT": str(tmp_path),
-        "BENCHMARK_ARGS": "--batch_sizes 1 --seq_len 16 --trials 1 --new_tokens 2",
-        "QUALITY_ARGS": "--samples 2 --window 32",
+        "BENCHMARK_ARGS": "--batch_sizes 1 --seq_len 16 --trials 1 --new_tokens 2 --calibration_tokens 2048",
+        "QUALITY_ARGS": "--samples 2 --window 32 --calibration_tokens 2048",
     }
     command = [str(ROOT / "scripts" / "test_deepseek_kvsplice.sh"), "--model", model_folder]
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -157,6 +149,16 @@ def test_an_unknown_dtype_is_named_without_a_traceback(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert "'float7'" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_every_part_of_calibration_can_be_left_out(model_folder: str, tmp_path: Path) -> None:
+    sizes = ["--budget", "14", "--window", "64", "--evaluation-tokens", "512", "--calibration-tokens", "2048"]
+    rows = ["--rows", "default", "no-sinks", "readers", "flat", "no-gain", "gaussian-steps", "rot-8"]
+    report = run("ablate_calibration.py", "--model", model_folder, *sizes, *rows, "--output", str(tmp_path))
+    losses = {row["name"]: row["texts"]["pydoc"]["kl_nats"] for row in report["results"]}
+    assert list(losses) == rows[1:]
+    assert losses["flat"] > losses["default"]
+    assert all(row["bytes_per_token"] <= 14 for row in report["results"])
 
 
 def test_the_research_import_path_leads_to_the_package() -> None:

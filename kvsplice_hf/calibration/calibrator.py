@@ -1,0 +1,314 @@
+"""`KVSpliceCalibrator`: collect statistics once, fit any number of budgets to them."""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from kvsplice_hf.calibration.allocate import Distortion, allocate, measure_distortion
+from kvsplice_hf.calibration.collect import METRICS, Batch, Collector
+from kvsplice_hf.calibration.data import as_batches, share_of_process
+from kvsplice_hf.calibration.fit import LayerFit, fit_rank, fit_widths
+from kvsplice_hf.calibration.holdout import split_holdout
+from kvsplice_hf.calibration.solve import LayerSolution, solve_layer
+from kvsplice_hf.calibration.statistics import (
+    Statistics,
+    load_statistics,
+    merge_across_processes,
+    read_note,
+    save_statistics,
+)
+from kvsplice_hf.config import KVSpliceConfig
+from kvsplice_hf.errors import CalibrationError, ConfigError
+from kvsplice_hf.sites import MLASite, find_mla_sites
+
+
+# A rank needs more tokens than dimensions for its covariance to have that rank at all; a few times more to be any good.
+_TOKENS_PER_DIMENSION = 4
+
+
+@dataclass
+class CalibrationReport:
+    """What a fit chose, layer by layer.
+
+    Attributes:
+        layers: cache layer indices.
+        ranks: spliced rank r of each.
+        row_bytes: bytes of a stored row of each (where rows are not packed, in bf16).
+        predicted_loss: nats per token of each, by the metric.
+        spectra: cost of dropping each coordinate (descending, k_rot last), nats per token, one tensor per layer.
+        widths: bits per coordinate `[code | k_rot]`, one tensor per layer; empty where rows are not packed.
+    """
+
+    layers: list[int]
+    ranks: list[int]
+    row_bytes: list[int]
+    predicted_loss: list[float]
+    spectra: list[torch.Tensor]
+    widths: list[torch.Tensor]
+
+    @property
+    def mean_row_bytes(self) -> float:
+        return sum(self.row_bytes) / len(self.row_bytes)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as JSON-ready values."""
+        return {
+            "layers": self.layers,
+            "ranks": self.ranks,
+            "row_bytes": self.row_bytes,
+            "mean_row_bytes": self.mean_row_bytes,
+            "predicted_loss_nats": self.predicted_loss,
+            "mean_bits": [float(widths.float().mean()) if len(widths) else None for widths in self.widths],
+        }
+
+    def draw(self, path: str | Path) -> None:
+        """Spectra, bytes and predicted loss per layer, as a PNG. Needs matplotlib."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        spectrum, size, loss = figure.subplots(1, 3)
+        for layer_idx, values in zip(self.layers, self.spectra, strict=True):
+            spectrum.plot(values.clamp(min=1e-12), linewidth=0.7, label=str(layer_idx))
+        spectrum.set(yscale="log", title="cost of dropping a coordinate", xlabel="coordinate", ylabel="nats per token")
+        size.bar([str(layer) for layer in self.layers], self.row_bytes)
+        size.set(title="bytes per token", xlabel="layer")
+        loss.bar([str(layer) for layer in self.layers], self.predicted_loss)
+        loss.set(title="predicted loss", xlabel="layer", ylabel="nats per token")
+        for axes in (size, loss):
+            axes.tick_params(axis="x", labelsize=6, rotation=90)
+        figure.savefig(path, dpi=120)
+
+
+class KVSpliceCalibrator:
+    """Collects what calibration needs to know of a model, and fits splices of any budget to it.
+
+    Args:
+        model: an unpatched MLA model; it is run as it is.
+        metric: "fisher" (what predictions depend on; forward and backward passes), "readers" (what the layer's weights
+            and queries read; forward passes) or "pca" (size alone).
+        layer_pattern, sink_tokens: see `KVSpliceConfig`.
+        seed: of the sampled labels and rows.
+
+    Raises:
+        NotMLAError: the model has no MLA layer.
+        ConfigError: an unknown metric.
+
+    Example:
+        >>> calibrator = KVSpliceCalibrator(model).collect(texts, tokenizer=tokenizer, max_tokens=16_384)
+        >>> calibrator.save("statistics.safetensors")
+        >>> patch_model_with_kvsplice(model, bytes_per_token=193, calibration=calibrator)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        metric: str = "fisher",
+        layer_pattern: str | None = None,
+        sink_tokens: int = 4,
+        seed: int = 0,
+    ) -> None:
+        if metric not in METRICS:
+            raise ConfigError(f"`metric` is {metric!r}; it must be one of {', '.join(map(repr, METRICS))}.")
+        self.metric = metric
+        self._collector: Collector | None = Collector(model, metric, layer_pattern, sink_tokens, seed)
+        self.statistics: Statistics = self._collector.statistics
+        self.fingerprint = model_fingerprint(self._collector.sites)
+        # Sequences that nothing is fitted to.
+        self.holdout: list[Batch] = []
+        self._solutions: dict[int, LayerSolution] = {}
+        self._distortions: dict[int, Distortion] = {}
+
+    def collect(
+        self,
+        data: Any,
+        *,
+        tokenizer: Any = None,
+        max_tokens: int = 16_384,
+        window: int = 512,
+        progress: bool = True,
+    ) -> Self:
+        """Run the model over `data` and add up statistics; may be called several times.
+
+        Under `torch.distributed` (accelerate launch) every process takes its share, and all end up with the sum.
+
+        Args:
+            data: see `kvsplice_hf.calibration.data.as_batches`: token ids, texts, a data set, or a name or path.
+            tokenizer: needed unless `data` are tokens.
+            max_tokens: how many tokens to use.
+            window: tokens per sequence of texts.
+            progress: show a progress bar.
+
+        Raises:
+            CalibrationError: the data cannot be used, or the model's numbers on them are not finite.
+        """
+        if self._collector is None:
+            raise CalibrationError("These statistics were loaded from a file; collecting more needs a new calibrator.")
+        self.collect_batches(as_batches(data, tokenizer, max_tokens, window), progress)
+        return self
+
+    def collect_batches(self, batches: list[Batch], progress: bool = True) -> None:
+        """Run the model over token batches."""
+        assert self._collector is not None
+        distributed = dist.is_available() and dist.is_initialized()
+        rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        before = self._collector.statistics
+        if size > 1:  # what all processes know already must be counted once
+            self._collector.reset_statistics()
+        batches, held_out = split_holdout(batches)
+        self.holdout += held_out
+        self._collector.run(share_of_process(batches, rank, size), progress=progress and rank == 0)
+        if size > 1:
+            total = merge_across_processes(self._collector.statistics)
+            for layer_idx, layer in before.items():
+                total[layer_idx].merge(layer)
+            self._collector.statistics = total
+        self.statistics = self._collector.statistics
+        self._solutions.clear()
+        self._distortions.clear()
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens seen so far (sinks left out)."""
+        return int(max(float(layer.count) for layer in self.statistics.values()))
+
+    def save(self, path: str | Path) -> None:
+        """Write the statistics as safetensors."""
+        note = {"metric": self.metric, "fingerprint": self.fingerprint}
+        save_statistics(self.statistics, path, note, [batch["input_ids"] for batch in self.holdout])
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module | None = None) -> Self:
+        """Read a file of `save`.
+
+        Args:
+            path: the file.
+            model: if given, the statistics must be of this model.
+
+        Raises:
+            CalibrationError: the file is missing or damaged, or its statistics are of another model.
+        """
+        statistics, held_out = load_statistics(path)
+        note = read_note(path)
+        self = cls.__new__(cls)
+        self.metric, self.fingerprint = note.get("metric", "fisher"), note.get("fingerprint", "")
+        self.statistics, self._collector = statistics, None
+        self._solutions, self._distortions = {}, {}
+        self.holdout = [{"input_ids": ids} for ids in held_out]
+        if model is not None:
+            self.require_model([site for site in find_mla_sites(model) if site.stores_latent])
+        return self
+
+    def adopt(self, other: "KVSpliceCalibrator") -> None:
+        """Take over the statistics of another calibrator of the same model."""
+        self.statistics, self.holdout = other.statistics, other.holdout
+        if self._collector is not None:
+            self._collector.statistics = other.statistics
+        self._solutions.clear()
+        self._distortions.clear()
+
+    def require_model(self, sites: list[MLASite]) -> None:
+        """Refuse statistics of another model.
+
+        Raises:
+            CalibrationError: layers, sizes or weights differ.
+        """
+        for site in sites:
+            layer = self.statistics.get(site.layer_idx)
+            if layer is None:
+                raise CalibrationError(
+                    f"The calibration holds layers {sorted(self.statistics)}, but not {site.layer_idx} ({site.name}). "
+                    "It is of another model: calibrate this one."
+                )
+            if (layer.latent_dim, layer.rope_dim) != (site.kv_lora_rank, site.qk_rope_head_dim):
+                raise CalibrationError(
+                    f"The calibration of layer {site.layer_idx} is for rows of {layer.latent_dim} + {layer.rope_dim} "
+                    f"numbers, {site.name} has {site.kv_lora_rank} + {site.qk_rope_head_dim}. It is of another model: "
+                    "calibrate this one."
+                )
+
+    def fit(
+        self, config: KVSpliceConfig, layers: list[int] | None = None
+    ) -> tuple[dict[int, LayerFit], CalibrationReport]:
+        """Splices of the given layers for the budget of `config`.
+
+        Raises:
+            CalibrationError: too few tokens for the rank, or statistics that nothing can be fitted to.
+            ConfigError: the budget is below the smallest row.
+        """
+        chosen = sorted(self.statistics) if layers is None else layers
+        for layer_idx in chosen:
+            self.statistics[layer_idx].check(f"layer {layer_idx}")
+        solutions = [self._solution(layer_idx) for layer_idx in chosen]
+        fit = self._fit_bytes if config.is_packed else self._fit_ranks
+        fits = fit(config, chosen, solutions)
+        return dict(zip(chosen, fits, strict=True)), _report(chosen, solutions, fits)
+
+    def _solution(self, layer_idx: int) -> LayerSolution:
+        if layer_idx not in self._solutions:
+            self._solutions[layer_idx] = solve_layer(self.statistics[layer_idx], self.metric)
+        return self._solutions[layer_idx]
+
+    def _distortion(self, layer_idx: int) -> Distortion:
+        if layer_idx not in self._distortions:
+            self._distortions[layer_idx] = measure_distortion(self._solution(layer_idx))
+        return self._distortions[layer_idx]
+
+    def _fit_ranks(self, config: KVSpliceConfig, chosen: list[int], solutions: list[LayerSolution]) -> list[LayerFit]:
+        fits = []
+        for layer_idx, solution in zip(chosen, solutions, strict=True):
+            rank = config.rank_for(solution.latent_dim, f"layer {layer_idx}")
+            self._require_tokens(rank)
+            fits.append(fit_rank(self.statistics[layer_idx], solution, rank))
+        return fits
+
+    def _fit_bytes(self, config: KVSpliceConfig, chosen: list[int], solutions: list[LayerSolution]) -> list[LayerFit]:
+        self._require_tokens(max(solution.latent_dim for solution in solutions))
+        progress = tqdm(chosen, desc="measuring codes", file=sys.stderr, disable=len(chosen) < 8)
+        distortions = [self._distortion(layer_idx) for layer_idx in progress]
+        budget = config.row_budget(max(len(solution.cost) for solution in solutions))
+        widths = allocate(solutions, distortions, budget, per_layer=config.allocation == "layer")
+        parts = zip(chosen, solutions, widths, strict=True)
+        return [fit_widths(self.statistics[layer_idx], solution, width) for layer_idx, solution, width in parts]
+
+    def _require_tokens(self, rank: int) -> None:
+        needed = _TOKENS_PER_DIMENSION * rank
+        if self.tokens < needed:
+            raise CalibrationError(
+                f"The calibration saw {self.tokens} tokens; {rank} dimensions need {needed} at least, and 8,000 to "
+                "20,000 to be good. Give more text or a higher `max_tokens`."
+            )
+
+
+def _report(chosen: list[int], solutions: list[LayerSolution], fits: list[LayerFit]) -> CalibrationReport:
+    empty = torch.zeros(0, dtype=torch.uint8)
+    in_bf16 = [2 * (fit.rank + len(solution.rot_mean)) for fit, solution in zip(fits, solutions, strict=True)]
+    return CalibrationReport(
+        layers=list(chosen),
+        ranks=[fit.rank for fit in fits],
+        row_bytes=[fit.codec.row_bytes if fit.codec else size for fit, size in zip(fits, in_bf16, strict=True)],
+        predicted_loss=[fit.predicted_loss for fit in fits],
+        spectra=[solution.cost for solution in solutions],
+        widths=[fit.codec.widths if fit.codec else empty for fit in fits],
+    )
+
+
+@torch.no_grad()
+def model_fingerprint(sites: list[MLASite]) -> str:
+    """Tells models apart by the sizes of their MLA layers and a few numbers of their weights."""
+    digest = hashlib.sha256()
+    for site in sites:
+        sizes = (site.layer_idx, site.kv_lora_rank, site.qk_rope_head_dim, site.num_heads)
+        digest.update(json.dumps(sizes).encode())
+        weight = getattr(site.module.kv_b_proj, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.device.type != "meta":
+            digest.update(weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,198 @@
+"""Runs a model over calibration tokens and gathers statistics where `expand_kv` receives latents.
+
+That place is right for every architecture: some rescale the latent after its norm, some share it between layers.
+Gradients are those of the log-likelihood of labels that are sampled from the model's own predictions, so that their
+second moment is the Fisher information: to second order, an error e of a latent costs e^T F e / 2 nats of divergence
+(Martens, New insights and perspectives on the natural gradient method, 2014).
+
+Legend: `B` batch, `T` tokens, `H` heads, `R` kv_lora_rank, `P` qk_rope_head_dim, `N` qk_nope_head_dim, `K` sink tokens.
+"""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from kvsplice_hf.calibration.readers import ReaderRecorder
+from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
+from kvsplice_hf.errors import CalibrationError, PatchStateError
+from kvsplice_hf.sinks import exact_in_full_sequence
+from kvsplice_hf.sites import MLASite, find_mla_sites
+
+
+METRICS = ("fisher", "readers", "pca")
+_GOLDEN_RATIO = 0.6180339887498949
+
+# `input_ids` [B, T], with `attention_mask` [B, T] where sequences are padded.
+Batch = dict[str, torch.Tensor]
+
+
+class Collector:
+    """Statistics of the MLA layers of an unpatched model.
+
+    Args:
+        model: the model; it is run as it is, and left as it was.
+        metric: "fisher" also runs backward passes, "readers" also looks at queries, "pca" at latents only.
+        layer_pattern: see `KVSpliceConfig`.
+        sink_tokens: K; the first real tokens of a sequence, stored exactly later on, are left out.
+        seed: of the sampled labels and rows.
+    """
+
+    def __init__(self, model: nn.Module, metric: str, layer_pattern: str | None, sink_tokens: int, seed: int) -> None:
+        self.model, self.metric, self.sink_tokens = model, metric, sink_tokens
+        self.sites = [site for site in find_mla_sites(model, layer_pattern) if site.stores_latent]
+        self.readers = ReaderRecorder(self.sites) if metric == "readers" else None
+        self.statistics: Statistics = {}
+        self.reset_statistics()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.max_positions = _usable_positions(self.sites[0].module.config.get_text_config(decoder=True))
+        # Real tokens that are not sinks of the batch that is running, bool [B, T].
+        self._counted: torch.Tensor | None = None
+
+    def reset_statistics(self) -> None:
+        """Start again from no token."""
+        self.statistics = {
+            site.layer_idx: LayerStatistics.empty(site.kv_lora_rank, site.qk_rope_head_dim) for site in self.sites
+        }
+
+    def run(self, batches: Sequence[Batch], progress: bool = True) -> None:
+        """Count token batches.
+
+        Raises:
+            CalibrationError: "fisher" needs predictions and the model makes none, or they are not finite.
+            PatchStateError: the model is patched.
+        """
+        if self.metric == "fisher" and not predicts(self.model):
+            raise CalibrationError(
+                f'metric="fisher" needs predictions, and a {type(self.model).__name__} has no output layer. Calibrate '
+                'the causal language model that it is part of, or use metric="readers".'
+            )
+        with _prepared(self.model, self.metric == "fisher"), self._recording():
+            for index, batch in enumerate(tqdm(batches, desc="calibrating", file=sys.stderr, disable=not progress)):
+                batch = {name: tensor.to(_input_device(self.model)) for name, tensor in batch.items()}
+                self._run_batch(batch | {"position_ids": self._positions(batch, index)})
+
+    def _positions(self, batch: Batch, index: int) -> torch.Tensor:
+        """Positions [B, T], the sequences spread over the whole context.
+
+        Rotary attention sees differences of positions only, so the model computes the same anywhere. But rotated keys
+        do depend on where they are: seen at the first few hundred positions alone, those of low frequency would cover
+        a part of their circle, and overflow their codes on the rest.
+        """
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        if mask is not None:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        room = max(0, self.max_positions - ids.shape[1])
+        # The golden ratio spreads any number of sequences evenly, without knowing how many will come.
+        order = torch.arange(len(ids), device=ids.device) + index * len(ids)
+        offsets = (room * ((order * _GOLDEN_RATIO) % 1.0)).long()
+        return positions + offsets[:, None]
+
+    def _run_batch(self, batch: Batch) -> None:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        sinks = exact_in_full_sequence(mask, ids.shape[1], self.sink_tokens, ids.device)
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        self._counted = (real & ~sinks).expand(ids.shape)
+        if self.metric != "fisher":
+            with torch.no_grad():
+                # Nothing needs the predictions.
+                self.model(**batch, use_cache=False, **({"logits_to_keep": 1} if predicts(self.model) else {}))
+            return
+        with torch.enable_grad():
+            logits = self.model(**batch, use_cache=False).logits[real]  # [tokens, vocabulary]
+            if not torch.isfinite(logits.detach()).all():
+                raise CalibrationError(
+                    "The model's predictions on the calibration text are not finite. Load it in bfloat16 or float32."
+                )
+            _sampled_likelihood(logits, self.generator).backward()
+
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        if self.readers is not None:
+            self.readers.attach(lambda: self._counted)
+        for site in self.sites:
+            site.module.expand_kv = functools.partial(self._record, site)
+        try:
+            yield
+        finally:
+            for site in self.sites:
+                del site.module.expand_kv
+            if self.readers is not None:
+                self.readers.detach(self.statistics)
+            self._counted = None
+
+    def _record(self, site: MLASite, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
+        layer, counted = self.statistics[site.layer_idx], self._counted
+        if torch.is_grad_enabled():
+            latent, k_rot = (x if x.requires_grad else x.detach().requires_grad_() for x in (latent, k_rot))
+            latent.register_hook(lambda gradient: layer.add_gradients(_select(gradient, counted)))
+            if site.qk_rope_head_dim:
+                k_rot.register_hook(lambda gradient: layer.add_rot_gradients(_select(gradient, counted)))
+        layer.add_rows(_select(latent.detach(), counted), _select(k_rot.detach(), counted), self.generator)
+        return type(site.module).expand_kv(site.module, latent, k_rot)
+
+
+def predicts(model: Any) -> bool:
+    """Whether the model has an output layer."""
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
+def _usable_positions(config: Any) -> int:
+    """How many positions there are before RoPE changes its frequencies."""
+    limit = int(getattr(config, "max_position_embeddings", 0) or 0)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") in ("dynamic", "longrope"):
+        limit = min(limit, int(parameters.get("original_max_position_embeddings") or limit))
+    return limit
+
+
+def _select(rows: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
+    """The counted tokens [tokens, n] of rows [B, 1, T, n]."""
+    rows = rows[:, 0]
+    return rows.flatten(0, 1) if counted is None else rows[counted.to(rows.device)]
+
+
+def _sampled_likelihood(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Log-likelihood of labels drawn from the predictions themselves, summed over tokens."""
+    log_probabilities = logits.float().log_softmax(-1)
+    # Inverse transform sampling with noise from the CPU: the same draw on every device.
+    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    cumulated = log_probabilities.detach().exp().cumsum(-1)
+    labels = (cumulated < uniform * cumulated[:, -1:]).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return log_probabilities.gather(1, labels).sum()
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    weight = embeddings.weight
+    return weight.device if weight.device.type != "meta" else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _prepared(model: Any, with_gradients: bool) -> Iterator[None]:
+    """The model in evaluation mode, without gradients of parameters; as it was afterwards."""
+    if any("expand_kv" in vars(module) for module in model.modules()):
+        raise PatchStateError("The model is patched. Calibrate before patching, or call unpatch_model(model) first.")
+    training = {module: module.training for module in model.modules()}
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    # Gradients start at the embeddings, so that they reach the first layer without touching any parameter.
+    embeddings = model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_()) if with_gradients else None
+    model.eval()
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        for module, mode in training.items():
+            module.training = mode

@@ -1,0 +1,105 @@
+"""From a solution and its widths to parameters: a `LearnedKVSplice`, with a `RowCodec` where codes are packed.
+
+Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `r` spliced rank, `M` sampled rows.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from kvsplice_hf.calibration.allocate import fit_scales, sigmas_of, standardised
+from kvsplice_hf.calibration.solve import LayerSolution
+from kvsplice_hf.calibration.statistics import LayerStatistics
+from kvsplice_hf.codec import RowCodec
+from kvsplice_hf.projection import LearnedKVSplice
+
+
+_SMALLEST_STD = 1e-6  # relative to the largest; a dimension that never varies keeps a finite scale
+
+
+@dataclass
+class LayerFit:
+    """What a layer's splice is made of.
+
+    Attributes:
+        transform_scale, transform_shift: as applied to the latent (the softplus already taken), [R].
+        compress, expand: [r, R] and [R, r].
+        codec: packs the rows, or None where codes are stored as numbers.
+        predicted_loss: nats per token by the metric, before any interaction between layers.
+    """
+
+    transform_scale: torch.Tensor
+    transform_shift: torch.Tensor
+    compress: torch.Tensor
+    expand: torch.Tensor
+    codec: RowCodec | None
+    predicted_loss: float
+
+    @property
+    def rank(self) -> int:
+        return len(self.compress)
+
+
+def fit_rank(statistics: LayerStatistics, solution: LayerSolution, rank: int) -> LayerFit:
+    """The `rank` coordinates that cost most, as numbers."""
+    kept = torch.zeros(solution.latent_dim, dtype=torch.bool)
+    kept[:rank] = True
+    return _layer_fit(statistics, solution, kept, None, float(solution.cost[rank : solution.latent_dim].sum()))
+
+
+def fit_widths(statistics: LayerStatistics, solution: LayerSolution, widths: torch.Tensor) -> LayerFit:
+    """Packed rows with these widths, [R + P], scales fitted to the sampled rows."""
+    R = solution.latent_dim
+    kept = widths[:R] > 0
+    unit, gains = standardised(solution, kept)
+    weight = torch.ones_like(unit)
+    weight[:, :R] = gains.square()
+    scales = torch.ones(len(widths))
+    errors = (weight * unit.square()).mean(0)  # of width 0
+    for width in range(1, 9):
+        chosen = (widths == width).nonzero()[:, 0]
+        if len(chosen):
+            scales[chosen], errors[chosen] = fit_scales(unit[:, chosen], weight[:, chosen], width)
+    errors[widths == 16] = 0
+    sigmas = sigmas_of(solution).float()
+    # k_rot is packed in its own units, codes in units of their root mean square.
+    rot_scale = scales[R:] * sigmas[R:] / solution.rot_weight.sqrt().float()
+    count = int(kept.sum())
+    codec = RowCodec(
+        widths=torch.cat([widths[:R][kept], widths[R:]]),
+        scales=torch.cat([scales[:R][kept], rot_scale]).clamp(min=1e-30),
+        centres=torch.cat([torch.zeros(count), solution.rot_mean.float()]),
+        sigmas=torch.ones(count),
+    )
+    loss = float((errors.double() * sigmas.double().square()).sum() / 2)
+    return _layer_fit(statistics, solution, kept, codec, loss)
+
+
+def _layer_fit(
+    statistics: LayerStatistics, solution: LayerSolution, kept: torch.Tensor, codec: RowCodec | None, loss: float
+) -> LayerFit:
+    std = statistics.covariance.diagonal().clamp(min=0).sqrt()
+    std = torch.maximum(std, _SMALLEST_STD * std.max()).clamp(min=1e-30)
+    sigmas = sigmas_of(solution)[: solution.latent_dim][kept]
+    return LayerFit(
+        transform_scale=1 / std,
+        transform_shift=-solution.mean / std,
+        compress=solution.encode[kept] * std / sigmas[:, None],
+        expand=solution.decode[:, kept] * sigmas / std[:, None],
+        codec=codec,
+        predicted_loss=loss,
+    )
+
+
+@torch.no_grad()
+def write_fit_(splice: LearnedKVSplice, fit: LayerFit) -> None:
+    """Set the parameters of a splice of the same rank, in place."""
+    # The inverse of softplus, without overflow.
+    scale = fit.transform_scale
+    splice.transform_scale.copy_(torch.where(scale > 20, scale, torch.expm1(scale.clamp(max=20)).log()))
+    splice.transform_shift.copy_(fit.transform_shift)
+    splice.compress.weight.copy_(fit.compress)
+    splice.expand.weight.copy_(fit.expand)
+    # A copy: one fit may be written into several models.
+    splice.codec = None if fit.codec is None else copy.deepcopy(fit.codec).to(splice.compress.weight.device)

@@ -1,0 +1,46 @@
+"""A check of the cleverer choice on text that nothing was fitted to."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvsplice_hf.calibration.collect import Batch
+
+
+# Of at least so many calibration sequences, so many are held out.
+MIN_SEQUENCES = 24
+HELD_OUT = 2
+
+
+def split_holdout(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Batches to fit to, and some to check on, spread over the text; none where there are few."""
+    if len(batches) < MIN_SEQUENCES:
+        return list(batches), []
+    chosen = {len(batches) * (2 * index + 1) // (2 * HELD_OUT) for index in range(HELD_OUT)}
+    rest = [batch for index, batch in enumerate(batches) if index not in chosen]
+    return rest, [batches[index] for index in sorted(chosen)]
+
+
+@torch.no_grad()
+def log_probabilities(model: Any, batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """Of the next token at every real place of each batch, float32 [tokens, vocabulary] on the CPU."""
+    training = model.training
+    model.eval()
+    try:
+        return [_of_batch(model, batch) for batch in batches]
+    finally:
+        model.train(training)
+
+
+def _of_batch(model: Any, batch: Batch) -> torch.Tensor:
+    device = model.get_input_embeddings().weight.device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return model(**batch, use_cache=False).logits[mask.bool()].float().log_softmax(-1).cpu()
+
+
+def divergence(stock: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
+    """Mean KL divergence of the second from the first, nats per token."""
+    pairs = [(p.exp() * (p - q)).sum(-1) for p, q in zip(stock, other, strict=True)]
+    return torch.cat(pairs).mean().item()

@@ -1,0 +1,259 @@
+"""`RowCodec`: rows `[code | k_rot]` as bytes, each coordinate on a number of bits of its own.
+
+A coordinate of width b > 0 is one of 2^b levels, `centre + gain * scale * level(b)[u]`. The unit levels of a width are
+the same for all coordinates: a uniform grid bent by a sinh (fine near the centre, coarse far out), close to the
+Lloyd-Max levels of a Gaussian. Width 0 stores nothing and reads the centre; width 16 stores the bf16 number itself.
+Scales and centres are fixed by calibration, so that rows are independent of one another: a row is written once, and
+cropping, reordering or gathering rows needs no decoding. The gain is one byte per token for all coordinates of the code
+(those of k_rot have none): tokens differ in size much more than the coordinates of one token do, and an outlier
+overflows no grid.
+
+Layout of a row: the gain, all 16-bit numbers, then four planes of 8-, 4-, 2- and 1-bit fields. Any width up to 8 is a
+sum of such fields (5 = 4 + 1), the largest in the lowest bits. Within a plane of m bytes, byte j holds the fields j,
+j + m, j + 2 m and so on, so that unpacking yields contiguous pieces.
+
+Legend: `n` = r + P coordinates of a row, `r` of which share a gain.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kvsplice_hf.errors import ConfigError
+
+
+WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 16)
+_FIELDS = (8, 4, 2, 1)
+# A gain is 2^((byte - 128) / 16): steps of 4.4 %, from 1/256 to 245.
+_GAIN_STEPS = 16
+_GAIN_ONE = 128
+# How much the grid of each width is bent (0: uniform), fitted to Gaussian and Laplacian coordinates: few levels sit
+# where the samples are, many levels are bounded by the tails.
+BEND = {1: 0.0, 2: 0.7, 3: 1.3, 4: 1.7, 5: 2.0, 6: 2.2, 7: 2.4, 8: 2.6}
+
+
+def unit_levels(width: int) -> torch.Tensor:
+    """The 2^width levels of a coordinate with scale 1, ascending within (-1, 1), float32."""
+    grid = (2 * torch.arange(2**width, dtype=torch.float64) + 1) / 2**width - 1
+    bend = BEND[width]
+    return (grid if bend == 0 else torch.sinh(bend * grid) / math.sinh(bend)).float()
+
+
+def row_bytes(widths: torch.Tensor, gained: int) -> int:
+    """Bytes of a row whose coordinates have these widths, [n]; with a gain if `gained` > 0 of them share one."""
+    total = 2 * int((widths == 16).sum()) + int(gained > 0)
+    small = torch.where(widths == 16, 0, widths.to(torch.int64))
+    return total + sum(-(-int((small & field > 0).sum()) * field // 8) for field in _FIELDS)
+
+
+class RowCodec(nn.Module):
+    """Packs rows of numbers into bytes, and back.
+
+    Buffers: `widths` uint8 [n], `scales` and `centres` float32 [n]. They stay float32 whatever the model is cast to:
+    rows in a cache must decode to what they were.
+
+    Args:
+        widths: bits per coordinate, each of `WIDTHS`, [n].
+        scales: largest level of each coordinate, [n]; not read at widths 0 and 16.
+        centres: middle of the levels, [n]; not read at width 16.
+        sigmas: root mean square of the first r coordinates, [r]; a row's gain is the size of its code relative to them.
+            Empty: rows have no gain.
+
+    Raises:
+        ConfigError: an unknown width, shapes that differ, or scales that are not positive and finite.
+
+    Example:
+        >>> codec = RowCodec(torch.tensor([8, 4, 4, 0]), torch.ones(4), torch.zeros(4), torch.ones(2))
+        >>> codec.pack(torch.randn(2, 1, 7, 4)).shape
+        torch.Size([2, 1, 7, 3])
+    """
+
+    widths: torch.Tensor
+    scales: torch.Tensor
+    centres: torch.Tensor
+    sigmas: torch.Tensor
+    _raw: torch.Tensor
+    _bends: torch.Tensor
+    _levels: torch.Tensor
+    _first_level: torch.Tensor
+
+    def __init__(self, widths: torch.Tensor, scales: torch.Tensor, centres: torch.Tensor, sigmas: torch.Tensor) -> None:
+        super().__init__()
+        _check(widths, scales, centres, sigmas)
+        self.register_buffer("widths", widths.to(torch.uint8))
+        self.register_buffer("scales", scales.float())
+        self.register_buffer("centres", centres.float())
+        self.register_buffer("sigmas", sigmas.float())
+        self._add_tables()
+
+    def _add_tables(self) -> None:
+        """What follows from the widths: byte count, and index tensors that move with the module but are not saved."""
+        widths = self.widths.long()
+        self.row_bytes = row_bytes(widths, len(self.sigmas))
+        small = torch.where(widths == 16, 0, widths)
+        for field in _FIELDS:
+            coordinates = (small & field > 0).nonzero()[:, 0]
+            # The larger fields of the same code come first, in its lower bits.
+            shifts = small[coordinates] & ~(2 * field - 1)
+            self.register_buffer(f"_coordinates{field}", coordinates, persistent=False)
+            self.register_buffer(f"_shifts{field}", shifts.to(torch.uint8), persistent=False)
+        self.register_buffer("_raw", (widths == 16).nonzero()[:, 0], persistent=False)
+        bends = torch.tensor([BEND.get(int(width), 0.0) for width in widths], device=widths.device)
+        self.register_buffer("_bends", bends, persistent=False)
+        levels = torch.cat([torch.zeros(1), *(unit_levels(width) for width in range(1, 9))]).to(widths.device)
+        self.register_buffer("_levels", levels, persistent=False)
+        # The levels of width b start behind those of all smaller widths: 1 + 2 + 4 + ... = 2^b - 1.
+        self.register_buffer("_first_level", torch.where(small > 0, 2**small - 1, 0), persistent=False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RowCodec":
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:  # moved is right, cast is not
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    @property
+    def row_dim(self) -> int:
+        """n, the coordinates of a row."""
+        return len(self.widths)
+
+    def gains(self, rows: torch.Tensor) -> torch.Tensor:
+        """The byte of each row's gain, uint8 [..., 1], or [..., 0] where rows have none."""
+        count = len(self.sigmas)
+        if count == 0:
+            return torch.empty(*rows.shape[:-1], 0, dtype=torch.uint8, device=rows.device)
+        relative = (rows[..., :count].float() - self.centres[:count]) / self.sigmas
+        size = relative.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
+        return (_GAIN_STEPS * size.log2() + _GAIN_ONE).round().clamp(0, 255).to(torch.uint8)
+
+    def _row_scales(self, gains: torch.Tensor) -> torch.Tensor:
+        """Scales [..., n] of rows with these gains [..., 1 or 0]."""
+        count = len(self.sigmas)
+        if count == 0:
+            return self.scales
+        factor = torch.exp2((gains.float() - _GAIN_ONE) / _GAIN_STEPS)
+        return torch.cat([factor * self.scales[:count], self.scales[count:].expand(*gains.shape[:-1], -1)], dim=-1)
+
+    def quantise(self, rows: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 [..., n] of rows [..., n]: the level each is put on, 0 where the width is 0 or 16."""
+        unit = (rows.float() - self.centres) / self._row_scales(gains)
+        bent = self._bends > 0
+        bends = torch.where(bent, self._bends, 1.0)
+        # The inverse of the bend, so that cells are of equal size where levels are equally far apart.
+        unit = torch.where(bent, torch.asinh(unit * torch.sinh(bends)) / bends, unit)
+        widths = torch.where(self.widths == 16, 0, self.widths).to(torch.int32)
+        count = 2.0**widths
+        return ((unit + 1) * (count / 2)).floor().clamp(min=torch.zeros(()).to(count), max=count - 1).to(torch.uint8)
+
+    def dequantise(self, codes: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+        """The levels [..., n] of codes uint8 [..., n], float32; coordinates of width 16 come out as their centre."""
+        return self._levels[codes.int() + self._first_level.int()] * self._row_scales(gains) + self.centres
+
+    def round_trip(self, rows: torch.Tensor) -> torch.Tensor:
+        """What packing and unpacking leaves of rows [..., n], in their dtype, without the bytes in between.
+
+        Gradients pass as if nothing had happened (straight-through: Bengio et al., arXiv 1308.3432).
+        """
+        with torch.no_grad():
+            gains = self.gains(rows)
+            decoded = self.dequantise(self.quantise(rows, gains), gains)
+            decoded[..., self._raw] = rows[..., self._raw].to(torch.bfloat16).float()
+            decoded = decoded.to(rows.dtype)
+        return rows + (decoded - rows).detach() if rows.requires_grad else decoded
+
+    def pack(self, rows: torch.Tensor) -> torch.Tensor:
+        """Bytes uint8 [..., row_bytes] of rows [..., n]."""
+        gains = self.gains(rows)
+        codes = self.quantise(rows, gains)
+        parts = [gains, _as_bytes(rows[..., self._raw].to(torch.bfloat16))]
+        for field in _FIELDS:
+            coordinates, shifts = self._plane(field)
+            values = (codes[..., coordinates] >> shifts) & (2**field - 1)
+            parts.append(_join_fields(values, field))
+        return torch.cat(parts, dim=-1)
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """Rows float32 [..., n] of bytes uint8 [..., row_bytes].
+
+        Raises:
+            ConfigError: the bytes are not those of one row of this codec.
+        """
+        gains, codes, raw = self._split(packed)
+        rows = self.dequantise(codes, gains)
+        if raw.shape[-1]:
+            rows[..., self._raw] = raw.float()
+        return rows
+
+    def codes(self, packed: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 [..., n] of bytes uint8 [..., row_bytes]: the exact inverse of packing them."""
+        return self._split(packed)[1]
+
+    def _split(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gains, codes and bf16 numbers of packed rows."""
+        if packed.dtype != torch.uint8 or packed.shape[-1] != self.row_bytes:
+            raise ConfigError(
+                f"Got packed rows {packed.dtype} {list(packed.shape)}; this codec's rows are uint8 of {self.row_bytes} "
+                "bytes. The cache belongs to another splice."
+            )
+        start = int(len(self.sigmas) > 0)
+        end = start + 2 * len(self._raw)
+        gains, raw = packed[..., :start], _as_bf16(packed[..., start:end])
+        codes = packed.new_zeros(*packed.shape[:-1], self.row_dim)
+        for field in _FIELDS:
+            coordinates, shifts = self._plane(field)
+            start, end = end, end + -(-len(coordinates) * field // 8)
+            values = _split_fields(packed[..., start:end], field)[..., : len(coordinates)]
+            codes.index_add_(-1, coordinates, values << shifts)
+        return gains, codes, raw
+
+    def _plane(self, field: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._buffers[f"_coordinates{field}"], self._buffers[f"_shifts{field}"]  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return f"row_dim={self.row_dim}, row_bytes={self.row_bytes}"
+
+
+def _as_bytes(numbers: torch.Tensor) -> torch.Tensor:
+    """The bytes [..., 2 k] of bf16 numbers [..., k]."""
+    # Through one dimension: a tensor with sizes 0 or 1 may have any strides there, which `view` refuses.
+    return numbers.reshape(-1).view(torch.uint8).view(*numbers.shape[:-1], 2 * numbers.shape[-1])
+
+
+def _as_bf16(packed: torch.Tensor) -> torch.Tensor:
+    """The bf16 numbers [..., k] of bytes [..., 2 k]."""
+    return packed.reshape(-1).clone().view(torch.bfloat16).view(*packed.shape[:-1], packed.shape[-1] // 2)
+
+
+def _join_fields(values: torch.Tensor, field: int) -> torch.Tensor:
+    """Bytes [..., m] of fields uint8 [..., k], m = ceil(k * field / 8): byte j holds fields j, j + m, j + 2 m ..."""
+    per_byte = 8 // field
+    size = -(-values.shape[-1] // per_byte)
+    values = F.pad(values, (0, size * per_byte - values.shape[-1]))
+    joined = values[..., :size]
+    for index in range(1, per_byte):
+        joined = joined | (values[..., index * size : (index + 1) * size] << (index * field))
+    return joined
+
+
+def _split_fields(packed: torch.Tensor, field: int) -> torch.Tensor:
+    """Fields uint8 [..., m * 8 / field] of bytes [..., m]."""
+    return torch.cat([(packed >> shift) & (2**field - 1) for shift in range(0, 8, field)], dim=-1)
+
+
+def _check(widths: torch.Tensor, scales: torch.Tensor, centres: torch.Tensor, sigmas: torch.Tensor) -> None:
+    if widths.dim() != 1 or widths.shape != scales.shape or widths.shape != centres.shape:
+        shapes = [list(tensor.shape) for tensor in (widths, scales, centres)]
+        raise ConfigError(f"Widths, scales and centres have shapes {shapes}; they must all be [n].")
+    unknown = sorted(set(widths.tolist()) - set(WIDTHS))
+    if unknown:
+        raise ConfigError(f"Widths {unknown} are not among {WIDTHS}.")
+    coded = (widths > 0) & (widths < 16)
+    if not (torch.isfinite(scales[coded]).all() and (scales[coded] > 0).all() and torch.isfinite(centres).all()):
+        raise ConfigError("Scales must be positive and finite, and centres finite.")
+    if len(sigmas) > len(widths) or not (torch.isfinite(sigmas).all() and (sigmas > 0).all()):
+        raise ConfigError(f"Got {len(sigmas)} sigmas for {len(widths)} coordinates; they must be positive and finite.")

@@ -1,0 +1,155 @@
+"""`RowCodec`: packing is exact on codes, levels are good ones, and nothing depends on the batch or the dtype."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+
+from kvsplice_hf import ConfigError, RowCodec
+from kvsplice_hf.codec import BEND, WIDTHS, row_bytes, unit_levels
+
+
+# Mean squared errors of Lloyd-Max quantisers of the unit Gaussian (Max, Quantizing for minimum distortion, 1960).
+LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
+
+PATTERNS = {
+    "one coordinate": [5],
+    "every width": list(WIDTHS),
+    "nothing but zeros and one bit": [0, 0, 1],
+    "whole bytes": [8] * 7,
+    "raw numbers": [16] * 3,
+    "odd counts of every field": [7, 7, 7, 5, 3, 2, 1, 1, 6],
+    "as calibrated": [8] * 3 + [6] * 5 + [5] * 20 + [4] * 41 + [3] * 33 + [2] * 17 + [1] * 9 + [0] * 12 + [7] * 5,
+}
+SHAPES = [(2, 1, 7), (1, 1, 1), (3,), (), (0, 1, 4), (2, 1, 0)]
+
+
+def make(widths: list[int], gained: int | None = None, seed: int = 0) -> RowCodec:
+    generator = torch.Generator().manual_seed(seed)
+    n = len(widths)
+    count = n // 2 if gained is None else gained
+    scales, centres = 2 + torch.rand(n, generator=generator), torch.randn(n, generator=generator)
+    centres[:count] = 0
+    return RowCodec(torch.tensor(widths), scales, centres, 0.5 + torch.rand(count, generator=generator))
+
+
+def rows_for(codec: RowCodec, shape: tuple[int, ...]) -> torch.Tensor:
+    return 2 * torch.randn(*shape, codec.row_dim, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("widths", PATTERNS.values(), ids=PATTERNS)
+def test_packing_and_unpacking_are_exact_inverses_on_codes(widths: list[int], shape: tuple[int, ...]) -> None:
+    codec = make(widths)
+    rows = rows_for(codec, shape)
+    packed = codec.pack(rows)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (*shape, codec.row_bytes)
+    assert torch.equal(codec.codes(packed), codec.quantise(rows, codec.gains(rows)))
+    assert torch.equal(codec.unpack(packed), codec.round_trip(rows))
+    assert torch.equal(codec.unpack(packed)[..., codec.widths == 16], rows[..., codec.widths == 16].bfloat16().float())
+
+
+@pytest.mark.parametrize("widths", PATTERNS.values(), ids=PATTERNS)
+def test_a_row_takes_its_bits_and_less_than_four_bytes_more(widths: list[int]) -> None:
+    codec = make(widths)
+    bits = sum(widths)
+    assert codec.row_bytes == row_bytes(torch.tensor(widths), len(widths) // 2)
+    assert bits / 8 <= codec.row_bytes < bits / 8 + 4
+    assert make(widths, gained=0).row_bytes == codec.row_bytes - (len(widths) > 1)
+
+
+def test_every_code_of_every_width_comes_back() -> None:
+    for width in range(1, 9):
+        codec = RowCodec(torch.tensor([width]), torch.ones(1), torch.zeros(1), torch.empty(0))
+        levels = unit_levels(width)[:, None]
+        assert torch.equal(codec.codes(codec.pack(levels))[:, 0], torch.arange(2**width, dtype=torch.uint8))
+        torch.testing.assert_close(codec.unpack(codec.pack(levels)), levels)
+
+
+def test_rows_do_not_depend_on_one_another() -> None:
+    codec = make(PATTERNS["as calibrated"])
+    rows = rows_for(codec, (2, 1, 9))
+    packed = codec.pack(rows)
+    for token in range(9):
+        assert torch.equal(codec.pack(rows[:, :, token]), packed[:, :, token])
+    assert torch.equal(codec.unpack(packed[:, :, 3:5]), codec.unpack(packed)[:, :, 3:5])
+
+
+@pytest.mark.parametrize("width", LLOYD_MAX)
+def test_gaussian_coordinates_lose_little_more_than_with_lloyd_max_levels(width: int) -> None:
+    samples = torch.randn(100_000, 1, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for scale in torch.linspace(1, 5, 41).tolist():
+        codec = RowCodec(torch.tensor([width]), torch.tensor([scale]), torch.zeros(1), torch.empty(0))
+        errors.append((codec.round_trip(samples) - samples).square().mean().item())
+    assert LLOYD_MAX[width] * 0.97 < min(errors) < LLOYD_MAX[width] * 1.07
+
+
+def test_an_outlier_token_is_coded_as_well_as_any_other() -> None:
+    codec = RowCodec(torch.full((64,), 4), torch.full((64,), 3.0), torch.zeros(64), torch.ones(64))
+    rows = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    relative = [
+        ((codec.round_trip(factor * rows) / factor - rows).square().mean() / rows.square().mean()).item()
+        for factor in (1.0, 0.03, 100.0)
+    ]
+    assert max(relative) < 1.2 * min(relative)
+    assert torch.isfinite(codec.round_trip(torch.zeros(1, 64))).all()
+
+
+def test_numbers_beyond_the_levels_stay_on_the_outermost_one() -> None:
+    codec = RowCodec(torch.tensor([3, 8]), torch.ones(2), torch.tensor([0.0, 5.0]), torch.empty(0))
+    found = codec.round_trip(torch.tensor([[1e6, -1e6]]))
+    torch.testing.assert_close(found, torch.tensor([[unit_levels(3)[-1].item(), 5 + unit_levels(8)[0].item()]]))
+
+
+def test_levels_are_symmetric_and_ascend() -> None:
+    for width in BEND:
+        levels = unit_levels(width)
+        assert (levels.diff() > 0).all()
+        torch.testing.assert_close(levels, -levels.flip(0))
+        assert levels[-1] < 1
+
+
+def test_casts_copies_and_pickles_leave_the_codec_as_it_was() -> None:
+    codec = make(PATTERNS["every width"])
+    rows = rows_for(codec, (2, 1, 5))
+    packed = codec.pack(rows)
+    for other in (copy.deepcopy(codec), pickle.loads(pickle.dumps(codec)), copy.deepcopy(codec).to(torch.float16)):
+        assert torch.equal(other.pack(rows), packed)
+        assert torch.equal(other.unpack(packed), codec.unpack(packed))
+    assert set(codec.state_dict()) == {"widths", "scales", "centres", "sigmas"}
+
+
+def test_gradients_pass_straight_through() -> None:
+    codec = make(PATTERNS["as calibrated"])
+    rows = rows_for(codec, (3,)).requires_grad_()
+    codec.round_trip(rows).sum().backward()
+    assert torch.equal(rows.grad, torch.ones_like(rows))
+
+
+NAN = math.nan
+WRONG = {
+    "unknown width": ([9, 1], [1.0, 1.0], [0.0, 0.0], [], r"Widths \[9\]"),
+    "shapes that differ": ([1, 1], [1.0], [0.0, 0.0], [], r"\[2\], \[1\], \[2\]"),
+    "a scale of zero": ([1, 1], [1.0, 0.0], [0.0, 0.0], [], "positive and finite"),
+    "a scale that is not finite": ([1, 1], [1.0, NAN], [0.0, 0.0], [], "positive and finite"),
+    "a centre that is not finite": ([1, 1], [1.0, 1.0], [NAN, 0.0], [], "centres finite"),
+    "more sigmas than coordinates": ([1], [1.0], [0.0], [1.0, 1.0], "2 sigmas for 1"),
+}
+
+
+@pytest.mark.parametrize(("widths", "scales", "centres", "sigmas", "phrase"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_a_codec_is_refused(
+    widths: list[int], scales: list[float], centres: list[float], sigmas: list[float], phrase: str
+) -> None:
+    with pytest.raises(ConfigError, match=phrase):
+        RowCodec(torch.tensor(widths), torch.tensor(scales), torch.tensor(centres), torch.tensor(sigmas))
+
+
+def test_rows_of_another_codec_are_refused() -> None:
+    codec = make(PATTERNS["whole bytes"])
+    with pytest.raises(ConfigError, match="rows are uint8 of 8 bytes"):
+        codec.unpack(torch.zeros(2, 1, 3, 9, dtype=torch.uint8))
