@@ -80,8 +80,9 @@ class Arguments:
         default_factory=lambda: [385.0, 257.0, 193.0, 154.0, 128.0],
         metadata={"help": "budgets of our own codec, bytes per token and layer with the exact tokens"},
     )
-    statistics: str | None = field(
-        default=None, metadata={"help": "file of KVSpliceCalibrator.save that ours is fitted to; none: --calibration"}
+    statistics: list[str] = field(
+        default_factory=list,
+        metadata={"help": "files of KVSpliceCalibrator.save, to each of which ours is fitted; none: --calibration"},
     )
     dtype: str = field(default="float32", metadata={"help": "dtype of the model"})
     output: str = field(default="results", metadata={"help": "folder for the results"})
@@ -265,22 +266,27 @@ class Comparison:
         return self.row(backend.name, self.bytes_of(backend), texts, chunk=self.chunk)
 
     @functools.cached_property
-    def calibrator(self) -> KVSpliceCalibrator:
-        """Ours, calibrated on the same tokens unless statistics are given."""
-        if self.args.statistics is not None:
-            return KVSpliceCalibrator.load(self.args.statistics, self.model)
-        return KVSpliceCalibrator(self.model, sink_tokens=EXACT_TOKENS).collect(list(self.calibration))
+    def calibrators(self) -> dict[str, KVSpliceCalibrator]:
+        """Ours, by name: from the statistics that are given, or calibrated on the same tokens as the rivals."""
+        if self.args.statistics:
+            return {Path(path).stem: KVSpliceCalibrator.load(path, self.model) for path in self.args.statistics}
+        calibrator = KVSpliceCalibrator(self.model, sink_tokens=EXACT_TOKENS)
+        return {"": calibrator.collect(list(self.calibration))}
 
-    def ours(self, budget: float) -> Row:
+    def ours(self, budget: float, calibration: str) -> Row:
         """Our codec at a budget that counts the exact tokens as well."""
         config = KVSpliceConfig(bytes_per_token=budget, sink_tokens=EXACT_TOKENS)
-        with ours(self.model, self.calibrator, config) as bytes_per_token:
-            texts = self.texts(self.plain, f"{_OURS} {budget:g}")
-        return self.row(_OURS, bytes_per_token, texts, budget=budget)
+        with ours(self.model, self.calibrators[calibration], config) as bytes_per_token:
+            texts = self.texts(self.plain, f"{_OURS} {budget:g} {calibration}")
+        return self.row(_OURS, bytes_per_token, texts, budget=budget, calibration=calibration)
 
     def run(self) -> list[Row]:
         names = dict.fromkeys(self.args.rivals)  # each once, in the order given
-        rows = [self.ours(budget) for budget in self.args.ours]
+        rows = [
+            self.ours(budget, name)
+            for name in (self.calibrators if self.args.ours else ())
+            for budget in self.args.ours
+        ]
         rows += [self.rival(RIVALS[name]) for name in names if name in RIVALS]
         return rows + [self.backend(CACHE_BACKENDS[name]) for name in names if name in CACHE_BACKENDS]
 
@@ -301,7 +307,7 @@ def table_of(rows: list[Row], texts: list[str]) -> Table:
     for row in sorted(measured, key=lambda row: -row["bytes_per_token"]):
         divergences = [row["texts"][text]["kl_nats"] for text in texts]
         table.add_row(
-            row["name"] + " *" * row.get("standardised", False),
+            f"{row['name']} {row.get('calibration', '')}" + "*" * row.get("standardised", False),
             f"{row['bytes_per_token']:.0f}",
             f"{row['bytes_ratio']:.3f}x",
             *(loss_text(row["texts"][text]) for text in texts),
