@@ -37,6 +37,9 @@ from matplotlib import pyplot as plt  # noqa: E402
 # Relative difference of the perplexities with and without a cache above which the measurement is called broken. The
 # two sum in another order, and bf16 rounds.
 CACHE_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
+# Of packed rows: a number between two levels falls to one or the other for its last digit, and what follows from it
+# makes others fall, so that the two runs differ by a part of what the codes lose, in either direction.
+PACKED_TOLERANCE = 1e-2
 
 
 @dataclass
@@ -91,7 +94,8 @@ def evaluate_budget(
     summary["bytes_per_token_and_layer"] = size.compressed_bytes / args.window / len(patched)
     summary["bytes_ratio"] = size.compressed_bytes / size.original_bytes
     summary["no_cache_difference"] = abs(plain / cached - 1)
-    summary["cache_check"] = "passed" if summary["no_cache_difference"] <= CACHE_TOLERANCE[args.dtype] else "FAILED"
+    tolerance = max(CACHE_TOLERANCE[args.dtype], PACKED_TOLERANCE if config.is_packed else 0.0)
+    summary["cache_check"] = "passed" if summary["no_cache_difference"] <= tolerance else "FAILED"
     return summary
 
 
