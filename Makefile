@@ -20,9 +20,9 @@ $(VENV)/.ready: setup.cfg Makefile
 	touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/python scripts/demo.py
-	PYTHON=$(BIN)/python BENCHMARK_ARGS="--batch_sizes 1,4 --trials 2 --new_tokens 8" \
-	    QUALITY_ARGS="--compression_ratio 1.0 --bytes_per_token 257 128 --samples 4" scripts/test_deepseek_kvsplice.sh
+	$(BIN)/python scripts/demo.py --calibration_tokens 4096
+	PYTHON=$(BIN)/python BENCHMARK_ARGS="--batch_sizes 1,4 --trials 1 --new_tokens 8 --calibration_tokens 2048" \
+	    QUALITY_ARGS="--bytes_per_token 193 --samples 4 --calibration_tokens 4096" scripts/test_deepseek_kvsplice.sh
 
 # The same at the smallest setting, to see that it runs.
 demo-small: $(VENV)/.ready
