@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvsplice_hf.convert import convert_to_mla
 from kvsplice_hf.errors import UnsupportedError
-from kvsplice_hf.text import load_texts, token_windows
+from kvsplice_hf.text import load_texts, spread_evenly, token_windows
 
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,8 @@ def _build(folder: Path) -> None:
     original = load_original_demo_model()
     texts = load_texts("pydoc", "calibration")
     windows = token_windows(original.tokenizer, texts, _CALIBRATION_WINDOW)
-    spread = torch.linspace(0, len(windows) - 1, _CALIBRATION_WINDOWS).round().long()
-    converted: Any = convert_to_mla(original.model, rope_dim=_ROPE_DIM, calibration=windows[spread])
+    calibration = spread_evenly(windows, _CALIBRATION_WINDOWS)
+    converted: Any = convert_to_mla(original.model, rope_dim=_ROPE_DIM, calibration=calibration)
     # Built beside its place and moved there whole, so that a killed run leaves nothing that looks complete.
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         unfinished = Path(scratch) / "model"

@@ -114,6 +114,12 @@ def _hub_documents(source: str, split: str) -> Iterator[str]:
     yield from islice(texts, SPLITS.index(split), None, 2) if shared else texts
 
 
+def spread_evenly(windows: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` of the windows [W, T], at most all, evenly over them from the first to the last."""
+    count = min(len(windows), count)
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+
+
 def token_windows(tokenizer: Any, texts: list[str], window: int, samples: int | None = None) -> torch.Tensor:
     """The texts as token windows of one length, int64 [windows, window]; what is left over at the end is dropped.
 

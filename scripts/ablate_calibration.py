@@ -25,6 +25,7 @@ from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig
 from kvsplice_hf.calibration import allocate, calibrator, collect, fit, solve
 from kvsplice_hf.codec import BEND
 from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.text import spread_evenly
 
 
 # Largest uniform level over the standard deviation of a Gaussian, at the least mean squared error (Max, Quantizing for
@@ -200,8 +201,7 @@ class Ablation(Comparison):
         """A calibration; rows that collect in the same way share it."""
         windows = self.calibration
         if tokens:  # spread over the texts
-            count = max(1, tokens // windows.shape[1])
-            windows = windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+            windows = spread_evenly(windows, max(1, tokens // windows.shape[1]))
         with collecting():
             return KVSpliceCalibrator(self.model, metric=metric, sink_tokens=sinks).collect(
                 list(windows), max_tokens=windows.numel()

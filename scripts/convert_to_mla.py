@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfAr
 from kvsplice_hf import cache_nbytes
 from kvsplice_hf.convert import convert_to_mla
 from kvsplice_hf.demo import load_original_demo_model
-from kvsplice_hf.text import load_texts, token_windows
+from kvsplice_hf.text import load_texts, spread_evenly, token_windows
 
 
 _CACHE_TOKENS = 64
@@ -77,8 +77,7 @@ def load(name: str, dtype: str) -> Loaded:
 def spread_windows(tokenizer: Any, source: str, split: str, window: int, tokens: int) -> torch.Tensor:
     """About `tokens` tokens in windows that lie evenly over one half of a text, int64 [windows, window]."""
     windows = token_windows(tokenizer, load_texts(source, split), window)
-    count = min(len(windows), max(1, tokens // window))
-    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+    return spread_evenly(windows, max(1, tokens // window))
 
 
 @torch.no_grad()

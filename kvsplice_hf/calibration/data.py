@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from kvsplice_hf.calibration.collect import Batch
 from kvsplice_hf.errors import CalibrationError, ConfigError
-from kvsplice_hf.text import load_texts, token_windows
+from kvsplice_hf.text import load_texts, spread_evenly, token_windows
 
 
 WINDOW = 512
@@ -149,6 +149,4 @@ def _text_batches(texts: Sequence[str], tokenizer: Any, max_tokens: int, window:
         windows = token_windows(tokenizer, joined, window)
     except ConfigError as error:
         raise CalibrationError(str(error)) from error
-    count = min(len(windows), max(1, max_tokens // window))
-    chosen = windows[torch.linspace(0, len(windows) - 1, count).round().long()]
-    return [{"input_ids": row[None]} for row in chosen]
+    return [{"input_ids": row[None]} for row in spread_evenly(windows, max(1, max_tokens // window))]
