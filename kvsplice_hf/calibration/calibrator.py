@@ -22,7 +22,6 @@ from kvsplice_hf.calibration.statistics import (
     Statistics,
     load_statistics,
     merge_across_processes,
-    read_note,
     save_statistics,
 )
 from kvsplice_hf.config import KVSpliceConfig
@@ -196,8 +195,7 @@ class KVSpliceCalibrator:
         Raises:
             CalibrationError: the file is missing or damaged, or its statistics are of another model.
         """
-        statistics, held_out = load_statistics(path)
-        note = read_note(path)
+        statistics, held_out, note = load_statistics(path)
         self = cls.__new__(cls)
         self.metric, self.fingerprint = note.get("metric", "fisher"), note.get("fingerprint", "")
         self.statistics, self._collector = statistics, None

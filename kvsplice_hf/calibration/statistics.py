@@ -203,14 +203,8 @@ def save_statistics(
     safetensors.torch.save_file(tensors, path, metadata={"format": _FORMAT, **note})
 
 
-def read_note(path: str | Path) -> dict[str, str]:
-    """What `save_statistics` was told to note."""
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
-
-
-def load_statistics(path: str | Path) -> tuple[Statistics, list[torch.Tensor]]:
-    """Read a file of `save_statistics`: the statistics, and the held-out tokens.
+def load_statistics(path: str | Path) -> tuple[Statistics, list[torch.Tensor], dict[str, str]]:
+    """Read a file of `save_statistics`: the statistics, the held-out tokens, and the note.
 
     Raises:
         CalibrationError: the file is missing, damaged, or something else.
@@ -232,6 +226,7 @@ def load_statistics(path: str | Path) -> tuple[Statistics, list[torch.Tensor]]:
         layer_idx, _, field_name = name.partition(".")
         by_layer.setdefault(int(layer_idx), {})[field_name] = tensor
     try:
-        return {layer_idx: LayerStatistics(**values) for layer_idx, values in sorted(by_layer.items())}, holdout
+        statistics = {layer_idx: LayerStatistics(**values) for layer_idx, values in sorted(by_layer.items())}
     except TypeError as error:
         raise CalibrationError(f"{path} is damaged: {error}. Calibrate again.") from error
+    return statistics, holdout, metadata
