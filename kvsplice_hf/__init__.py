@@ -3,7 +3,7 @@
 Importing this package changes nothing: no class is patched, no name is registered.
 """
 
-from kvsplice_hf.calibration.calibrator import CalibrationReport, KVSpliceCalibrator
+from kvsplice_hf.calibration.calibrator import CalibrationReport, KVSpliceCalibrator, calibrate
 from kvsplice_hf.checkpoint import load_kvsplice, save_kvsplice
 from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.config import KVSpliceConfig
@@ -45,6 +45,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "cache_nbytes",
+    "calibrate",
     "get_kv_cache_size",
     "load_kvsplice",
     "patch_model_with_kvsplice",

@@ -35,17 +35,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass
-class Budget:
+class Calibration:
+    """Arguments of scripts that calibrate."""
+
+    calibration: str = field(
+        default="pydoc", metadata={"help": 'text to calibrate on, "auto" (the model\'s own), or "none" (weights alone)'}
+    )
+    calibration_tokens: int = field(default=8192, metadata={"help": "how many tokens of it"})
+    statistics: str | None = field(
+        default=None, metadata={"help": "file of calibration statistics: read if it is there, otherwise written"}
+    )
+
+
+@dataclass
+class Budget(Calibration):
     """Arguments of scripts that splice a model."""
 
     compression_ratio: float | None = field(default=None, metadata={"help": "r / R, codes as numbers"})
     bytes_per_token: float | None = field(
         default=None, metadata={"help": "bytes per token and layer in packed codes; no budget: a quarter of stock"}
     )
-    calibration: str = field(
-        default="pydoc", metadata={"help": 'text to calibrate on, "auto" (the model\'s own), or "none" (weights alone)'}
-    )
-    calibration_tokens: int = field(default=8192, metadata={"help": "how many tokens of it"})
 
 
 class LoadedModel(NamedTuple):
@@ -83,16 +92,23 @@ def load_model(name: str, dtype: str) -> LoadedModel:
     return LoadedModel(model, AutoTokenizer.from_pretrained(name))
 
 
-def calibrate(model: PreTrainedModel, tokenizer: Any, calibration: str, tokens: int) -> Any:
+def calibrate(model: PreTrainedModel, tokenizer: Any, args: Calibration) -> Any:
     """What `patch_model_with_kvsplice` takes as `calibration`; statistics serve any number of budgets."""
-    if calibration in ("none", "auto"):
-        return None if calibration == "none" else "auto"
-    return KVSpliceCalibrator(model).collect(calibration, tokenizer=tokenizer, max_tokens=tokens)
+    if args.statistics is not None and Path(args.statistics).exists():
+        return KVSpliceCalibrator.load(args.statistics, model)
+    if args.calibration in ("none", "auto"):
+        return None if args.calibration == "none" else "auto"
+    calibrator = KVSpliceCalibrator(model)
+    calibrator.collect(args.calibration, tokenizer=tokenizer, max_tokens=args.calibration_tokens)
+    if args.statistics is not None:
+        Path(args.statistics).parent.mkdir(parents=True, exist_ok=True)
+        calibrator.save(args.statistics)
+    return calibrator
 
 
 def splice(model: PreTrainedModel, tokenizer: Any, args: Budget) -> None:
     """Calibrate and patch."""
-    calibration = calibrate(model, tokenizer, args.calibration, args.calibration_tokens)
+    calibration = calibrate(model, tokenizer, args)
     budget = {"compression_ratio": args.compression_ratio, "bytes_per_token": args.bytes_per_token}
     patch_model_with_kvsplice(model, KVSpliceConfig(**budget), calibration=calibration, tokenizer=tokenizer)
 

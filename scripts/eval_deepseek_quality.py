@@ -15,7 +15,17 @@ from typing import Any
 
 import matplotlib
 import torch
-from common import DEMO, calibrate, console, environment, finish, load_model, readable_errors, results_folder
+from common import (
+    DEMO,
+    Calibration,
+    calibrate,
+    console,
+    environment,
+    finish,
+    load_model,
+    readable_errors,
+    results_folder,
+)
 from rich.table import Table
 from transformers import HfArgumentParser, PreTrainedModel
 
@@ -43,7 +53,7 @@ PACKED_TOLERANCE = 1e-2
 
 
 @dataclass
-class Arguments:
+class Arguments(Calibration):
     """Perplexity of a model with and without the splice, through the cache."""
 
     model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
@@ -51,10 +61,6 @@ class Arguments:
     bytes_per_token: list[float] = field(
         default_factory=list, metadata={"help": "bytes per token and layer of packed codes, none, one or several"}
     )
-    calibration: str = field(
-        default="pydoc", metadata={"help": 'text to calibrate on, "auto" (the model\'s own), or "none" (weights alone)'}
-    )
-    calibration_tokens: int = field(default=8192, metadata={"help": "how many tokens of it"})
     init: str = field(default="svd", metadata={"help": "start of the splice: svd, orthogonal, identity"})
     dataset: str = field(
         default="pydoc", metadata={"help": "pydoc, wikitext, fineweb-edu, tinystories, c4, file, folder"}
@@ -140,7 +146,7 @@ def main() -> None:
         model, tokenizer = load_model(args.model, args.dtype)
         texts = load_texts(args.dataset, "evaluation")
         windows = token_windows(tokenizer, texts, args.window, args.samples)
-        calibration = calibrate(model, tokenizer, args.calibration, args.calibration_tokens)
+        calibration = calibrate(model, tokenizer, args)
         rows = [evaluate_budget(model, windows, budget, calibration, args) for budget in budgets(args)]
     folder = results_folder(args.output, "quality")
     draw(rows, folder / "quality_against_bytes.png")

@@ -22,6 +22,7 @@ from kvsplice_hf import (
     KVSpliceConfig,
     PatchStateError,
     UnsupportedError,
+    calibrate,
     patch_model_with_kvsplice,
     unpatch_model,
 )
@@ -349,6 +350,30 @@ def test_latents_that_are_constant_or_not_finite_are_refused() -> None:
 def test_a_budget_below_the_smallest_row_is_refused(english: KVSpliceCalibrator) -> None:
     with pytest.raises(ConfigError, match="below the"):
         patch_model_with_kvsplice(trained_model(), bytes_per_token=0.5, calibration=english)
+
+
+def test_statistics_of_other_weights_are_used_with_a_warning(
+    english: KVSpliceCalibrator, caplog: pytest.LogCaptureFixture
+) -> None:
+    same, other = copy.deepcopy(trained_model()), copy.deepcopy(trained_model())
+    patch_model_with_kvsplice(same.bfloat16(), bytes_per_token=20, calibration=english)
+    assert not caplog.records
+    with torch.no_grad():
+        other.model.layers[0].self_attn.kv_b_proj.weight.mul_(1.5)
+    patch_model_with_kvsplice(other, bytes_per_token=20, calibration=english)
+    assert "with other weights" in caplog.text
+
+
+def test_calibrate_collects_and_holds_out_what_it_is_told_to() -> None:
+    model = build(NAME)
+    sequences = list(random_tokens(model))
+    statistics = calibrate(model, sequences, metric="pca", max_tokens=200, holdout=3)
+    whole = calibrate(model, sequences, metric="pca", max_tokens=200, holdout=0)
+    assert statistics.metric == "pca"
+    assert (len(statistics.holdout), len(whole.holdout)) == (3, 0)
+    assert statistics.tokens < whole.tokens <= 200
+    with pytest.raises(CalibrationError, match="at least one to fit to"):
+        calibrate(model, sequences, holdout=len(sequences))
 
 
 def test_statistics_of_another_model_are_refused(english: KVSpliceCalibrator, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CalibrationError, ConfigError
 from kvsplice_hf.sites import MLASite, find_mla_sites
 
+
+logger = logging.getLogger(__name__)
 
 # A rank needs more tokens than dimensions for its covariance to have that rank at all; a few times more to be any good.
 _TOKENS_PER_DIMENSION = 4
@@ -133,6 +136,7 @@ class KVSpliceCalibrator:
         tokenizer: Any = None,
         max_tokens: int = 16_384,
         window: int = 512,
+        holdout: int | None = None,
         progress: bool = True,
     ) -> Self:
         """Run the model over `data` and add up statistics; may be called several times.
@@ -144,6 +148,8 @@ class KVSpliceCalibrator:
             tokenizer: needed unless `data` are tokens.
             max_tokens: how many tokens to use.
             window: tokens per sequence of texts.
+            holdout: sequences that nothing is fitted to and that the choice between allocations is checked on; by
+                default two, or none of fewer than 24.
             progress: show a progress bar.
 
         Raises:
@@ -151,10 +157,10 @@ class KVSpliceCalibrator:
         """
         if self._collector is None:
             raise CalibrationError("These statistics were loaded from a file; collecting more needs a new calibrator.")
-        self.collect_batches(as_batches(data, tokenizer, max_tokens, window), progress)
+        self.collect_batches(as_batches(data, tokenizer, max_tokens, window), progress, holdout)
         return self
 
-    def collect_batches(self, batches: list[Batch], progress: bool = True) -> None:
+    def collect_batches(self, batches: list[Batch], progress: bool = True, holdout: int | None = None) -> None:
         """Run the model over token batches."""
         assert self._collector is not None
         distributed = dist.is_available() and dist.is_initialized()
@@ -162,7 +168,7 @@ class KVSpliceCalibrator:
         before = self._collector.statistics
         if size > 1:  # what all processes know already must be counted once
             self._collector.reset_statistics()
-        batches, held_out = split_holdout(batches)
+        batches, held_out = split_holdout(batches, holdout)
         self.holdout += held_out
         self._collector.run(share_of_process(batches, rank, size), progress=progress and rank == 0)
         if size > 1:
@@ -214,10 +220,10 @@ class KVSpliceCalibrator:
         self._distortions.clear()
 
     def require_model(self, sites: list[MLASite]) -> None:
-        """Refuse statistics of another model.
+        """Refuse statistics of another model, and warn where only the weights are others (another checkpoint).
 
         Raises:
-            CalibrationError: layers, sizes or weights differ.
+            CalibrationError: layers or sizes differ.
         """
         for site in sites:
             layer = self.statistics.get(site.layer_idx)
@@ -232,6 +238,11 @@ class KVSpliceCalibrator:
                     f"numbers, {site.name} has {site.kv_lora_rank} + {site.qk_rope_head_dim}. It is of another model: "
                     "calibrate this one."
                 )
+        if len(sites) == len(self.statistics) and self.fingerprint != model_fingerprint(sites):
+            logger.warning(
+                "The calibration is of a model of the same shape with other weights. The splice will fit that model: "
+                "calibrate this one, unless one was tuned from the other."
+            )
 
     def fit(
         self, config: KVSpliceConfig, layers: list[int] | None = None
@@ -286,6 +297,33 @@ class KVSpliceCalibrator:
             )
 
 
+def calibrate(
+    model: nn.Module,
+    data: Any,
+    *,
+    tokenizer: Any = None,
+    metric: str = "fisher",
+    max_tokens: int = 16_384,
+    window: int = 512,
+    holdout: int | None = None,
+) -> KVSpliceCalibrator:
+    """Run an unpatched model over `data`, and remember what fitting a splice of any budget needs.
+
+    In short for `KVSpliceCalibrator(model, metric=metric).collect(data, ...)`, where the arguments are described.
+
+    Raises:
+        NotMLAError: the model has no MLA layer.
+        ConfigError: an unknown metric.
+        CalibrationError: the data cannot be used, or the model's numbers on them are not finite.
+
+    Example:
+        >>> statistics = calibrate(model, texts, tokenizer=tokenizer)
+        >>> patch_model_with_kvsplice(model, bytes_per_token=193, calibration=statistics)
+    """
+    calibrator = KVSpliceCalibrator(model, metric=metric)
+    return calibrator.collect(data, tokenizer=tokenizer, max_tokens=max_tokens, window=window, holdout=holdout)
+
+
 def _report(chosen: list[int], solutions: list[LayerSolution], fits: list[LayerFit]) -> CalibrationReport:
     empty = torch.zeros(0, dtype=torch.uint8)
     in_bf16 = [2 * (fit.rank + len(solution.rot_mean)) for fit, solution in zip(fits, solutions, strict=True)]
@@ -308,5 +346,7 @@ def model_fingerprint(sites: list[MLASite]) -> str:
         digest.update(json.dumps(sizes).encode())
         weight = getattr(site.module.kv_b_proj, "weight", None)
         if isinstance(weight, torch.Tensor) and weight.device.type != "meta":
-            digest.update(weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes())
+            # In bf16, so that the dtype in which the model was loaded makes no difference.
+            few = weight.detach().flatten()[:: max(1, weight.numel() // 64)].bfloat16().float()
+            digest.update(few.cpu().numpy().tobytes())
     return digest.hexdigest()

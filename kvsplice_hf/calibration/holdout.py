@@ -6,18 +6,31 @@ from typing import Any
 import torch
 
 from kvsplice_hf.calibration.collect import Batch
+from kvsplice_hf.errors import CalibrationError
 
 
-# Of at least so many calibration sequences, so many are held out.
+# Of at least so many calibration sequences, so many are held out, unless another number is asked for.
 MIN_SEQUENCES = 24
 HELD_OUT = 2
 
 
-def split_holdout(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Batches to fit to, and some to check on, spread over the text; none where there are few."""
-    if len(batches) < MIN_SEQUENCES:
-        return list(batches), []
-    chosen = {len(batches) * (2 * index + 1) // (2 * HELD_OUT) for index in range(HELD_OUT)}
+def split_holdout(batches: Sequence[Batch], count: int | None = None) -> tuple[list[Batch], list[Batch]]:
+    """Batches to fit to, and some to check on, spread over the text.
+
+    Args:
+        batches: all of them.
+        count: how many to hold out; None: two, or none where there are few.
+
+    Raises:
+        CalibrationError: nothing would be left to fit to.
+    """
+    if count is None:
+        count = HELD_OUT if len(batches) >= MIN_SEQUENCES else 0
+    if not 0 <= count < len(batches):
+        raise CalibrationError(
+            f"`holdout` is {count}, of {len(batches)} calibration sequences; it must leave at least one to fit to."
+        )
+    chosen = {len(batches) * (2 * index + 1) // (2 * count) for index in range(count)}
     rest = [batch for index, batch in enumerate(batches) if index not in chosen]
     return rest, [batches[index] for index in sorted(chosen)]
 
