@@ -21,11 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from kvsplice_hf.cache import CompressedLatent
+from kvsplice_hf.dispatch import attend
 from kvsplice_hf.sinks import ExactTokens, visible_keys
-
-
-# Scores of one block of queries are held in memory at once: at most this many numbers.
-_MAX_SCORES = 1 << 26
+from kvsplice_hf.streaming import Attended
 
 
 class AbsorbedWeights(NamedTuple):
@@ -36,10 +34,10 @@ class AbsorbedWeights(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """The rows that one block of queries reads.
+    """The rows that the queries read.
 
     Attributes:
-        rows: [B, S', r + P].
+        rows: [B, S', r + P], or packed [B, S', bytes].
         bias: added to the scores of `rows`, float [B or 1, 1, T or 1, S'], or None. Rows of exact tokens are out.
         exact: latents minus mu, [B, K, R], or None.
         exact_rot: rotated keys of the exact tokens, [B, K, P], or None.
@@ -96,30 +94,20 @@ def absorbed_attention(
     """
     nope_dim = weights.key.shape[1]
     q_nope, q_rot = query[..., :nope_dim], query[..., nope_dim:]
-    matrix, offset = latent.splice.fold()
     # einsum batches over heads; a broadcast matmul would copy the weight for each row of the batch
     q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope, weights.key)
     mask = _four_dimensional(mask, latent, query.shape[2], sliding_window)
-    attended, attention = [], []
-    heads, queries, keys = query.shape[1], query.shape[2], latent.rows.shape[2]
-    step = max(1, _MAX_SCORES // (query.shape[0] * heads * keys))
-    for start in range(0, queries, step):
-        block = slice(start, min(start + step, queries))
-        selected = _select_keys(
-            latent,
-            offset,
-            None if mask is None else mask[:, :, block],
-            None if indices is None else indices[:, block],
-        )
-        mixed, weight = _attend(
-            q_latent[:, :, block], q_rot[:, :, block], matrix, offset, selected, scaling, dropout, learned_sinks
-        )
-        attended.append(mixed)
-        if return_weights:
-            attention.append(_spread_weights(weight, selected, keys))
-    mixed = attended[0] if len(attended) == 1 else torch.cat(attended, dim=2)
+    matrix, offset = latent.splice.fold()
+    keys = _select_keys(latent, offset, mask, indices)
+    queries = _Queries(q_latent, q_rot, matrix, offset, scaling)
+    splice = latent.splice
+    on_rows = attend(queries.flat(), keys.rows, splice.codec, splice.rank, keys.bias, scaling=scaling, dropout=dropout)
+    others = _other_scores(queries, keys, learned_sinks)
+    mixed, shares = _merge(queries, on_rows, others, keys, dropout)
     output = torch.einsum("bhtr,hvr->bthv", mixed, weights.value)
-    return output, torch.cat(attention, dim=2) if return_weights else None
+    if not return_weights:
+        return output, None
+    return output, _weights(queries, latent, keys, on_rows, shares)
 
 
 def _four_dimensional(
@@ -162,7 +150,7 @@ def _hide(bias: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
 def _select_keys(
     latent: CompressedLatent, offset: torch.Tensor, mask: torch.Tensor | None, indices: torch.Tensor | None
 ) -> _Keys:
-    rows, row_index = latent.numbers[:, 0], None
+    rows, row_index = latent.rows[:, 0], None
     keys = rows.shape[1]
     bias = None if mask is None else _as_bias(mask)
     if indices is not None and indices.shape[1] == 1 and indices.shape[-1] < keys:
@@ -226,56 +214,77 @@ def _locate_exact(
     return present, exact.positions.clamp(0, count - 1), marks[:, :count]
 
 
-def _attend(
-    q_latent: torch.Tensor,
-    q_rot: torch.Tensor,
-    matrix: torch.Tensor,
-    offset: torch.Tensor,
-    keys: _Keys,
-    scaling: float,
-    dropout: float,
-    learned_sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores, softmax and mix for one block of queries.
+class _Queries(NamedTuple):
+    """Queries, and the projection whose codes they meet.
 
-    Args:
-        q_latent: queries against the latent, [B, H, T, R].
-        q_rot: [B, H, T, P].
+    Attributes:
+        latent: against the latent, [B, H, T, R].
+        rot: against the rotated key, [B, H, T, P].
         matrix, offset: D [R, r] and mu [R].
+        scaling: factor on their scores.
+    """
+
+    latent: torch.Tensor
+    rot: torch.Tensor
+    matrix: torch.Tensor
+    offset: torch.Tensor
+    scaling: float
+
+    def flat(self) -> torch.Tensor:
+        """Against rows: [B, H * T, r + P]. All heads read the same rows, so heads and queries are one dimension."""
+        on_codes = self.latent @ self.matrix.to(self.latent.dtype)
+        return torch.cat([on_codes, self.rot], dim=-1).flatten(1, 2)
+
+
+def _other_scores(queries: _Queries, keys: _Keys, learned_sinks: torch.Tensor | None) -> torch.Tensor:
+    """Scores of exact tokens and learned sinks, float32 [B, H, T, K (+ 1)]."""
+    scores = queries.latent.new_zeros(*queries.latent.shape[:3], 0, dtype=torch.float32)
+    if keys.exact is not None and keys.exact_rot is not None:
+        exact = torch.cat([keys.exact, keys.exact_rot], dim=-1)
+        full = torch.cat([queries.latent, queries.rot], dim=-1).flatten(1, 2)
+        scores = (full @ exact.transpose(1, 2)).float().view(*scores.shape[:3], -1) * queries.scaling
+        scores = scores if keys.exact_bias is None else scores + keys.exact_bias
+    if learned_sinks is not None:
+        # What every other score leaves out.
+        constant = (queries.latent.float() @ queries.offset.float()) * queries.scaling
+        sinks = learned_sinks.float().view(1, -1, 1) - constant
+        scores = torch.cat([scores, sinks[..., None]], dim=-1)
+    return scores
+
+
+def _merge(
+    queries: _Queries, on_rows: Attended, others: torch.Tensor, keys: _Keys, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One softmax over rows and other keys.
 
     Returns:
-        Mixed latents [B, H, T, R], and all attention weights [B, H, T, S' + K (+ 1 for learned sinks)].
+        Mixed latents [B, H, T, R], and the shares of all rows together and of each other key, float32
+        [B, H, T, 1 + K (+ 1)].
     """
-    batch, heads, queries, latent_dim = q_latent.shape
-    rank, count = matrix.shape[1], keys.rows.shape[1]
-    # All heads read the same rows, so heads and queries together are the rows of one matrix product.
-    flat = torch.cat([q_latent @ matrix.to(q_latent.dtype), q_rot], dim=-1).reshape(batch, heads * queries, -1)
-    scores = [_biased(flat @ keys.rows.transpose(1, 2), keys.bias, heads, scaling)]
-    if keys.exact is not None and keys.exact_rot is not None:
-        q_full = torch.cat([q_latent, q_rot], dim=-1).reshape(batch, heads * queries, -1)
-        exact_keys = torch.cat([keys.exact, keys.exact_rot], dim=-1)
-        scores.append(_biased(q_full @ exact_keys.transpose(1, 2), keys.exact_bias, heads, scaling))
-    if learned_sinks is not None:
-        constant = (q_latent.float() @ offset.float()) * scaling  # what every other score leaves out
-        scores.append(learned_sinks.float().view(1, -1, 1).expand_as(constant)[..., None] - constant[..., None])
-    weights = torch.cat(scores, dim=-1) if len(scores) > 1 else scores[0]
-    weights = F.dropout(torch.softmax(weights, dim=-1), p=dropout, training=dropout > 0)
-    low = weights.to(keys.rows.dtype).view(batch, heads * queries, -1)
-    on_rows = low[..., :count]
-    mixed = (on_rows @ keys.rows[..., :rank]) @ matrix.T.to(low.dtype)
-    shares = weights.view(batch, heads * queries, -1)[..., :count].sum(-1, keepdim=True)
+    sizes, dtype = queries.latent.shape[:3], queries.latent.dtype
+    offset = queries.offset.to(dtype)
+    mixed = (on_rows.mixed.to(dtype) @ queries.matrix.T.to(dtype) + offset).view(*sizes, -1)
+    if others.shape[-1] == 0:
+        return mixed, others.new_ones(*sizes, 1)
+    shares = torch.softmax(torch.cat([on_rows.lse.view(*sizes, 1), others], dim=-1), dim=-1)
+    mixed = mixed * shares[..., :1].to(dtype)
     if keys.exact is not None:
-        on_exact = low[..., count : count + keys.exact.shape[1]]
-        mixed = mixed + on_exact @ keys.exact
-        shares = shares + on_exact.sum(-1, keepdim=True)  # the exact latents are stored without mu here
-    mixed = mixed + shares.to(mixed.dtype) * offset.to(mixed.dtype)
-    return mixed.view(batch, heads, queries, latent_dim), weights
+        on_exact = F.dropout(shares[..., 1 : 1 + keys.exact.shape[1]], dropout, training=dropout > 0).to(dtype)
+        exact = keys.exact + offset  # kept without mu, for the scores
+        mixed = mixed + torch.einsum("bhtk,bkr->bhtr", on_exact, exact)
+    return mixed, shares
 
 
-def _biased(scores: torch.Tensor, bias: torch.Tensor | None, heads: int, scaling: float) -> torch.Tensor:
-    """Scores [B, H * T, S'] as fp32 [B, H, T, S'], scaled, bias added."""
-    scores = scores.view(scores.shape[0], heads, -1, scores.shape[-1]).float() * scaling
-    return scores if bias is None else scores + bias
+def _weights(
+    queries: _Queries, latent: CompressedLatent, keys: _Keys, on_rows: Attended, shares: torch.Tensor
+) -> torch.Tensor:
+    """Attention weights [B, H, T, S] over the stored tokens, for callers that ask to see them."""
+    rows = latent.splice.numbers(keys.rows, queries.latent.dtype)
+    scores = (queries.flat() @ rows.transpose(1, 2)).float().view(*shares.shape[:3], -1) * queries.scaling
+    if keys.bias is not None:
+        scores = scores + keys.bias
+    weights = torch.exp(scores - on_rows.lse.view(*shares.shape[:3], 1)) * shares[..., :1]
+    return _spread_weights(torch.cat([weights, shares[..., 1:]], dim=-1), keys, latent.rows.shape[2])
 
 
 def _spread_weights(weights: torch.Tensor, keys: _Keys, total: int) -> torch.Tensor:

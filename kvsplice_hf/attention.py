@@ -22,6 +22,7 @@ from kvsplice_hf.absorbed import absorbed_attention, split_weight
 from kvsplice_hf.cache import CompressedLatent, RowGeometry, SplicedLayerMixin, splice_cache_layer
 from kvsplice_hf.errors import CacheMismatchError, FoldingError, UnsupportedError
 from kvsplice_hf.offload import read_parameter
+from kvsplice_hf.paged import PagedLatent, paged_rows
 from kvsplice_hf.projection import LearnedKVSplice
 from kvsplice_hf.sinks import exact_in_full_sequence
 
@@ -85,20 +86,28 @@ def wrapped_name(base: str) -> str | None:
     return _NAME_PREFIX + base if base in WRAPPED_ATTENTION else None
 
 
-def bind_cache_and_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def bind_cache_and_mask(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of a patched attention module: splice its cache layer, and note the mask.
+
+    Returns:
+        Other arguments for the forward in continuous batching, where the cache does not come as `past_key_values`.
 
     Raises:
         CacheMismatchError: the cache cannot hold spliced rows.
     """
     site: PatchedSite = getattr(module, SITE_ATTRIBUTE)
     site.attention_mask = kwargs.get("attention_mask")
+    rows = paged_rows(kwargs) if site.enabled else None
+    if rows is not None:
+        return args, {**kwargs, "past_key_values": rows}
     cache = kwargs.get("past_key_values")
     if cache is None or not site.stores_latent:
-        return
+        return None
     if not site.enabled:
         _require_stock_layer(cache, module.layer_idx)
-        return
+        return None
     if not isinstance(cache, Cache):
         raise CacheMismatchError(
             f"The patched model got a cache of type {type(cache).__name__}; it needs a transformers `Cache`: pass "
@@ -106,6 +115,7 @@ def bind_cache_and_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, An
         )
     layer = splice_cache_layer(cache, module.layer_idx, site.geometry, site.splice)
     layer.attention_mask = site.attention_mask
+    return None
 
 
 def _require_stock_layer(cache: Any, layer_idx: int) -> None:
@@ -117,15 +127,15 @@ def _require_stock_layer(cache: Any, layer_idx: int) -> None:
         )
 
 
-def expand_spliced_kv(
-    self: Any, kv_nope: torch.Tensor | CompressedLatent, k_rot: Any
-) -> tuple[torch.Tensor | CompressedLatent, torch.Tensor | CompressedLatent]:
+def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | PagedLatent, k_rot: Any) -> tuple[Any, Any]:
     """`expand_kv` of a patched attention module.
 
     Given rows from a cache, decode them, or pass them on for absorbed attention. Given a plain latent (no cache:
     training, perplexity), encode and decode it, so that the numbers are the same with and without a cache.
     """
     site: PatchedSite = getattr(self, SITE_ATTRIBUTE)
+    if isinstance(kv_nope, PagedLatent):  # taken apart in the attention function, which comes back here
+        return kv_nope, kv_nope
     if not site.enabled:
         latent = kv_nope
     elif isinstance(kv_nope, CompressedLatent):
@@ -204,8 +214,8 @@ def _absorbed_is_cheaper(module: Any, site: PatchedSite, latent: CompressedLaten
 def _kvsplice_attention(
     module: Any,
     query: torch.Tensor,
-    key: torch.Tensor | CompressedLatent,
-    value: torch.Tensor | CompressedLatent,
+    key: torch.Tensor | CompressedLatent | PagedLatent,
+    value: torch.Tensor | CompressedLatent | PagedLatent,
     attention_mask: torch.Tensor | None,
     *,
     base: str,
@@ -219,6 +229,10 @@ def _kvsplice_attention(
     Sparse-attention modules hand over the indices of the selected rows instead of a mask when the name of the attention
     function is not one they know.
     """
+    if isinstance(key, PagedLatent):
+        settings = {name: kwargs[name] for name in ("s_aux",) if name in kwargs}
+        attend = functools.partial(_kvsplice_attention, base=base, scaling=scaling, dropout=dropout, **settings)
+        return key.attend(module, query, attend)
     if isinstance(key, CompressedLatent):
         weight = foldable_weight(module.kv_b_proj)
         if weight is None:
@@ -235,7 +249,7 @@ def _kvsplice_attention(
             learned_sinks=kwargs.get("s_aux"),
             return_weights=base == "eager",
         )
-    assert not isinstance(value, CompressedLatent)
+    assert isinstance(value, torch.Tensor)
     return attend_expanded(
         module,
         query,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from kvsplice_hf.calibration.holdout import divergence, log_probabilities
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
 from kvsplice_hf.offload import execution_device
+from kvsplice_hf.paged import init_continuous_batching
 from kvsplice_hf.projection import LearnedKVSplice, initialise_
 from kvsplice_hf.sites import MLASite, effective_weight, find_mla_sites
 
@@ -41,7 +42,8 @@ logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _PATCH_ATTRIBUTE = "_kvsplice_patch"
-_UNSUPPORTED_METHODS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+# `generate_batch` and the context manager of transformers go through it.
+_BATCHING_METHOD = "init_continuous_batching"
 
 
 @dataclass
@@ -164,8 +166,9 @@ def unpatch_model(model: ModelT) -> ModelT:
             _restore_module(module)
     for path, keys in patch.keys_to_ignore_on_save.items():
         root.get_submodule(path)._keys_to_ignore_on_save = keys
-    for name in _UNSUPPORTED_METHODS:
-        vars(root).pop(name, None)
+    vars(root).pop(_BATCHING_METHOD, None)
+    if "_cached_continuous_batching_manager" in vars(root):  # a persistent one, with pages of our rows
+        root.destroy_cached_continuous_batching_manager()
     delattr(root, _PATCH_ATTRIBUTE)
     return model
 
@@ -373,9 +376,8 @@ def _apply(model: nn.Module, sites: list[MLASite], splices: dict[int, LearnedKVS
             module.config._attn_implementation_internal = name
             patch.attention[site.name] = base
     _ignore_on_save(model, patch)
-    for name in _UNSUPPORTED_METHODS:
-        if hasattr(model, name):
-            setattr(model, name, functools.partial(_refuse_continuous_batching, model))
+    if hasattr(model, _BATCHING_METHOD):
+        setattr(model, _BATCHING_METHOD, functools.partial(_init_continuous_batching, model))
     setattr(model, _PATCH_ATTRIBUTE, patch)
 
 
@@ -400,9 +402,5 @@ def _is_pretrained(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel)
 
 
-def _refuse_continuous_batching(model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
-    raise UnsupportedError(
-        "Continuous batching (generate_batch) does not run on a model patched with KVSplice: its paged allocator sizes "
-        "every token by head_dim, not by the spliced row (and it fails on unpatched MLA models as well). Use "
-        "model.generate with a padded batch, or unpatch_model(model) first."
-    )
+def _init_continuous_batching(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return init_continuous_batching(model, patched_sites(model), *args, **kwargs)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kvsplice_hf.codec import RowCodec
+from kvsplice_hf.dispatch import pack
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.offload import read_parameter
 
@@ -87,7 +88,7 @@ class LearnedKVSplice(nn.Module):
         Numbers `[code | k_rot]` [..., r + P] in the latents' dtype, or with a codec packed bytes.
         """
         rows = torch.cat([self.encode(latent), k_rot.to(latent.dtype)], dim=-1)
-        return rows if self.codec is None else self.codec.pack(rows)
+        return rows if self.codec is None else pack(rows, self.codec)
 
     def numbers(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`[code | k_rot]` [..., r + P] of stored rows; in `dtype` where they were packed."""

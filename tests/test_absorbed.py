@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from kvsplice_hf import LearnedKVSplice, absorbed
+from kvsplice_hf import LearnedKVSplice, streaming
 from kvsplice_hf.absorbed import absorbed_attention, split_weight
 from kvsplice_hf.cache import CompressedLatent
 from kvsplice_hf.sinks import UNFILLED, ExactTokens
@@ -160,11 +160,12 @@ def test_learned_sinks_share_the_softmax() -> None:
     check(problem, reference(problem, causal(3, 9), sinks=sinks), learned_sinks=sinks)
 
 
-def test_queries_are_worked_off_in_blocks_without_changing_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_worked_off_in_blocks_without_changing_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(9, 9, torch.float32)
     visible = causal(9, 9) & padding(9).bool()[:, None, None]
     expected = reference(problem, visible | torch.eye(9, dtype=torch.bool))
-    monkeypatch.setattr(absorbed, "_MAX_SCORES", B * H * 9 * 2)
+    monkeypatch.setattr(streaming, "_MAX_SCORES", 1)
+    monkeypatch.setattr(streaming, "_SMALLEST_BLOCK", 2)
     check(problem, expected, mask=visible | torch.eye(9, dtype=torch.bool))
 
 

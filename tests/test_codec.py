@@ -52,6 +52,22 @@ def test_packing_and_unpacking_are_exact_inverses_on_codes(widths: list[int], sh
     assert torch.equal(codec.unpack(packed)[..., codec.widths == 16], rows[..., codec.widths == 16].bfloat16().float())
 
 
+@pytest.mark.parametrize("gained", [0, None])
+@pytest.mark.parametrize("widths", PATTERNS.values(), ids=PATTERNS)
+def test_columns_hold_the_numbers_of_the_rows(widths: list[int], gained: int | None) -> None:
+    codec = make(widths, gained)
+    packed = codec.pack(rows_for(codec, (2, 9)))
+    columns, gains = codec.read_columns(packed)
+    assert columns.shape == (2, len(codec.column_index), 9)
+    assert (gains is None) == (len(codec.sigmas) == 0)
+    factors = torch.ones_like(columns)
+    if gains is not None:
+        factors[:, : codec.gained_columns] = gains
+    rows = codec.base.expand(2, 9, -1).clone()
+    rows[..., codec.column_index] += (columns * factors * codec.column_scales[:, None]).transpose(1, 2)
+    torch.testing.assert_close(rows, codec.unpack(packed), rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("widths", PATTERNS.values(), ids=PATTERNS)
 def test_a_row_takes_its_bits_and_less_than_four_bytes_more(widths: list[int]) -> None:
     codec = make(widths)

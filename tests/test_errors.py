@@ -225,7 +225,11 @@ USE: dict[str, Case] = {
         generate_with_quantised_cache,
     ),
     "a cache that is no Cache": (CacheMismatchError, "of type list", lambda: run_attention_with_list()),
-    "generate_batch": (UnsupportedError, "model.generate", lambda: patched().generate_batch([[1, 2, 3]])),
+    "generate_batch": (
+        UnsupportedError,
+        "model.generate",
+        lambda: patched(layers="last:1").generate_batch([[1, 2, 3]]),
+    ),
     "expanded keys in a spliced layer": (CacheMismatchError, r"\(4, 24\).*needs latents", expand_elsewhere),
     "a packed projection after an absorbed patch": (FoldingError, "PackedLinear", wrap_projection_after_the_patch),
     "another attention after an absorbed patch": (UnsupportedError, "patch again", change_attention_after_the_patch),

@@ -25,8 +25,8 @@ def run(*command: str) -> dict[str, Any]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def test_benchmark_decode_measures_every_recipe_beside_stock() -> None:
-    report = run(*DECODE, "--repeats", "1")
+def test_benchmark_decode_measures_every_recipe_beside_stock(tmp_path: Path) -> None:
+    report = run(*DECODE, "--repeats", "1", "--output", str(tmp_path))
     assert list(report["results"]) == ["stock", "full rank", "rank R/2"]
     for row in report["results"].values():
         assert len(row["decode_s"]) == len(row["prefill_s"]) == 1
@@ -39,8 +39,8 @@ def test_benchmark_decode_measures_every_recipe_beside_stock() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
-def test_benchmark_decode_measures_peak_memory_of_every_recipe() -> None:
-    report = run(*DECODE, "--memory", "--memory_steps", "2")
+def test_benchmark_decode_measures_peak_memory_of_every_recipe(tmp_path: Path) -> None:
+    report = run(*DECODE, "--memory", "--memory_steps", "2", "--output", str(tmp_path))
     assert all(row["peak_bytes"] > 0 for row in report["results"].values())
 
 

@@ -1,0 +1,183 @@
+"""Attention over stored rows, block by block: a running softmax, and never more than a block of rows unpacked.
+
+The softmax of all keys is put together from blocks as in online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+What comes back is normalised over these rows alone, with the logarithm of what they sum up to, so that attention over
+other keys can be merged with it exactly.
+
+Legend: `B` batch, `M` query rows (heads times queries, all reading the same rows), `S` stored rows, `H` heads,
+`T` queries, `r` numbers of a row that are its value, `n` = r + P numbers of a row.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from kvsplice_hf.codec import RowCodec
+
+
+# Scores held in memory at once: at most this many numbers (for at least _SMALLEST_BLOCK rows).
+_MAX_SCORES = 1 << 22
+# Numbers of unpacked rows held in memory at once: what fits into the second-level caches of two cores.
+_MAX_UNPACKED = 1 << 18
+# Unpacking takes a few bytes per number for a moment. This share of all rows keeps that below an eighth of what stock
+# transformers would hold.
+_SMALLEST_SHARE = 32
+_SMALLEST_BLOCK = 128
+
+
+class Attended(NamedTuple):
+    """Attention over some of the keys.
+
+    Attributes:
+        mixed: weighted mean of their values, float32 [B, M, r].
+        lse: logarithm of the sum of their exponentiated scores, float32 [B, M].
+    """
+
+    mixed: torch.Tensor
+    lse: torch.Tensor
+
+
+class _Running:
+    """Softmax and weighted sum over the blocks seen so far."""
+
+    def __init__(self, dropout: float) -> None:
+        self.dropout = dropout
+        self.peak: torch.Tensor | None = None  # [B, M, 1]
+        self.total: torch.Tensor | None = None  # [B, M, 1]
+        self.sums: torch.Tensor | None = None  # [B, r, M]
+
+    def add(self, scores: torch.Tensor, mix: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """One more block.
+
+        Args:
+            scores: float32 [B, M, s].
+            mix: from weights [B, M, s] to sums of values [B, r, M].
+        """
+        peak = scores.amax(-1, keepdim=True)
+        if self.peak is not None:
+            peak = torch.maximum(peak, self.peak)
+        # No gradient: the peak cancels. And no -inf, where a mask hides a whole block in that way.
+        peak = peak.detach().clamp(min=torch.finfo(scores.dtype).min)
+        weights = torch.exp(scores - peak)
+        total = weights.sum(-1, keepdim=True)
+        # Dropped weights still count in the denominator, as where weights are dropped after the softmax.
+        sums = mix(F.dropout(weights, self.dropout) if self.dropout else weights).float()
+        if self.peak is not None:
+            assert self.total is not None
+            assert self.sums is not None
+            faded = torch.exp(self.peak - peak)
+            total, sums = total + faded * self.total, sums + faded.transpose(1, 2) * self.sums
+        self.peak, self.total, self.sums = peak, total, sums
+
+    def result(self) -> Attended:
+        assert self.peak is not None
+        assert self.total is not None
+        assert self.sums is not None
+        total = self.total.clamp(min=torch.finfo(self.total.dtype).tiny)
+        mixed = (self.sums / total.transpose(1, 2)).transpose(1, 2)
+        return Attended(mixed, (self.peak + total.log())[..., 0])
+
+
+def attend_rows(
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    value_dim: int,
+    bias: torch.Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+) -> Attended:
+    """Attention over rows of numbers.
+
+    Args:
+        query: [B, M, n], in the dtype of the rows.
+        rows: [B, S, n].
+        value_dim: r.
+        bias: added to the scores, float32 [B or 1, 1, T or 1, S], for M = H * T; or None.
+        scaling: factor on the scores, before the bias.
+        dropout: probability of dropping a weight.
+    """
+    running = _Running(dropout)
+    turned = query.transpose(1, 2)
+    for block in _blocks(rows.shape[1], _MAX_SCORES // (query.shape[0] * query.shape[1])):
+        part = rows[:, block]
+        # This way round and back: the long side first is what the CPU's matrix product is fastest at.
+        scores = (part @ turned).transpose(1, 2).float() * scaling
+        running.add(_biased(scores, bias, block), functools.partial(_mix_rows, part[..., :value_dim]))
+    return running.result()
+
+
+def _mix_rows(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return values.transpose(1, 2) @ weights.transpose(1, 2).to(values.dtype)
+
+
+def attend_packed(
+    query: torch.Tensor,
+    packed: torch.Tensor,
+    codec: RowCodec,
+    value_dim: int,
+    bias: torch.Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+) -> Attended:
+    """Attention over packed rows. Their scales are folded into the query and the result, their gains into the scores.
+
+    Args:
+        query: [B, M, n].
+        packed: uint8 [B, S, row_bytes], of `codec`.
+        codec, value_dim: see `attend_rows`; the first r numbers of a row.
+        bias, scaling, dropout: as in `attend_rows`.
+    """
+    query = query.float() * scaling
+    index, gained = codec.column_index, codec.gained_columns
+    scaled = query[..., index] * codec.column_scales
+    base = (query @ codec.base)[..., None]  # [B, M, 1]
+    only_gained = codec.gains_all and len(codec.sigmas) >= value_dim  # so that no value lies behind them
+    running = _Running(dropout)
+    batch, rows = packed.shape[:2]
+    size = max(rows // _SMALLEST_SHARE, _SMALLEST_BLOCK)
+    size = min(size, _MAX_UNPACKED // (batch * len(index) + 1), _MAX_SCORES // (batch * query.shape[1]))
+    for block in _blocks(rows, size):
+        columns, gains = codec.read_columns(packed[:, block])
+        front, back = columns[:, :gained], columns[:, gained:]
+        scores = base + scaled[..., gained:] @ back
+        if gains is not None:
+            scores = torch.addcmul(scores, scaled[..., :gained] @ front, gains)
+
+        mix = functools.partial(_mix_columns, front, back, gains, not only_gained)
+        running.add(_biased(scores, bias, block), mix)
+    sums, lse = running.result()
+    mixed = codec.base.expand(*sums.shape[:2], -1).index_add(-1, index, sums * codec.column_scales)
+    return Attended(mixed[..., :value_dim], lse)
+
+
+def _mix_columns(
+    front: torch.Tensor, back: torch.Tensor, gains: torch.Tensor | None, back_has_values: bool, weights: torch.Tensor
+) -> torch.Tensor:
+    """Sums [B, m, M] of columns, those in front with their gains; of those behind only where they hold values."""
+    weights = weights.transpose(1, 2)
+    of_back = back @ weights if back_has_values else back.new_zeros(*back.shape[:2], weights.shape[2])
+    if gains is None:
+        return of_back
+    return torch.cat([front @ (weights * gains.transpose(1, 2)), of_back], dim=1)
+
+
+def _blocks(rows: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size` rows, of nearly the same size."""
+    count = math.ceil(rows / max(size, _SMALLEST_BLOCK))
+    step = math.ceil(rows / count)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _biased(scores: torch.Tensor, bias: torch.Tensor | None, block: slice) -> torch.Tensor:
+    """Scores [B, H * T, s] with their part of the bias."""
+    if bias is None:
+        return scores
+    batch, flat, keys = scores.shape
+    by_head = scores.reshape(batch, flat // bias.shape[2], bias.shape[2], keys) + bias[..., block]
+    return by_head.view(batch, flat, keys)
