@@ -32,6 +32,8 @@ _FIELDS = (8, 4, 2, 1)
 # A gain is 2^((byte - 128) / 16): steps of 4.4 %, from 1/256 to 245.
 _GAIN_STEPS = 16
 _GAIN_ONE = 128
+# Rows that are unpacked at once: what this takes in passing should fit into a cache of the processor.
+_AT_ONCE = 1024
 # How much the grid of each width is bent (0: uniform), fitted to Gaussian and Laplacian coordinates: few levels sit
 # where the samples are, many levels are bounded by the tails.
 BEND = {1: 0.0, 2: 0.7, 3: 1.3, 4: 1.7, 5: 2.0, 6: 2.2, 7: 2.4, 8: 2.6}
@@ -212,10 +214,15 @@ class RowCodec(nn.Module):
         Raises:
             ConfigError: the bytes are not those of one row of this codec.
         """
-        gains, codes, raw = self._split(packed)
-        rows = self.dequantise(codes, gains)
-        if raw.shape[-1]:
-            rows[..., self._raw] = raw.float()
+        rows = torch.empty(*packed.shape[:-1], self.row_dim, device=packed.device)
+        pairs = zip(self._flat(packed).split(_AT_ONCE), rows.view(-1, self.row_dim).split(_AT_ONCE), strict=True)
+        for stored, out in pairs:
+            columns, gains = self.read_columns(stored[None])
+            if gains is not None:
+                columns[:, : self.gained_columns] *= gains
+            lines = self.base[:, None].repeat(1, len(stored))
+            lines.index_add_(0, self.column_index, columns[0].mul_(self.column_scales[:, None]))
+            out.copy_(lines.T)
         return rows
 
     def read_columns(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -232,45 +239,45 @@ class RowCodec(nn.Module):
             Columns [B, m, S] and gains [B, 1, S] (None where rows have none), float32.
         """
         start = int(len(self.sigmas) > 0)
-        end = start + 2 * len(self._raw)
-        raw = _as_bf16(packed[..., start:end]).transpose(1, 2).float()
+        raw = _as_bf16(packed[..., start : start + 2 * len(self._raw)]).transpose(1, 2).float()
         gains = _factors(packed[..., :start]).transpose(1, 2) if start else None
-        lines = packed[..., end:].transpose(1, 2).contiguous()  # whole lines move at the speed of memory
-        codes = lines.new_zeros(lines.shape[0], len(self._slopes), lines.shape[2])
-        end = 0
-        for field in _FIELDS:
-            pieces = self._pieces[field]
-            if not pieces:
-                continue
-            count = pieces[-1].fields.stop
-            start, end = end, end + -(-count * field // 8)
-            values = _split_fields(lines[:, start:end], field, dim=1)
-            for piece in pieces:
-                codes[:, piece.columns] |= values[:, piece.fields] << piece.shift
-        columns = _sinh_(codes.float().mul_(self._slopes).add_(self._starts))
+        columns = _sinh_(self._code_lines(packed).float().mul_(self._slopes).add_(self._starts))
         return (torch.cat([columns, raw], dim=1) if raw.shape[1] else columns), gains
 
     def codes(self, packed: torch.Tensor) -> torch.Tensor:
-        """Codes uint8 [..., n] of bytes uint8 [..., row_bytes]: the exact inverse of packing them."""
-        return self._split(packed)[1]
+        """Codes uint8 [..., n] of bytes uint8 [..., row_bytes]: the exact inverse of packing them.
 
-    def _split(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gains, codes and bf16 numbers of packed rows."""
+        Raises:
+            ConfigError: the bytes are not those of one row of this codec.
+        """
+        lines = self._code_lines(self._flat(packed)[None])[0]
+        codes = lines.new_zeros(self.row_dim, lines.shape[1])
+        codes[self.column_index[: len(lines)]] = lines
+        return codes.T.reshape(*packed.shape[:-1], self.row_dim)
+
+    def _flat(self, packed: torch.Tensor) -> torch.Tensor:
+        """All rows in one dimension, [S, row_bytes]."""
         if packed.dtype != torch.uint8 or packed.shape[-1] != self.row_bytes:
             raise ConfigError(
                 f"Got packed rows {packed.dtype} {list(packed.shape)}; this codec's rows are uint8 of {self.row_bytes} "
                 "bytes. The cache belongs to another splice."
             )
-        start = int(len(self.sigmas) > 0)
-        end = start + 2 * len(self._raw)
-        gains, raw = packed[..., :start], _as_bf16(packed[..., start:end])
-        codes = packed.new_zeros(*packed.shape[:-1], self.row_dim)
-        for field in _FIELDS:
-            coordinates, shifts = self._plane(field)
-            start, end = end, end + -(-len(coordinates) * field // 8)
-            values = _split_fields(packed[..., start:end], field)[..., : len(coordinates)]
-            codes.index_add_(-1, coordinates, values << shifts)
-        return gains, codes, raw
+        return packed.reshape(math.prod(packed.shape[:-1]), self.row_bytes)
+
+    def _code_lines(self, packed: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 [B, m, S] of packed rows [B, S, row_bytes], of the columns that hold codes."""
+        end = int(len(self.sigmas) > 0) + 2 * len(self._raw)
+        lines = packed[..., end:].transpose(1, 2).contiguous()  # whole lines move at the speed of memory
+        codes = lines.new_zeros(lines.shape[0], len(self._slopes), lines.shape[2])
+        end = 0
+        for field, pieces in self._pieces.items():
+            if not pieces:
+                continue
+            start, end = end, end + -(-pieces[-1].fields.stop * field // 8)
+            values = _split_fields(lines[:, start:end], field)
+            for piece in pieces:
+                codes[:, piece.columns] |= values[:, piece.fields] << piece.shift
+        return codes
 
     def _plane(self, field: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._buffers[f"_coordinates{field}"], self._buffers[f"_shifts{field}"]  # type: ignore[return-value]
@@ -301,11 +308,11 @@ def _join_fields(values: torch.Tensor, field: int) -> torch.Tensor:
     return joined
 
 
-def _split_fields(packed: torch.Tensor, field: int, dim: int = -1) -> torch.Tensor:
-    """Fields uint8 [..., m * 8 / field] of bytes [..., m]."""
+def _split_fields(lines: torch.Tensor, field: int) -> torch.Tensor:
+    """Fields uint8 [B, m * 8 / field, S] of lines of bytes [B, m, S]."""
     if field == 8:
-        return packed
-    return torch.cat([(packed >> shift) & (2**field - 1) for shift in range(0, 8, field)], dim=dim)
+        return lines
+    return torch.cat([(lines >> shift) & (2**field - 1) for shift in range(0, 8, field)], dim=1)
 
 
 def _factors(gains: torch.Tensor) -> torch.Tensor:
