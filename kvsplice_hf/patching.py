@@ -93,9 +93,9 @@ def patch_model_with_kvsplice(
         layer_pattern: dotted path of the list of layers ("transformer.h").
         use_layernorm: LayerNorm on the code.
         calibration: what the projection is fitted to: a `KVSpliceCalibrator`, the path of its saved statistics, token
-            ids, texts, a data set (see `KVSpliceCalibrator.collect`), or "auto": text that the model writes itself,
-            with varied prose if there is a tokenizer. None means "auto" for packed codes; for `compression_ratio` and
-            `rank` it means the weights alone, which is a poor guess.
+            ids, texts, a data set (see `KVSpliceCalibrator.collect`), or "auto": varied text if there is a tokenizer
+            (the source "varied" of `kvsplice_hf.text`), otherwise text that the model writes itself. None
+            means "auto" for packed codes; for `compression_ratio` and `rank` the weights alone, which is a poor guess.
         tokenizer: for calibration on texts.
 
     Returns:

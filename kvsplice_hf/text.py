@@ -2,12 +2,15 @@
 
 Every source has two halves that never overlap, "calibration" and "evaluation". `pydoc` is the English prose of Python's
 own language reference (`pydoc_data.topics`, about 370 kB of distinct prose), so that a quality figure can be had
-without any download; the named sets come through `datasets` from the Hugging Face hub.
+without any download. `varied` is meant for calibration: short pieces of a novel and of a factbook, which the package
+carries, of `pydoc`, and of the source code of Python's own library. The named sets come through `datasets` from the
+Hugging Face hub.
 """
 
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,13 @@ from kvsplice_hf.errors import ConfigError
 
 
 SPLITS = ("calibration", "evaluation")
+# `varied`: excerpts of each kind, and characters of each, about 512 tokens.
+_EXCERPTS = 16
+_EXCERPT_SIZE = 2300
+# Herman Melville, Moby-Dick (1851), and the CIA World Factbook (a work of the United States government): both are in
+# the public domain.
+_VARIED_FILES = ("novel.txt", "factbook.txt")
+_SMALLEST_MODULE = 12_000
 _SUFFIXES = (".txt", ".md", ".rst")
 
 
@@ -43,8 +53,8 @@ def load_texts(source: str, split: str = "evaluation", samples: int | None = Non
     """The documents of one half of a text source.
 
     Args:
-        source: "pydoc", one of the named sets ("wikitext", "fineweb-edu", "tinystories", "c4"), or the path of a text
-            file (split in its middle, between paragraphs) or of a folder of text files (every other file).
+        source: "pydoc", "varied", one of the named sets ("wikitext", "fineweb-edu", "tinystories", "c4"), or the path
+            of a text file (split in its middle, between paragraphs) or of a folder of text files (every other file).
         split: "calibration" or "evaluation".
         samples: at most this many documents.
 
@@ -63,6 +73,8 @@ def _documents(source: str, split: str) -> Iterator[str]:
     half = SPLITS.index(split)
     if source == "pydoc":
         yield from islice(_pydoc_topics(), half, None, 2)
+    elif source == "varied":
+        yield from _varied_excerpts(half)
     elif source in HUB_SETS:
         yield from _hub_documents(source, split)
     elif Path(source).is_dir():
@@ -74,7 +86,8 @@ def _documents(source: str, split: str) -> Iterator[str]:
         yield "\n\n".join(paragraphs[middle:] if half else paragraphs[:middle])
     else:
         raise ConfigError(
-            f"Unknown text {source!r}: it is neither a file nor a folder, nor one of pydoc, {', '.join(HUB_SETS)}."
+            f"Unknown text {source!r}: it is neither a file nor a folder, nor one of pydoc, varied, "
+            f"{', '.join(HUB_SETS)}."
         )
 
 
@@ -93,6 +106,27 @@ def _pydoc_topics() -> Iterator[str]:
         seen |= paragraphs.keys()
         if new:
             yield "\n\n".join(new)
+
+
+def _varied_excerpts(half: int) -> Iterator[str]:
+    """Excerpts of all kinds in turn, so that every part of them is as varied as the whole."""
+    folder = Path(__file__).parent / "calibration" / "varied"
+    kinds = [(folder / name).read_text(encoding="utf-8").split("\n\f\n") for name in _VARIED_FILES]
+    topics = "\n\n".join(islice(_pydoc_topics(), 0, None, 2))  # of the calibration half only
+    starts = range(0, len(topics), len(topics) // _EXCERPTS)
+    kinds.append([topics[start : start + _EXCERPT_SIZE] for start in starts])
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    modules = [path for path in modules if path.stat().st_size >= _SMALLEST_MODULE]
+    # Some installations carry no source code; then there are three kinds.
+    spread = modules[:: max(1, len(modules) // _EXCERPTS)]
+    kinds.append([_middle_of(path.read_text(encoding="utf-8", errors="replace")) for path in spread])
+    for group in zip_longest(*(kind[half:_EXCERPTS:2] for kind in kinds)):
+        yield from (excerpt for excerpt in group if excerpt)
+
+
+def _middle_of(text: str) -> str:
+    start = min(len(text) // 2, _SMALLEST_MODULE // 2)
+    return text[start : start + _EXCERPT_SIZE]
 
 
 def _hub_documents(source: str, split: str) -> Iterator[str]:

@@ -39,7 +39,8 @@ class Calibration:
     """Arguments of scripts that calibrate."""
 
     calibration: str = field(
-        default="pydoc", metadata={"help": 'text to calibrate on, "auto" (the model\'s own), or "none" (weights alone)'}
+        default="varied",
+        metadata={"help": 'text to calibrate on ("varied" comes along), "auto" (kept for later runs), or "none"'},
     )
     calibration_tokens: int = field(default=8192, metadata={"help": "how many tokens of it"})
     statistics: str | None = field(

@@ -424,6 +424,7 @@ def test_a_patched_model_is_not_calibrated() -> None:
 def small_auto(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("KVSPLICE_CACHE", str(tmp_path))
     monkeypatch.setattr(auto, "AUTO_TOKENS", 1024)
+    monkeypatch.setattr(auto, "OWN_TOKENS", 1024)
     monkeypatch.setattr(auto, "WINDOW", 64)
     return tmp_path / "statistics"
 
@@ -446,6 +447,19 @@ def test_with_no_budget_the_model_calibrates_itself_to_a_quarter_of_the_bytes(sm
     kept.write_bytes(kept.read_bytes()[:100])
     patch_model_with_kvsplice(copy.deepcopy(trained_model()))
     assert kept.stat().st_size > 1000, "a damaged file is replaced"
+
+
+def test_with_a_tokenizer_varied_text_is_used_and_nothing_is_sampled(
+    small_auto: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = copy.deepcopy(trained_model())
+    monkeypatch.setattr(model, "generate", None)
+    patch_model_with_kvsplice(model, tokenizer=byte_tokenizer())
+    assert not caplog.records
+    assert [layer.self_attn.kvsplice.codec is not None for layer in model.model.layers] == [True, True]
+    patch_model_with_kvsplice(copy.deepcopy(trained_model()))
+    assert "Pass `tokenizer`" in caplog.text
+    assert len(list(small_auto.iterdir())) == 2, "the two are kept apart"
 
 
 def test_a_model_that_cannot_write_says_what_to_give_it(small_auto: Path) -> None:

@@ -22,6 +22,16 @@ def test_pydoc_has_two_halves_that_do_not_overlap() -> None:
         assert sum(map(len, half)) > 100_000
 
 
+def test_varied_text_has_excerpts_of_every_kind_in_both_halves() -> None:
+    calibration, evaluation = halves("varied")
+    assert calibration.isdisjoint(evaluation)
+    for half in (calibration, evaluation):
+        texts = "\n".join(half)
+        for sign in ("whale", "population", "expression", "def "):
+            assert sign in texts
+        assert 60_000 < len(texts) < 80_000
+
+
 def test_a_folder_is_split_by_file_and_a_file_in_its_middle(tmp_path: Path) -> None:
     for index in range(5):
         (tmp_path / f"{index}.txt").write_text(f"text {index}")

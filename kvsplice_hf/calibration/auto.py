@@ -1,4 +1,6 @@
-"""Calibration without data: text that the model writes itself, joined with English prose if there is a tokenizer.
+"""Calibration without data: varied text if there is a tokenizer, otherwise text that the model writes itself.
+
+Varied text is better by far on the model it was measured on, and needs no sampling (docs/calibration.md).
 
 Statistics are kept in a cache folder, so that a model is calibrated once per machine.
 """
@@ -22,14 +24,15 @@ from kvsplice_hf.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# Of each kind of text. Chosen in docs/calibration.md.
-AUTO_TOKENS = 8192
+AUTO_TOKENS = 16_384
+# Sampling costs more than the statistics.
+OWN_TOKENS = 8192
 
 
 def auto_calibrate(
     model: Any, calibrator: KVSpliceCalibrator, tokenizer: Any, sample: Callable[[], list[Batch]]
 ) -> None:
-    """Fill `calibrator` from the cache folder, or else from the model's own text and, with a tokenizer, prose.
+    """Fill `calibrator` from the cache folder, or else from varied text, or without a tokenizer the model's own.
 
     Args:
         model: the model to calibrate.
@@ -45,9 +48,14 @@ def auto_calibrate(
     except CalibrationError as error:
         if path.exists():
             logger.warning("%s Its place is taken by a new calibration.", error)
-    batches = sample()
-    if tokenizer is not None:
-        batches = batches + as_batches("pydoc", tokenizer, AUTO_TOKENS)
+    if tokenizer is None:
+        logger.warning(
+            "Calibrating on text that the model samples. Pass `tokenizer` to use varied text instead: it is faster, "
+            "and lost several times less perplexity where both were measured (docs/calibration.md)."
+        )
+        batches = sample()
+    else:
+        batches = as_batches("varied", tokenizer, AUTO_TOKENS)
     calibrator.collect_batches(batches)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     calibrator.save(unfinished)
@@ -66,7 +74,7 @@ def own_text(model: Any) -> list[Batch]:
             "with `tokenizer`, or a KVSpliceCalibrator), or a budget that needs none: `compression_ratio` or `rank`."
         )
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or WINDOW
-    return sample_from_model(model, AUTO_TOKENS, min(WINDOW, positions))
+    return sample_from_model(model, OWN_TOKENS, min(WINDOW, positions))
 
 
 def statistics_folder() -> Path:
@@ -82,7 +90,7 @@ def _key(calibrator: KVSpliceCalibrator, with_text: bool) -> str:
         calibrator.fingerprint,
         calibrator.metric,
         with_text,
-        AUTO_TOKENS,
+        AUTO_TOKENS if with_text else OWN_TOKENS,
         WINDOW,
         __version__,
     ]
