@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import DEMO, console, environment, finish, load_model, readable_errors, results_folder
+from common import DEMO, console, environment, finish, load_model, readable_errors, require_known, results_folder
 from compare_codecs import Comparison, Row, loss_text, ours
 from rich.table import Table
 from transformers import HfArgumentParser
@@ -24,7 +24,6 @@ from transformers import HfArgumentParser
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig
 from kvsplice_hf.calibration import allocate, calibrator, collect, fit, solve
 from kvsplice_hf.codec import BEND
-from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.text import spread_evenly
 
 
@@ -230,9 +229,7 @@ def table_of(rows: list[Row], texts: list[str]) -> Table:
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
-        unknown = sorted(set(args.rows) - set(PARTS))
-        if unknown:
-            raise ConfigError(f"--rows has {', '.join(unknown)}; it takes {', '.join(PARTS)}.")
+        require_known("rows", args.rows, PARTS)
         ablation = Ablation(*load_model(args.model, args.dtype), args)
         rows = [ablation.part(name) for name in args.rows or PARTS]
     console().print(table_of(rows, list(ablation.stock)))

@@ -17,17 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import DEMO, console, environment, finish, load_model, readable_errors, results_folder
+from common import DEMO, console, environment, finish, load_model, readable_errors, require_known, results_folder
 from convert_to_mla import spread_windows
 from rich.table import Table
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig
-from kvsplice_hf.errors import ConfigError
-
-
-METRICS = ("fisher", "readers", "pca")
+from kvsplice_hf.calibration.collect import METRICS
 
 
 @dataclass
@@ -88,9 +85,7 @@ def table_of(report: dict[str, Any]) -> Table:
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
-        unknown = sorted(set(args.metrics) - set(METRICS))
-        if unknown:
-            raise ConfigError(f"--metrics has {', '.join(unknown)}; it takes {', '.join(METRICS)}.")
+        require_known("metrics", args.metrics, METRICS)
         model, tokenizer = load_model(args.model, args.dtype)
         windows = spread_windows(tokenizer, args.text, "calibration", args.window, args.windows * args.window)
         report = measure(model, windows, args)

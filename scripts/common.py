@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -112,6 +112,18 @@ def splice(model: PreTrainedModel, tokenizer: Any, args: Budget) -> None:
     calibration = calibrate(model, tokenizer, args)
     budget = {"compression_ratio": args.compression_ratio, "bytes_per_token": args.bytes_per_token}
     patch_model_with_kvsplice(model, KVSpliceConfig(**budget), calibration=calibration, tokenizer=tokenizer)
+
+
+def require_known(option: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse names that an option does not take.
+
+    Raises:
+        ConfigError: one of `names` is not among `known`.
+    """
+    known = list(known)
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ConfigError(f"--{option} has {', '.join(unknown)}; it takes {', '.join(known)}.")
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from common import DEMO, console, environment, finish, load_model, readable_errors, results_folder
+from common import DEMO, console, environment, finish, load_model, readable_errors, require_known, results_folder
 from convert_to_mla import spread_windows
 from rich.table import Table
 from rivals import (
@@ -375,9 +375,7 @@ def check(args: Arguments) -> None:
     Raises:
         ConfigError: the window is too short, or there is no such rival.
     """
-    unknown = sorted(set(args.rivals) - set(_NAMES))
-    if unknown:
-        raise ConfigError(f"--rivals has {', '.join(unknown)}; it takes {', '.join(_NAMES)}.")
+    require_known("rivals", args.rivals, _NAMES)
     if args.window < EXACT_TOKENS + 2:
         raise ConfigError(f"--window is {args.window}; the first {EXACT_TOKENS} tokens are exact, so it needs more.")
 
