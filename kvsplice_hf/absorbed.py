@@ -33,25 +33,35 @@ class AbsorbedWeights(NamedTuple):
     value: torch.Tensor
 
 
+class _ExactKeys(NamedTuple):
+    """The exact tokens that the queries read beside the rows.
+
+    Attributes:
+        latents: minus mu, [B, K, R].
+        rot: rotated keys, [B, K, P].
+        bias: added to their scores, float [B, 1, T or 1, K].
+        positions: index among all S rows, [B, K].
+    """
+
+    latents: torch.Tensor
+    rot: torch.Tensor
+    bias: torch.Tensor
+    positions: torch.Tensor
+
+
 class _Keys(NamedTuple):
     """The rows that the queries read.
 
     Attributes:
         rows: [B, S', r + P], or packed [B, S', bytes].
         bias: added to the scores of `rows`, float [B or 1, 1, T or 1, S'], or None. Rows of exact tokens are out.
-        exact: latents minus mu, [B, K, R], or None.
-        exact_rot: rotated keys of the exact tokens, [B, K, P], or None.
-        exact_bias: added to the scores of the exact tokens, [B, 1, T or 1, K], or None.
-        exact_rows: index of the exact tokens among all S rows, [B, K], or None.
+        exact: the exact tokens, or None.
         row_index: index of `rows` among all S rows, [B, S'], or None where they are all S.
     """
 
     rows: torch.Tensor
     bias: torch.Tensor | None
-    exact: torch.Tensor | None
-    exact_rot: torch.Tensor | None
-    exact_bias: torch.Tensor | None
-    exact_rows: torch.Tensor | None
+    exact: _ExactKeys | None
     row_index: torch.Tensor | None
 
 
@@ -164,7 +174,7 @@ def _select_keys(
         unread = torch.ones(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
         bias = _hide(bias, unread.scatter_(-1, indices.long(), False)[:, None])
     if latent.exact is None:
-        return _Keys(rows, bias, None, None, None, None, row_index)
+        return _Keys(rows, bias, None, row_index)
     exact, exact_rot = latent.exact, None
     if latent.is_packed:  # the rows hold k_rot inexactly, so it is kept beside the latent
         R = latent.splice.latent_dim
@@ -193,7 +203,7 @@ def _split_off_exact(
         rotated = rows[..., rank:]
         exact_rot = rotated.gather(1, column[..., None].expand(-1, -1, rotated.shape[-1]))
     latents = exact.latents - offset.to(exact.latents.dtype)
-    return _Keys(rows, bias, latents, exact_rot, exact_bias, exact.positions, row_index)
+    return _Keys(rows, bias, _ExactKeys(latents, exact_rot, exact_bias, exact.positions), row_index)
 
 
 def _locate_exact(
@@ -239,11 +249,11 @@ class _Queries(NamedTuple):
 def _other_scores(queries: _Queries, keys: _Keys, learned_sinks: torch.Tensor | None) -> torch.Tensor:
     """Scores of exact tokens and learned sinks, float32 [B, H, T, K (+ 1)]."""
     scores = queries.latent.new_zeros(*queries.latent.shape[:3], 0, dtype=torch.float32)
-    if keys.exact is not None and keys.exact_rot is not None:
-        exact = torch.cat([keys.exact, keys.exact_rot], dim=-1)
+    if keys.exact is not None:
+        exact = torch.cat([keys.exact.latents, keys.exact.rot], dim=-1)
         full = torch.cat([queries.latent, queries.rot], dim=-1).flatten(1, 2)
         scores = (full @ exact.transpose(1, 2)).float().view(*scores.shape[:3], -1) * queries.scaling
-        scores = scores if keys.exact_bias is None else scores + keys.exact_bias
+        scores = scores + keys.exact.bias
     if learned_sinks is not None:
         # What every other score leaves out.
         constant = (queries.latent.float() @ queries.offset.float()) * queries.scaling
@@ -269,8 +279,8 @@ def _merge(
     shares = torch.softmax(torch.cat([on_rows.lse.view(*sizes, 1), others], dim=-1), dim=-1)
     mixed = mixed * shares[..., :1].to(dtype)
     if keys.exact is not None:
-        on_exact = F.dropout(shares[..., 1 : 1 + keys.exact.shape[1]], dropout, training=dropout > 0).to(dtype)
-        exact = keys.exact + offset  # kept without mu, for the scores
+        on_exact = F.dropout(shares[..., 1 : 1 + keys.exact.latents.shape[1]], dropout, training=dropout > 0).to(dtype)
+        exact = keys.exact.latents + offset  # kept without mu, for the scores
         mixed = mixed + torch.einsum("bhtk,bkr->bhtr", on_exact, exact)
     return mixed, shares
 
@@ -295,9 +305,10 @@ def _spread_weights(weights: torch.Tensor, keys: _Keys, total: int) -> torch.Ten
     if keys.row_index is not None:
         spread = weights.new_zeros(batch, heads, queries, total)
         on_rows = spread.scatter_add(3, keys.row_index[:, None, None].expand_as(on_rows), on_rows)
-    if keys.exact_rows is None:
+    if keys.exact is None:
         return on_rows
-    on_exact = weights[..., count : count + keys.exact_rows.shape[1]]
+    positions = keys.exact.positions
+    on_exact = weights[..., count : count + positions.shape[1]]
     # A slot without a token has weight 0, so it may be added anywhere.
-    places = keys.exact_rows.clamp(0, total - 1)[:, None, None].expand_as(on_exact)
+    places = positions.clamp(0, total - 1)[:, None, None].expand_as(on_exact)
     return on_rows.scatter_add(3, places, on_exact)

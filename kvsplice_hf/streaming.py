@@ -148,7 +148,6 @@ def attend_packed(
         scores = base + scaled[..., gained:] @ back
         if gains is not None:
             scores = torch.addcmul(scores, scaled[..., :gained] @ front, gains)
-
         mix = functools.partial(_mix_columns, front, back, gains, not only_gained)
         running.add(_biased(scores, bias, block), mix)
     sums, lse = running.result()
