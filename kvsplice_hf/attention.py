@@ -51,6 +51,8 @@ class PatchedSite:
         self.num_heads = num_heads
         self.mode = mode
         self.hook: RemovableHandle | None = None
+        # Told of each round trip without a cache, latent and decoded latent, while somebody listens.
+        self.on_round_trip: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         # False while `splice_disabled` lets the model run as if it were not patched.
         self.enabled = True
         # Mask of the call that is running. The module's hook sets it right before the forward that reads it, also when
@@ -62,7 +64,7 @@ class PatchedSite:
         return self.owner.kvsplice
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "attention_mask": None}
+        return {**vars(self), "attention_mask": None, "on_round_trip": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -108,6 +110,8 @@ def bind_cache_and_mask(
     if not site.enabled:
         _require_stock_layer(cache, module.layer_idx)
         return None
+    if _is_training(site, cache, module.layer_idx):
+        return args, {**kwargs, "past_key_values": None}
     if not isinstance(cache, Cache):
         raise CacheMismatchError(
             f"The patched model got a cache of type {type(cache).__name__}; it needs a transformers `Cache`: pass "
@@ -116,6 +120,13 @@ def bind_cache_and_mask(
     layer = splice_cache_layer(cache, module.layer_idx, site.geometry, site.splice)
     layer.attention_mask = site.attention_mask
     return None
+
+
+def _is_training(site: PatchedSite, cache: Any, layer_idx: int) -> bool:
+    """Whether an empty cache has been made for nothing: stored rows have no gradient, and training reads none again."""
+    if not torch.is_grad_enabled() or not isinstance(cache, Cache) or cache.get_seq_length(layer_idx):
+        return False
+    return site.owner.training and any(parameter.requires_grad for parameter in site.splice.parameters())
 
 
 def _require_stock_layer(cache: Any, layer_idx: int) -> None:
@@ -149,6 +160,8 @@ def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | Page
 
 def _round_trip(site: PatchedSite, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     decoded, rotated = site.splice.round_trip(latent, k_rot)
+    if site.on_round_trip is not None:
+        site.on_round_trip(latent, decoded)
     if site.geometry.sink_tokens == 0:
         return decoded, rotated
     count, tokens = site.geometry.sink_tokens, latent.shape[2]

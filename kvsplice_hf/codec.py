@@ -18,13 +18,14 @@ Legend: `n` = r + P coordinates of a row, `r` of which share a gain.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.unpacking import Field, FieldTables, levels_in_one_pass, sinh_
 
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 16)
@@ -85,9 +86,9 @@ class RowCodec(nn.Module):
     _first_level: torch.Tensor
     _slopes: torch.Tensor
     _starts: torch.Tensor
+    _column_reaches: torch.Tensor
+    _gained: torch.Tensor
     column_index: torch.Tensor
-    column_scales: torch.Tensor
-    base: torch.Tensor
 
     def __init__(self, widths: torch.Tensor, scales: torch.Tensor, centres: torch.Tensor, sigmas: torch.Tensor) -> None:
         super().__init__()
@@ -130,27 +131,72 @@ class RowCodec(nn.Module):
         self.register_buffer("_slopes", (2 * last / (2**widths - 1))[:, None], persistent=False)
         self.register_buffer("_starts", -last[:, None], persistent=False)
         self.register_buffer("column_index", torch.cat([order, self._raw]), persistent=False)
-        raw = torch.ones(len(self._raw), device=order.device)
-        self.register_buffer("column_scales", torch.cat([self.scales[order] / reaches, raw]), persistent=False)
-        self.register_buffer("base", torch.where(self.widths == 16, 0.0, self.centres), persistent=False)
+        self.register_buffer("_column_reaches", reaches, persistent=False)
         self.gained_columns = int((order < len(self.sigmas)).sum())
         # Whether the columns behind those hold none of the coordinates that share a gain.
         self.gains_all = len(self.sigmas) > 0 and not bool((self._raw < len(self.sigmas)).any())
         self._pieces = {field: _pieces(widths.tolist(), field) for field in _FIELDS}
+        gained = torch.arange(len(order), device=order.device) < self.gained_columns
+        self.register_buffer("_gained", gained[:, None], persistent=False)
+        for name, table in FieldTables.of(self._fields(len(order)))._asdict().items():
+            self.register_buffer(f"_field_{name}", table.to(order.device), persistent=False)
+
+    def _fields(self, columns: int) -> list[list[Field]]:
+        """Where the code of each column is in a row."""
+        found: list[list[Field]] = [[] for _ in range(columns)]
+        start = int(len(self.sigmas) > 0) + 2 * len(self._raw)
+        for field, pieces in self._pieces.items():
+            size = -(-pieces[-1].fields.stop * field // 8) if pieces else 0
+            for piece in pieces:
+                places = range(piece.fields.start, piece.fields.stop)
+                for column, index in enumerate(places, start=piece.columns.start):
+                    shift = index // size * field
+                    found[column].append(Field(start + index % size, shift, field, piece.shift))
+            start += size
+        return found
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RowCodec":
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        trained = {name: parameter.data for name, parameter in self._parameters.items() if parameter is not None}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = self._buffers[name]
             if after is not None and after.dtype != before.dtype:  # moved is right, cast is not
                 self._buffers[name] = before.to(after.device)
+        for name, before in trained.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
         return self
 
     @property
     def row_dim(self) -> int:
         """n, the coordinates of a row."""
         return len(self.widths)
+
+    @property
+    def column_scales(self) -> torch.Tensor:
+        """See `read_columns`, [m]. Not kept: scales may be in training."""
+        coded, raw = self.column_index.split([len(self._column_reaches), len(self._raw)])
+        return torch.cat(
+            [self.scales.detach()[coded] / self._column_reaches, torch.ones_like(raw, dtype=torch.float32)]
+        )
+
+    @property
+    def base(self) -> torch.Tensor:
+        """See `read_columns`, [n]."""
+        return torch.where(self.widths == 16, 0.0, self.centres.detach())
+
+    def train_steps(self, mode: bool = True) -> "RowCodec":
+        """Make the scales and centres parameters, which an optimiser can train through `round_trip`, or undo that."""
+        for name in ("scales", "centres"):
+            tensor = getattr(self, name)
+            delattr(self, name)
+            if mode:
+                self.register_parameter(name, nn.Parameter(tensor.detach().clone()))
+            else:
+                self.register_buffer(name, tensor.detach())
+        return self
 
     def gains(self, rows: torch.Tensor) -> torch.Tensor:
         """The byte of each row's gain, uint8 [..., 1], or [..., 0] where rows have none."""
@@ -188,14 +234,29 @@ class RowCodec(nn.Module):
     def round_trip(self, rows: torch.Tensor) -> torch.Tensor:
         """What packing and unpacking leaves of rows [..., n], in their dtype, without the bytes in between.
 
-        Gradients pass as if nothing had happened (straight-through: Bengio et al., arXiv 1308.3432).
+        Gradients are those of learned step sizes (Esser et al., arXiv 1902.08153): rounding passes them on as they are
+        (straight-through: Bengio et al., arXiv 1308.3432), beyond the outermost levels they reach scales and centres
+        only. The gain of a row counts as a constant.
         """
+        trained = torch.is_grad_enabled() and (rows.requires_grad or self.scales.requires_grad)
         with torch.no_grad():
             gains = self.gains(rows)
-            decoded = self.dequantise(self.quantise(rows, gains), gains)
-            decoded[..., self._raw] = rows[..., self._raw].to(torch.bfloat16).float()
-            decoded = decoded.to(rows.dtype)
-        return rows + (decoded - rows).detach() if rows.requires_grad else decoded
+            codes = self.quantise(rows, gains)
+        decoded = self._straight_through(rows, codes, gains) if trained else self.dequantise(codes, gains)
+        raw = rows[..., self._raw]
+        stored = raw.to(torch.bfloat16).float()
+        decoded[..., self._raw] = raw.float() + (stored - raw.float()).detach() if trained else stored
+        return decoded.to(rows.dtype)
+
+    def _straight_through(self, rows: torch.Tensor, codes: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+        """The levels [..., n] of codes, differentiable in rows, scales and centres."""
+        row_scales = self._row_scales(gains)
+        unit = (rows.float() - self.centres) / row_scales
+        with torch.no_grad():
+            level = self._levels[codes.int() + self._first_level.int()]
+            within = (unit.abs() < 1) & (self.widths > 0)
+            rounding = torch.where(within, level - unit, level)
+        return (torch.where(within, unit, 0.0) + rounding) * row_scales + self.centres
 
     def pack(self, rows: torch.Tensor) -> torch.Tensor:
         """Bytes uint8 [..., row_bytes] of rows [..., n]."""
@@ -225,7 +286,9 @@ class RowCodec(nn.Module):
             out.copy_(lines.T)
         return rows
 
-    def read_columns(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read_columns(
+        self, packed: torch.Tensor, *, in_one_pass: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Packed rows in the form that attention reads fastest: one line per coordinate, scales left to the query.
 
         Coordinate `column_index[i]` of a row is `base[column_index[i]] + gain * column_scales[i] * column`, where the
@@ -234,15 +297,28 @@ class RowCodec(nn.Module):
 
         Args:
             packed: uint8 [B, S, row_bytes].
+            in_one_pass: by compiled code where that can be had, see `unpacking`.
 
         Returns:
-            Columns [B, m, S] and gains [B, 1, S] (None where rows have none), float32.
+            Columns [B, m, S] and gains [B, 1, S], float32. The gains are None where rows have none, and where the
+            columns have been multiplied by them already.
         """
         start = int(len(self.sigmas) > 0)
         raw = _as_bf16(packed[..., start : start + 2 * len(self._raw)]).transpose(1, 2).float()
         gains = _factors(packed[..., :start]).transpose(1, 2) if start else None
-        columns = _sinh_(self._code_lines(packed).float().mul_(self._slopes).add_(self._starts))
+        columns = self._levels_in_one_pass(packed, gains) if in_one_pass else None
+        if columns is not None:
+            gains = None
+        else:
+            columns = sinh_(self._code_lines(packed).float().mul_(self._slopes).add_(self._starts))
         return (torch.cat([columns, raw], dim=1) if raw.shape[1] else columns), gains
+
+    def _levels_in_one_pass(self, packed: torch.Tensor, gains: torch.Tensor | None) -> torch.Tensor | None:
+        buffers: Any = self._buffers
+        tables = FieldTables(*(buffers[f"_field_{name}"] for name in FieldTables._fields))
+        if gains is None:
+            gains = torch.ones(packed.shape[0], 1, packed.shape[1])
+        return levels_in_one_pass(packed, tables, self._slopes, self._starts, gains, self._gained)
 
     def codes(self, packed: torch.Tensor) -> torch.Tensor:
         """Codes uint8 [..., n] of bytes uint8 [..., row_bytes]: the exact inverse of packing them.
@@ -347,19 +423,6 @@ def _pieces(widths: list[int], field: int) -> list[_Piece]:
             pieces.append(_Piece(slice(column, column + 1), slice(seen, seen + 1), shift))
         seen += 1
     return pieces
-
-
-# sinh(x) / x as a polynomial in x^2, for |x| up to the largest bend: a Chebyshev fit with a relative error below 5e-7.
-# Several times faster than the sinh of the library, which keeps its precision for any x.
-_SINH = (1.0000004732391539, 0.16666250581334213, 0.00833884425232733, 0.00019595608535080897, 3.1881204272216436e-06)
-
-
-def _sinh_(x: torch.Tensor) -> torch.Tensor:
-    square = x * x
-    sum_ = square * _SINH[-1]
-    for coefficient in _SINH[-2:0:-1]:
-        sum_.add_(coefficient).mul_(square)
-    return x.mul_(sum_.add_(_SINH[0]))
 
 
 def _check(widths: torch.Tensor, scales: torch.Tensor, centres: torch.Tensor, sigmas: torch.Tensor) -> None:

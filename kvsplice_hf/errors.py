@@ -10,6 +10,7 @@ KVSpliceError
 ├── UnsupportedError       (also a RuntimeError)  a feature that cannot run on a patched model
 ├── FoldingError           (also a RuntimeError)  `kv_b_proj` cannot be folded, so absorbed attention is impossible
 ├── CacheMismatchError     (also a RuntimeError)  a cache that does not fit the patched model
+├── TrainingError          (also a RuntimeError)  fine-tuning that would change the base model, or that diverged
 └── CheckpointError        (also a RuntimeError)  a saved splice that is damaged, newer, or made for other shapes
 ```
 """
@@ -49,6 +50,10 @@ class FoldingError(KVSpliceError, RuntimeError):
 
 class CacheMismatchError(KVSpliceError, RuntimeError):
     """The cache holds rows, or has layers, that the patched model cannot use."""
+
+
+class TrainingError(KVSpliceError, RuntimeError):
+    """Fine-tuning that cannot go on: the base model is trainable, nothing is, or the loss is not finite."""
 
 
 class CheckpointError(KVSpliceError, RuntimeError):

@@ -26,7 +26,10 @@ _MAX_UNPACKED = 1 << 18
 # Unpacking takes a few bytes per number for a moment. This share of all rows keeps that below an eighth of what stock
 # transformers would hold.
 _SMALLEST_SHARE = 32
+_SHARE_IN_ONE_PASS = 20  # with fewer temporaries
 _SMALLEST_BLOCK = 128
+# With fewer rows, reading them with compiled code saves less in a whole answer than compiling takes.
+_WORTH_COMPILING = 2048
 
 
 class Attended(NamedTuple):
@@ -140,29 +143,36 @@ def attend_packed(
     only_gained = codec.gains_all and len(codec.sigmas) >= value_dim  # so that no value lies behind them
     running = _Running(dropout)
     batch, rows = packed.shape[:2]
-    size = max(rows // _SMALLEST_SHARE, _SMALLEST_BLOCK)
-    size = min(size, _MAX_UNPACKED // (batch * len(index) + 1), _MAX_SCORES // (batch * query.shape[1]))
+    in_one_pass = packed.device.type == "cpu" and rows >= _WORTH_COMPILING
+    share, most = (_SHARE_IN_ONE_PASS, 4 * _MAX_UNPACKED) if in_one_pass else (_SMALLEST_SHARE, _MAX_UNPACKED)
+    size = max(rows // share, _SMALLEST_BLOCK)
+    size = min(size, most // (batch * len(index) + 1), _MAX_SCORES // (batch * query.shape[1]))
     for block in _blocks(rows, size):
-        columns, gains = codec.read_columns(packed[:, block])
-        front, back = columns[:, :gained], columns[:, gained:]
-        scores = base + scaled[..., gained:] @ back
-        if gains is not None:
-            scores = torch.addcmul(scores, scaled[..., :gained] @ front, gains)
-        mix = functools.partial(_mix_columns, front, back, gains, not only_gained)
+        columns, gains = codec.read_columns(packed[:, block], in_one_pass=in_one_pass)
+        if gains is None:
+            scores = scaled @ columns + base
+            mix = functools.partial(_mix_columns, columns)
+        else:
+            front, back = columns[:, :gained], columns[:, gained:]
+            scores = torch.addcmul(base + scaled[..., gained:] @ back, scaled[..., :gained] @ front, gains)
+            mix = functools.partial(_mix_gained, front, back, gains, not only_gained)
         running.add(_biased(scores, bias, block), mix)
     sums, lse = running.result()
     mixed = codec.base.expand(*sums.shape[:2], -1).index_add(-1, index, sums * codec.column_scales)
     return Attended(mixed[..., :value_dim], lse)
 
 
-def _mix_columns(
-    front: torch.Tensor, back: torch.Tensor, gains: torch.Tensor | None, back_has_values: bool, weights: torch.Tensor
+def _mix_columns(columns: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sums [B, m, M] of columns."""
+    return columns @ weights.transpose(1, 2)
+
+
+def _mix_gained(
+    front: torch.Tensor, back: torch.Tensor, gains: torch.Tensor, back_has_values: bool, weights: torch.Tensor
 ) -> torch.Tensor:
     """Sums [B, m, M] of columns, those in front with their gains; of those behind only where they hold values."""
     weights = weights.transpose(1, 2)
     of_back = back @ weights if back_has_values else back.new_zeros(*back.shape[:2], weights.shape[2])
-    if gains is None:
-        return of_back
     return torch.cat([front @ (weights * gains.transpose(1, 2)), of_back], dim=1)
 
 

@@ -280,7 +280,7 @@ class Comparison:
             return self.texts(self.plain, rival.name + "*" * rival.is_standardised, windows)
 
     def backend(self, backend: CacheBackend) -> Row:
-        reason = backend.why_not(self.model.config)
+        reason = backend.why_not()
         if reason is not None:
             return {"name": backend.name, "skipped": reason}
         texts = self.texts(functools.partial(self.through, backend), backend.name)

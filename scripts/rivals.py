@@ -23,6 +23,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, QuantizedCache
+from transformers.cache_utils import (
+    BaseQuantizedLayer,
+    Fp8QuantizedLayer,
+    HQQQuantizedLayer,
+    QuantoQuantizedLayer,
+)
 
 from kvsplice_hf.errors import ConfigError, PatchStateError
 from kvsplice_hf.sites import MLASite, find_mla_sites
@@ -359,7 +365,8 @@ def _table() -> dict[str, Rival]:
 class CacheBackend:
     """A `QuantizedCache` of transformers, given the latents and rotated keys of MLA as its keys and values.
 
-    It holds no token exact, and what it returns at the first update is what it was given.
+    It holds no token exact, and what it returns at the first update is what it was given. Those with integers keep up
+    to 128 of the last tokens as they came; when there are more, they quantise all tokens anew.
     """
 
     backend: str
@@ -369,19 +376,51 @@ class CacheBackend:
         return f"transformers-{self.backend}"
 
     def bytes_per_token(self, latent_dim: int, rope_dim: int) -> float:
-        """Bytes of a row. The two scales of a layer are constants of the sequence, 8 bytes in all."""
-        return latent_dim + rope_dim
+        """Bytes of a row, counted in the tensors of a layer that holds `_COUNTED_ROWS` of them.
+
+        Scales and zero points count as bf16, what they would be in a bf16 model. Rows in the residual window, which
+        some backends keep as they came, do not count.
+        """
+        layer = self._layer()
+        shape = 1, 1, _COUNTED_ROWS
+        layer.update(torch.randn(*shape, latent_dim), torch.randn(*shape, rope_dim))
+        tensors = _tensors_in((layer._quantized_keys, layer._quantized_values))
+        return sum(tensor.numel() * min(tensor.itemsize, 2) for tensor in tensors) / _COUNTED_ROWS
 
     def make_cache(self, config: PreTrainedConfig) -> Cache:
         return QuantizedCache(self.backend, config)
 
-    def why_not(self, config: PreTrainedConfig) -> str | None:
+    def why_not(self) -> str | None:
         """Why it cannot run here, or None."""
         try:
-            self.make_cache(config)
-        except (ImportError, ValueError) as error:
+            self._layer()
+        except ImportError as error:
             return " ".join(str(error).split())
-        return None if self.backend == "fp8" else "installed, but the size of its packed rows is not known here"
+        return None
+
+    def _layer(self) -> BaseQuantizedLayer:
+        """An empty layer of such a cache."""
+        return _CACHE_LAYERS[self.backend]()
+
+
+_CACHE_LAYERS: Mapping[str, Callable[[], BaseQuantizedLayer]] = {
+    "fp8": Fp8QuantizedLayer,
+    "quanto": QuantoQuantizedLayer,
+    "hqq": HQQQuantizedLayer,
+}
+_COUNTED_ROWS = 1024
+
+
+def _tensors_in(holder: Any) -> Iterator[torch.Tensor]:
+    """The plain tensors that hold the numbers of quantised ones, in whatever they are wrapped."""
+    if isinstance(holder, torch.Tensor) and hasattr(holder, "__tensor_flatten__"):
+        names, _ = holder.__tensor_flatten__()
+        holder = [getattr(holder, name) for name in names]
+    if isinstance(holder, torch.Tensor):
+        yield holder
+    elif isinstance(holder, Mapping | tuple | list):
+        for part in holder.values() if isinstance(holder, Mapping) else holder:
+            yield from _tensors_in(part)
 
 
 RIVALS: Mapping[str, Rival] = _table()

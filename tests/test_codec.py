@@ -139,11 +139,43 @@ def test_casts_copies_and_pickles_leave_the_codec_as_it_was() -> None:
     assert set(codec.state_dict()) == {"widths", "scales", "centres", "sigmas"}
 
 
-def test_gradients_pass_straight_through() -> None:
-    codec = make(PATTERNS["as calibrated"])
-    rows = rows_for(codec, (3,)).requires_grad_()
+def test_gradients_pass_the_rounding_but_not_the_last_level() -> None:
+    codec = make([4, 4, 0, 16], gained=0)
+    inside, beyond = codec.centres + 0.3 * codec.scales, codec.centres - 7 * codec.scales
+    rows = torch.stack([inside, beyond]).requires_grad_()
     codec.round_trip(rows).sum().backward()
-    assert torch.equal(rows.grad, torch.ones_like(rows))
+    assert rows.grad.tolist() == [[1, 1, 0, 1], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("gained", [0, None])
+def test_steps_in_training_have_the_gradient_of_the_error_that_they_make(gained: int | None) -> None:
+    codec = make(PATTERNS["as calibrated"], gained).train_steps()
+    rows = rows_for(codec, (200,))
+    codec.round_trip(rows).sum().backward()
+    with torch.no_grad():
+        row_scales = codec._row_scales(codec.gains(rows)).expand_as(rows)
+        factors = row_scales / codec.scales
+        unit = (rows - codec.centres) / row_scales
+        within = (unit.abs() < 1) & (codec.widths > 0)
+        level = (codec.round_trip(rows) - codec.centres) / row_scales
+    wanted = torch.where(within, level - unit, torch.where(codec.widths > 0, level, 0)) * factors
+    torch.testing.assert_close(codec.scales.grad, wanted.sum(0), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(codec.centres.grad, (~within).float().sum(0))
+
+
+def test_steps_in_training_are_those_that_pack_and_that_are_saved() -> None:
+    codec = make(PATTERNS["as calibrated"]).train_steps()
+    assert {name for name, _ in codec.named_parameters()} == {"scales", "centres"}
+    with torch.no_grad():
+        codec.scales.mul_(1.3)
+        codec.centres.add_(0.1)
+    rows = rows_for(codec, (2, 1, 5))
+    frozen = RowCodec(codec.widths, codec.scales.detach(), codec.centres.detach(), codec.sigmas)
+    for other in (codec.to(torch.bfloat16), codec.train_steps(False)):
+        assert torch.equal(other.unpack(other.pack(rows)), frozen.unpack(frozen.pack(rows)))
+        assert other.scales.dtype == torch.float32
+        assert set(other.state_dict()) == {"widths", "scales", "centres", "sigmas"}
+    assert not list(codec.parameters())
 
 
 NAN = math.nan

@@ -1,0 +1,75 @@
+"""What is reported while the splice trains: size and spread of scale and shift, as numbers and as histograms."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.training.parameters import splices_of, statistics_of
+
+
+def _transforms(splice: LearnedKVSplice) -> dict[str, torch.Tensor]:
+    return {"scale": F.softplus(splice.transform_scale.detach().float()), "shift": splice.transform_shift.detach()}
+
+
+def splice_metrics(model: nn.Module) -> dict[str, float]:
+    """`kvsplice/scale_mean`, `_std`, `_min`, `_max`, the same of `shift`, and means by layer.
+
+    The scale is the one in use, after the softplus.
+
+    Raises:
+        PatchStateError: the model is not patched.
+    """
+    by_layer = {layer: _transforms(splice) for layer, splice in splices_of(model).items()}
+    metrics: dict[str, float] = {}
+    for name in ("scale", "shift"):
+        values = torch.cat([transforms[name].float().cpu() for transforms in by_layer.values()])
+        metrics |= {f"kvsplice/{name}_{statistic}": value for statistic, value in statistics_of(values).items()}
+        for layer, transforms in by_layer.items():
+            metrics[f"kvsplice/layer_{layer}/{name}_mean"] = transforms[name].float().mean().item()
+            metrics[f"kvsplice/layer_{layer}/{name}_std"] = transforms[name].float().std(correction=0).item()
+    return metrics
+
+
+class HistogramCallback(TrainerCallback):
+    """Histograms of scale and shift of each layer, wherever the `Trainer` reports to (TensorBoard, W&B)."""
+
+    def __init__(self) -> None:
+        self._writer: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and "tensorboard" in args.report_to:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(log_dir=args.logging_dir if hasattr(args, "logging_dir") else None)
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or model is None:
+            return
+        wandb = _wandb() if "wandb" in args.report_to else None
+        if self._writer is None and wandb is None:
+            return
+        for layer, splice in splices_of(model).items():
+            for name, values in _transforms(splice).items():
+                tag, values = f"kvsplice/layer_{layer}/{name}", values.float().cpu()
+                if self._writer is not None:
+                    self._writer.add_histogram(tag, values, state.global_step)
+                if wandb is not None:
+                    wandb.log({tag: wandb.Histogram(values.numpy())}, commit=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _wandb() -> Any:
+    """The module, where it is installed and a run is open."""
+    try:
+        import wandb
+    except ImportError:
+        return None
+    return wandb if wandb.run is not None else None

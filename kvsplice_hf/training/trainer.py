@@ -1,0 +1,201 @@
+"""`KVSpliceTrainer`: the `Trainer` of transformers for the splice alone.
+
+Checkpoints hold the splice instead of the model; the rest (data, schedules, accumulation, several processes, resuming,
+reporting) is the `Trainer`'s.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from kvsplice_hf.checkpoint import load_kvsplice, save_kvsplice
+from kvsplice_hf.errors import ConfigError, TrainingError
+from kvsplice_hf.patching import find_patch, splice_disabled
+from kvsplice_hf.training.monitor import HistogramCallback, splice_metrics
+from kvsplice_hf.training.objectives import (
+    cross_entropy,
+    divergence_from,
+    reconstruction_error,
+    recorded_round_trips,
+)
+from kvsplice_hf.training.parameters import parameter_groups, require_only_splice
+
+
+ARGUMENTS_NAME = "training_args.json"
+_NOT_PREDICTED = -100
+
+
+@dataclass
+class KVSpliceTrainingArguments(TrainingArguments):
+    """Arguments of `Trainer`, and what is minimised.
+
+    The loss is the sum of three terms with the weights given here; a weight of 0 leaves its term out.
+
+    Args:
+        kl_weight: of the divergence from the original model (the same weights without the splice), nats per token.
+        lm_weight: of the cross entropy of the labels, nats per token.
+        reconstruction_weight: of the relative squared error of the latents as `kv_b_proj` reads them.
+        temperature: of the divergence.
+        learning_rate: of the projections.
+        transform_learning_rate: of the transform's scale and shift; by default `learning_rate`.
+        steps_learning_rate: of the level scales and centres of packed rows; by default `learning_rate`.
+
+    Raises:
+        ConfigError: a weight is negative, or all are 0.
+    """
+
+    learning_rate: float = field(default=5e-4, metadata={"help": "learning rate of the projections"})
+    kl_weight: float = field(default=1.0, metadata={"help": "weight of the divergence from the original model"})
+    lm_weight: float = field(default=0.0, metadata={"help": "weight of the cross entropy of the labels"})
+    reconstruction_weight: float = field(default=0.0, metadata={"help": "weight of the error of the latents"})
+    temperature: float = field(default=1.0, metadata={"help": "temperature of the divergence"})
+    transform_learning_rate: float | None = field(
+        default=None, metadata={"help": "learning rate of the transform; default: learning_rate"}
+    )
+    steps_learning_rate: float | None = field(
+        default=None, metadata={"help": "learning rate of the steps of packed rows; default: learning_rate"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = {name: getattr(self, name) for name in ("kl_weight", "lm_weight", "reconstruction_weight")}
+        if any(not math.isfinite(weight) or weight < 0 for weight in weights.values()) or not any(weights.values()):
+            raise ConfigError(f"The weights of the loss are {weights}; none may be negative, and one must be above 0.")
+        if not self.temperature > 0:
+            raise ConfigError(f"`temperature` is {self.temperature!r}; it must be above 0.")
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """By group of `parameters.GROUPS`."""
+        own = {"transform": self.transform_learning_rate, "steps": self.steps_learning_rate}
+        return {"projection": self.learning_rate} | {
+            name: self.learning_rate if rate is None else rate for name, rate in own.items()
+        }
+
+
+class KVSpliceTrainer(Trainer):
+    """Trains the splice of a patched model, and nothing else.
+
+    Takes what `Trainer` takes; `args` must be `KVSpliceTrainingArguments`. Batches need `input_ids`; where there are
+    `labels`, positions with -100 are not counted. `save_model` and checkpoints write what `save_kvsplice` writes.
+
+    Raises:
+        PatchStateError: the model is not patched.
+        TrainingError: parameters of the base model are trainable, or none of the splice; while training: a loss that
+            is not finite, or a batch without `input_ids`.
+
+    Example:
+        >>> freeze_all_but_kvsplice(patch_model_with_kvsplice(model, bytes_per_token=128, tokenizer=tokenizer))
+        >>> KVSpliceTrainer(model, KVSpliceTrainingArguments("out"), train_dataset=dataset).train()
+    """
+
+    args: KVSpliceTrainingArguments
+
+    def __init__(
+        self, model: PreTrainedModel, args: KVSpliceTrainingArguments | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        args = KVSpliceTrainingArguments() if args is None else args
+        if not isinstance(args, KVSpliceTrainingArguments):
+            raise ConfigError(f"`args` is a {type(args).__name__}; it must be KVSpliceTrainingArguments.")
+        find_patch(model)
+        require_only_splice(model)
+        super().__init__(model, args, *rest, **kwargs)
+        # The loss is a mean over each batch, so that accumulation has to divide it.
+        self.loss_is_scaled_for_ga = False
+        self.add_callback(HistogramCallback())
+        self._terms: dict[str, list[torch.Tensor]] = {}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(model, self.args.learning_rates, self.args.weight_decay)
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The weighted sum of the terms asked for, averaged over the batch."""
+        if "input_ids" not in inputs:
+            raise TrainingError(
+                f"The batch holds {sorted(inputs)}, not `input_ids`. Tokenize the data set first, into columns that "
+                "the model takes (input_ids, attention_mask, labels)."
+            )
+        labels = _labels(inputs)
+        inputs = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+        terms: dict[str, torch.Tensor] = {}
+        teacher = self._teacher_logits(model, inputs) if self.args.kl_weight else None
+        if self.args.reconstruction_weight:
+            with recorded_round_trips(model) as records:
+                outputs = model(**inputs)
+            terms["reconstruction"] = reconstruction_error(records)
+        else:
+            outputs = model(**inputs)
+        if teacher is not None:
+            counted = torch.zeros_like(labels, dtype=torch.bool)
+            counted[:, :-1] = labels[:, 1:] != _NOT_PREDICTED
+            terms["kl"] = divergence_from(teacher, outputs.logits, counted, self.args.temperature)
+        if self.args.lm_weight:
+            terms["lm"] = cross_entropy(outputs.logits, labels)
+        loss = sum(getattr(self.args, f"{name}_weight") * term for name, term in terms.items())
+        self._note(terms, loss, model.training)
+        return (loss, outputs) if return_outputs else loss
+
+    def _teacher_logits(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Logits of the original model: the same weights, splice bypassed, no dropout."""
+        training = model.training
+        model.eval()
+        try:
+            with splice_disabled(model), torch.no_grad():
+                return model(**inputs).logits
+        finally:
+            model.train(training)
+
+    def _note(self, terms: dict[str, torch.Tensor], loss: Any, training: bool) -> None:
+        if not torch.isfinite(loss):
+            found = {name: float(term) for name, term in terms.items()}
+            raise TrainingError(
+                f"The loss is {float(loss)} at step {self.state.global_step} (terms: {found}). Lower the learning "
+                f"rates {self.args.learning_rates}, or look for damaged latents with scripts/inspect_kvsplice.py."
+            )
+        if training:
+            for name, term in terms.items():
+                self._terms.setdefault(name, []).append(term.detach())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms of the loss since the last report, and the state of the transform."""
+        if "loss" in logs:
+            for name, values in self._terms.items():
+                logs[f"kvsplice/{name}"] = torch.stack(values).mean().item()
+            self._terms.clear()
+            logs |= splice_metrics(self.accelerator.unwrap_model(self.model))
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir or ".")
+        save_kvsplice(self.accelerator.unwrap_model(self.model), folder)
+        (folder / ARGUMENTS_NAME).write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n", "utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_kvsplice(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_kvsplice(self.accelerator.unwrap_model(self.model), str(self.state.best_model_checkpoint))
+
+
+def _labels(inputs: dict[str, Any]) -> torch.Tensor:
+    """[B, T], -100 where nothing is to be predicted: as given, or the tokens that are not padding."""
+    labels = inputs.get("labels")
+    if labels is not None:
+        return labels
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    return ids if mask is None else ids.masked_fill(mask == 0, _NOT_PREDICTED)
