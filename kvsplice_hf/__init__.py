@@ -16,6 +16,7 @@ from kvsplice_hf.errors import (
     KVSpliceError,
     NotMLAError,
     PatchStateError,
+    TrainingError,
     TransformersTooOldError,
     UnsupportedError,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "NotMLAError",
     "PatchStateError",
     "RowCodec",
+    "TrainingError",
     "TransformersTooOldError",
     "UnsupportedError",
     "__version__",

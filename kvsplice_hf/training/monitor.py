@@ -35,35 +35,29 @@ def splice_metrics(model: nn.Module) -> dict[str, float]:
 
 
 class HistogramCallback(TrainerCallback):
-    """Histograms of scale and shift of each layer, wherever the `Trainer` reports to (TensorBoard, W&B)."""
+    """Histograms of scale and shift of each layer, wherever the `Trainer` reports to (TensorBoard, W&B).
 
-    def __init__(self) -> None:
-        self._writer: Any = None
+    Args:
+        others: the callbacks of the `Trainer`, among them the one that writes for TensorBoard, if there is.
+    """
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and "tensorboard" in args.report_to:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(log_dir=args.logging_dir if hasattr(args, "logging_dir") else None)
+    def __init__(self, others: list[TrainerCallback]) -> None:
+        self._others = others
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or model is None:
             return
+        writers = [writer for other in self._others if (writer := getattr(other, "tb_writer", None)) is not None]
         wandb = _wandb() if "wandb" in args.report_to else None
-        if self._writer is None and wandb is None:
+        if not writers and wandb is None:
             return
         for layer, splice in splices_of(model).items():
             for name, values in _transforms(splice).items():
                 tag, values = f"kvsplice/layer_{layer}/{name}", values.float().cpu()
-                if self._writer is not None:
-                    self._writer.add_histogram(tag, values, state.global_step)
+                for writer in writers:
+                    writer.add_histogram(tag, values, state.global_step)
                 if wandb is not None:
                     wandb.log({tag: wandb.Histogram(values.numpy())}, commit=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
 
 
 def _wandb() -> Any:

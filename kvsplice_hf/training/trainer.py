@@ -108,7 +108,7 @@ class KVSpliceTrainer(Trainer):
         super().__init__(model, args, *rest, **kwargs)
         # The loss is a mean over each batch, so that accumulation has to divide it.
         self.loss_is_scaled_for_ga = False
-        self.add_callback(HistogramCallback())
+        self.add_callback(HistogramCallback(self.callback_handler.callbacks))
         self._terms: dict[str, list[torch.Tensor]] = {}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -144,7 +144,10 @@ class KVSpliceTrainer(Trainer):
             terms["kl"] = divergence_from(teacher, outputs.logits, counted, self.args.temperature)
         if self.args.lm_weight:
             terms["lm"] = cross_entropy(outputs.logits, labels)
-        loss = sum(getattr(self.args, f"{name}_weight") * term for name, term in terms.items())
+        device = outputs.logits.device  # a model may be spread over several
+        loss = torch.stack(
+            [getattr(self.args, f"{name}_weight") * term.to(device) for name, term in terms.items()]
+        ).sum()
         self._note(terms, loss, model.training)
         return (loss, outputs) if return_outputs else loss
 
@@ -158,11 +161,11 @@ class KVSpliceTrainer(Trainer):
         finally:
             model.train(training)
 
-    def _note(self, terms: dict[str, torch.Tensor], loss: Any, training: bool) -> None:
+    def _note(self, terms: dict[str, torch.Tensor], loss: torch.Tensor, training: bool) -> None:
         if not torch.isfinite(loss):
-            found = {name: float(term) for name, term in terms.items()}
+            found = {name: term.item() for name, term in terms.items()}
             raise TrainingError(
-                f"The loss is {float(loss)} at step {self.state.global_step} (terms: {found}). Lower the learning "
+                f"The loss is {loss.item()} at step {self.state.global_step} (terms: {found}). Lower the learning "
                 f"rates {self.args.learning_rates}, or look for damaged latents with scripts/inspect_kvsplice.py."
             )
         if training:
