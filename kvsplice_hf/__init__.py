@@ -20,9 +20,11 @@ from kvsplice_hf.errors import (
     TransformersTooOldError,
     UnsupportedError,
 )
+from kvsplice_hf.folding import merge_kvsplice, unmerge_kvsplice
 from kvsplice_hf.model_cache import KVCacheSize, KVSpliceCache, cache_nbytes, get_kv_cache_size
 from kvsplice_hf.patching import patch_model_with_kvsplice, splice_disabled, unpatch_model
 from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.pruning import LayerPruning, prune_kvsplice, pruning_candidates
 from kvsplice_hf.version import __version__
 
 
@@ -38,6 +40,7 @@ __all__ = [
     "KVSpliceCalibrator",
     "KVSpliceConfig",
     "KVSpliceError",
+    "LayerPruning",
     "LearnedKVSplice",
     "NotMLAError",
     "PatchStateError",
@@ -50,8 +53,12 @@ __all__ = [
     "calibrate",
     "get_kv_cache_size",
     "load_kvsplice",
+    "merge_kvsplice",
     "patch_model_with_kvsplice",
+    "prune_kvsplice",
+    "pruning_candidates",
     "save_kvsplice",
     "splice_disabled",
+    "unmerge_kvsplice",
     "unpatch_model",
 ]

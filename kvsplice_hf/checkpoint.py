@@ -6,7 +6,7 @@ The format is described in docs/checkpoint_format.md.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import safetensors.torch
 import torch
@@ -31,6 +31,14 @@ _CODEC_BUFFERS = ("widths", "scales", "centres", "sigmas")
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+class _Saved(NamedTuple):
+    """What a folder of `save_kvsplice` holds. `layers`: the sizes of each, as `_describe_layer` writes them."""
+
+    config: KVSpliceConfig
+    layers: dict[int, dict[str, int]]
+    tensors: dict[str, torch.Tensor]
+
+
 def save_kvsplice(model: nn.Module, directory: str | Path) -> Path:
     """Write the splice of a patched model to `directory` (made if needed); the base model is not copied.
 
@@ -40,19 +48,19 @@ def save_kvsplice(model: nn.Module, directory: str | Path) -> Path:
     Raises:
         PatchStateError: the model is not patched.
     """
-    sites, directory = patched_sites(model), Path(directory)
+    sites, directory, config = patched_sites(model), Path(directory), find_patch(model)[1].config
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     layers: dict[str, dict[str, int]] = {}
     for site, patched in sites:
         state = patched.splice.state_dict()
         tensors |= {_key(site.layer_idx, name): tensor.detach().contiguous().cpu() for name, tensor in state.items()}
-        layers[str(site.layer_idx)] = {"kv_lora_rank": site.kv_lora_rank, "rank": patched.geometry.rank}
+        layers[str(site.layer_idx)] = _describe_layer(site, patched.geometry.rank, config)
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     base = sites[0][0].module.config.to_dict()
     description = {
         "base_model_name_or_path": base.get("_name_or_path", ""),
-        "config": find_patch(model)[1].config.to_dict(),
+        "config": config.to_dict(),
         "format": _FORMAT,
         "layers": layers,
         "model_type": base["model_type"],
@@ -63,6 +71,13 @@ def save_kvsplice(model: nn.Module, directory: str | Path) -> Path:
     (directory / WEIGHTS_NAME).write_bytes(weights)
     (directory / CONFIG_NAME).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return directory
+
+
+def _describe_layer(site: MLASite, rank: int, config: KVSpliceConfig) -> dict[str, int]:
+    sizes = {"kv_lora_rank": site.kv_lora_rank, "rank": rank}
+    if not config.is_packed and config.rank_for(site.kv_lora_rank, site.name) != rank:
+        sizes["pruned_from"] = config.rank_for(site.kv_lora_rank, site.name)
+    return sizes
 
 
 def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
@@ -79,9 +94,8 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
         NotMLAError: the model has no MLA layer.
     """
     directory = Path(directory)
-    description = _read_description(directory / CONFIG_NAME)
-    config = _read_config(directory / CONFIG_NAME, description)
-    tensors = _read_weights(directory / WEIGHTS_NAME, description["weights_sha256"])
+    saved = _read(directory)
+    config, tensors = saved.config, saved.tensors
     if is_patched(model):
         _require_fit(_shapes_of_patched(model), tensors, directory)
         codecs = {site.layer_idx: _codec(tensors, site.layer_idx, directory) for site, _ in patched_sites(model)}
@@ -90,20 +104,50 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
             _set_parameters(patched.splice, tensors, site.layer_idx, codecs[site.layer_idx])
         return model
     chosen = _chosen_sites(model, config)
-    _require_fit(_shapes_after_patch(model, config, chosen, tensors), tensors, directory)
+    _require_fit(_shapes_after_patch(model, saved, chosen), tensors, directory)
     splices = {}
     for site in chosen:
-        splice = _empty_splice(site, config, tensors)
+        splice = _empty_splice(site, saved)
         _set_parameters(splice, tensors, site.layer_idx, _codec(tensors, site.layer_idx, directory))
         splices[site.layer_idx] = splice.train(site.module.training)
     patch_with_splices(model, config, splices)
     return model
 
 
+def read_splices(directory: str | Path) -> dict[int, LearnedKVSplice]:
+    """The projections of a splice saved by `save_kvsplice`, by cache layer index, without the model.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of a newer schema.
+    """
+    directory = Path(directory)
+    config, layers, tensors = _read(directory)
+    splices = {}
+    for layer_idx, sizes in sorted(layers.items()):
+        codec = _codec(tensors, layer_idx, directory)
+        try:
+            dtype = tensors[_key(layer_idx, "compress.weight")].dtype
+            with torch.random.fork_rng(devices=[]):  # constructors draw random numbers
+                splice = LearnedKVSplice(
+                    sizes["kv_lora_rank"], sizes["rank"], use_layernorm=config.use_layernorm, dtype=dtype
+                )
+            _set_parameters(splice, tensors, layer_idx, codec)
+        except (ConfigError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"The splice of layer {layer_idx} in {directory} is damaged: {error}") from error
+        splices[layer_idx] = splice.eval()
+    return splices
+
+
 def _set_parameters(
     splice: LearnedKVSplice, tensors: dict[str, torch.Tensor], layer_idx: int, codec: RowCodec | None
 ) -> None:
+    before = splice.codec
     splice.codec = None if codec is None else codec.to(splice.compress.weight.device)
+    if before is not None and splice.codec is not None:
+        if torch.equal(before.widths, splice.codec.widths):  # an optimiser may hold its parameters
+            splice.codec = before
+        else:
+            splice.codec.train_steps(before.scales.requires_grad)
     splice.load_state_dict({name: tensors[_key(layer_idx, name)] for name in splice.state_dict()})
 
 
@@ -155,29 +199,26 @@ def _chosen_sites(model: nn.Module, config: KVSpliceConfig) -> list[MLASite]:
         raise CheckpointError(f"The saved splice does not fit this {type(model).__name__}: {error}") from error
 
 
-def _rank(site: MLASite, config: KVSpliceConfig, tensors: dict[str, torch.Tensor]) -> int:
-    """r of a layer: from the settings, or, where rows are packed, from the file."""
-    if not config.is_packed:
-        return config.rank_for(site.kv_lora_rank, site.name)
-    weight = tensors.get(_key(site.layer_idx, "compress.weight"))
+def _rank(site: MLASite, saved: _Saved) -> int:
+    """r of a layer: from the settings, or, where rows are packed or were pruned, from the file."""
+    sizes = saved.layers.get(site.layer_idx, {})
+    if "pruned_from" in sizes:
+        return sizes["rank"]
+    if not saved.config.is_packed:
+        return saved.config.rank_for(site.kv_lora_rank, site.name)
+    weight = saved.tensors.get(_key(site.layer_idx, "compress.weight"))
     return min(max(1, len(weight)), site.kv_lora_rank) if weight is not None and weight.dim() == 2 else 1
 
 
-def _empty_splice(
-    site: MLASite, config: KVSpliceConfig, tensors: dict[str, torch.Tensor], device: torch.device | str | None = None
-) -> LearnedKVSplice:
+def _empty_splice(site: MLASite, saved: _Saved, device: torch.device | str | None = None) -> LearnedKVSplice:
     device = execution_device(site.module.kv_b_proj) if device is None else device
-    rank = _rank(site, config, tensors)
+    rank, use_layernorm = _rank(site, saved), saved.config.use_layernorm
     with torch.random.fork_rng(devices=[]), torch.device(device):  # constructors draw random numbers
-        return LearnedKVSplice(
-            site.kv_lora_rank, rank, use_layernorm=config.use_layernorm, device=device, dtype=site.dtype
-        )
+        return LearnedKVSplice(site.kv_lora_rank, rank, use_layernorm=use_layernorm, device=device, dtype=site.dtype)
 
 
-def _shapes_after_patch(
-    model: nn.Module, config: KVSpliceConfig, chosen: list[MLASite], tensors: dict[str, torch.Tensor]
-) -> dict[str, torch.Size]:
-    """The shapes that patching `model` with `config` would make.
+def _shapes_after_patch(model: nn.Module, saved: _Saved, chosen: list[MLASite]) -> dict[str, torch.Size]:
+    """The shapes that patching `model` with the saved settings would make.
 
     Raises:
         CheckpointError: the settings do not fit the model.
@@ -185,9 +226,9 @@ def _shapes_after_patch(
     shapes: dict[str, torch.Size] = {}
     try:
         for site in chosen:
-            splice = _empty_splice(site, config, tensors, device="meta")
+            splice = _empty_splice(site, saved, device="meta")
             shapes |= {_key(site.layer_idx, name): tensor.shape for name, tensor in splice.state_dict().items()}
-            if config.is_packed:
+            if saved.config.is_packed:
                 row = torch.Size([splice.rank + site.qk_rope_head_dim])
                 sizes = {"widths": row, "scales": row, "centres": row, "sigmas": torch.Size([splice.rank])}
                 shapes |= {_key(site.layer_idx, f"codec.{name}"): size for name, size in sizes.items()}
@@ -217,6 +258,18 @@ def _key(layer_idx: int, name: str) -> str:
     return f"layers.{layer_idx}.kvsplice.{name}"
 
 
+def _read(directory: Path) -> _Saved:
+    """What the two files of a folder hold, checked against each other.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of a newer schema.
+    """
+    description = _read_description(directory / CONFIG_NAME)
+    config = _read_config(directory / CONFIG_NAME, description)
+    layers = _read_layers(directory / CONFIG_NAME, description)
+    return _Saved(config, layers, _read_weights(directory / WEIGHTS_NAME, description["weights_sha256"]))
+
+
 def _read_description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -244,6 +297,19 @@ def _read_config(path: Path, description: dict[str, Any]) -> KVSpliceConfig:
         return KVSpliceConfig.from_dict(description["config"])
     except (ConfigError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} holds settings that cannot be used: {error}") from error
+
+
+def _read_layers(path: Path, description: dict[str, Any]) -> dict[int, dict[str, int]]:
+    try:
+        layers = {int(layer_idx): dict(sizes) for layer_idx, sizes in description["layers"].items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f'{path} is damaged: "layers" cannot be read ({error}). Save the splice again.'
+        ) from error
+    for layer_idx, sizes in layers.items():
+        if any(type(sizes.get(name)) is not int for name in ("kv_lora_rank", "rank")):
+            raise CheckpointError(f"{path} is damaged: the sizes of layer {layer_idx} are {sizes}. Save it again.")
+    return layers
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:

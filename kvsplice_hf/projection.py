@@ -2,7 +2,8 @@
 
 Encoding is `z = compress(softplus(scale) * c + shift)`, then LayerNorm if asked for; decoding is
 `(expand(z) - shift) / softplus(scale)`. Decoding is affine in the code, `c_hat = D z + mu`, which is what lets
-attention run on codes (see `attention.py`).
+attention run on codes (see `attention.py`). So is encoding before the LayerNorm, `z = A (c - mu)`, with the same `mu`;
+a merged splice keeps `A`, `D` and `mu` instead of computing them from its parameters.
 
 Legend: `B` batch, `T` tokens, `R` kv_lora_rank, `r` spliced rank.
 """
@@ -15,8 +16,12 @@ from torch import nn
 
 from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.dispatch import pack
-from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, TrainingError
 from kvsplice_hf.offload import read_parameter
+
+
+# A, D and mu of a merged splice. Buffers, so that they move, are cast and are copied with it; not saved.
+_FOLDED = ("_folded_compress", "_folded_expand", "_folded_offset")
 
 
 class LearnedKVSplice(nn.Module):
@@ -41,6 +46,10 @@ class LearnedKVSplice(nn.Module):
         >>> splice.decode(splice.encode(torch.randn(1, 1, 7, 512))).shape
         torch.Size([1, 1, 7, 512])
     """
+
+    _folded_compress: torch.Tensor
+    _folded_expand: torch.Tensor
+    _folded_offset: torch.Tensor
 
     def __init__(
         self,
@@ -68,14 +77,77 @@ class LearnedKVSplice(nn.Module):
         scale = F.softplus(read_parameter(self, "transform_scale").float())
         return scale, read_parameter(self, "transform_shift").float()
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether the transform is folded into the projections; see `merge`."""
+        return _FOLDED[0] in self._buffers
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the transform into the projections, for inference.
+
+        Parameters stay as they are, and what is done to them is not seen until `unmerge`; loading parameters unmerges.
+        What is folded is computed in fp32 and kept in the dtype of the weights.
+
+        Raises:
+            PatchStateError: the splice is merged already.
+            FoldingError: a folded weight is not finite in the dtype of the weights.
+        """
+        if self.is_merged:
+            raise PatchStateError(
+                "This splice is already merged. If its parameters have changed since, unmerge it first."
+            )
+        scale, _ = self._transform()
+        weight = read_parameter(self.compress, "weight")
+        folded = ((weight * scale).to(weight.dtype), *self.fold())
+        if not all(torch.isfinite(tensor).all() for tensor in folded):
+            raise FoldingError(
+                f"With the transform folded in, the projections have values that are not finite in {weight.dtype}. "
+                "Cast the splice to float32 or bfloat16 before merging; if that does not help, it is damaged."
+            )
+        for name, tensor in zip(_FOLDED, folded, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def unmerge(self) -> None:
+        """Undo `merge`, exactly: what was folded is dropped.
+
+        Raises:
+            PatchStateError: the splice is not merged.
+        """
+        if not self.is_merged:
+            raise PatchStateError("This splice is not merged, so there is nothing to undo.")
+        for name in _FOLDED:
+            delattr(self, name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # What is folded would go on encoding with the parameters of before.
+        if self.is_merged and any(name.startswith(prefix) for name in state_dict):
+            self.unmerge()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def encode(self, latent: torch.Tensor) -> torch.Tensor:
-        """Codes [..., r] of latents [..., R], in the latents' dtype."""
-        scale, shift = self._transform()
-        weight_dtype = self.compress.weight.dtype
-        codes = self.compress((latent * scale + shift).to(weight_dtype))
+        """Codes [..., r] of latents [..., R], in the latents' dtype.
+
+        Raises:
+            TrainingError: the splice is merged, and this is training.
+        """
+        codes = self._compress_merged(latent) if self.is_merged else self._compress(latent)
         if self.code_norm is not None:
             codes = self.code_norm(codes)
         return codes.to(latent.dtype)
+
+    def _compress(self, latent: torch.Tensor) -> torch.Tensor:
+        scale, shift = self._transform()
+        return self.compress((latent * scale + shift).to(self.compress.weight.dtype))
+
+    def _compress_merged(self, latent: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise TrainingError(
+                "The splice is merged, so its parameters would not be trained. Call unmerge_kvsplice(model) first."
+            )
+        # The offset comes off first: a mean many times the spread would drown in the rounding of `A c`.
+        weight = self._folded_compress
+        return F.linear((latent - self._folded_offset).to(weight.dtype), weight)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Latents [..., R] of codes [..., r], in the codes' dtype."""
@@ -106,8 +178,10 @@ class LearnedKVSplice(nn.Module):
         """`(D, mu)` of shapes [R, r] and [R], in the dtype of the weights, with `decode(z) == D z + mu`.
 
         Computed anew from the parameters at every call: R x r products cost nothing beside one read of the codes, and a
-        result that is never kept can never be stale.
+        result that is never kept can never be stale. A merged splice returns what `merge` kept.
         """
+        if self.is_merged:
+            return self._folded_expand, self._folded_offset
         scale, shift = self._transform()
         weight = read_parameter(self.expand, "weight")
         return (weight / scale[:, None]).to(weight.dtype), (-shift / scale).to(weight.dtype)

@@ -1,0 +1,207 @@
+"""`prune_kvsplice`: takes the coordinates out of the code that hardly reach the heads, so that the rank shrinks.
+
+After calibration the transform divides by standard deviations, so that a latent arrives at `compress` with units of
+size 1, and coordinate j of the code has about the size `||C_j||`. Decoded and read, a unit of it changes what
+`kv_b_proj` makes of the latent by `||W D_j||`. The product is the coordinate's effective scale,
+
+    s_j = ||W D_j|| * ||C_j||,
+
+and without the coordinates of a set the result changes by about sqrt(sum of their s_j^2) (exactly so on average where
+the dimensions of the transformed latent are uncorrelated and rows of `C`, or columns of `W D`, are orthogonal).
+
+Legend: `R` kv_lora_rank, `r` spliced rank, `P` qk_rope_head_dim, `C` [r, R] the weight of `compress`, `D` [R, r] the
+matrix of `fold`, `W` [H * (N + V), R] the weight of `kv_b_proj`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvsplice_hf.attention import SITE_ATTRIBUTE, PatchedSite
+from kvsplice_hf.codec import RowCodec
+from kvsplice_hf.errors import ConfigError, PatchStateError, UnsupportedError
+from kvsplice_hf.offload import read_parameter
+from kvsplice_hf.patching import find_patch, patched_sites
+from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.sites import MLASite, effective_weight, find_mla_sites
+
+
+@dataclass(frozen=True)
+class LayerPruning:
+    """What pruning takes out of one layer.
+
+    Attributes:
+        layer_idx: cache layer.
+        rank_before: r.
+        coordinates: those that go, ascending.
+        relative_error: sqrt(sum of their squared effective scales / sum of all); about the relative change of what the
+            heads read.
+    """
+
+    layer_idx: int
+    rank_before: int
+    coordinates: tuple[int, ...]
+    relative_error: float
+
+    @property
+    def rank_after(self) -> int:
+        """What is left of r."""
+        return self.rank_before - len(self.coordinates)
+
+
+def prune_kvsplice(model: nn.Module, threshold: float = 0.1) -> list[LayerPruning]:
+    """Remove the coordinates whose effective scale is below `threshold` times the median of their layer, in place.
+
+    `compress`, `expand` and packed rows become smaller, and so does the cache. Caches that were filled before do not
+    fit any more (a `CacheMismatchError` says so), and an optimiser made before holds parameters that are no longer
+    read. The settings in force stay as they were; `save_kvsplice` writes the new ranks.
+
+    Args:
+        model: a patched model.
+        threshold: above 0. At least one coordinate of each layer stays, whatever it is.
+
+    Returns:
+        What was removed, by ascending layer.
+
+    Raises:
+        PatchStateError: the model is not patched, or is merged.
+        ConfigError: the threshold is out of range, or the code has a LayerNorm, through which each coordinate changes
+            all others.
+        UnsupportedError: the splice is offloaded.
+
+    Whatever is raised, the model is as it was.
+
+    Example:
+        >>> [report.rank_after for report in prune_kvsplice(model, threshold=0.1)]
+        [241, 256, 249]
+    """
+    sites = patched_sites(model)
+    for site, patched in sites:
+        _require_prunable(site, patched.splice)
+    reports = pruning_candidates(model, threshold)
+    for (site, patched), report in zip(sites, reports, strict=True):
+        if report.coordinates:
+            _remove(patched.splice, report.coordinates)
+            _resize_rows(_readers(model, site), patched.splice)
+    root: Any = find_patch(model)[0]
+    if "_cached_continuous_batching_manager" in vars(root):  # a persistent one, with pages of rows of the old size
+        root.destroy_cached_continuous_batching_manager()
+    return reports
+
+
+def pruning_candidates(model: nn.Module, threshold: float = 0.1) -> list[LayerPruning]:
+    """What `prune_kvsplice` would remove. The model stays as it is.
+
+    Raises:
+        PatchStateError: the model is not patched.
+        ConfigError: as `prune_kvsplice`.
+    """
+    reports = []
+    for site, patched in patched_sites(model):
+        splice = patched.splice
+        device = splice.fold()[0].device
+        # A layer that reuses this latent reads it with a kv_b_proj of its own.
+        readers = torch.cat([effective_weight(reader).to(device) for reader, _ in _readers(model, site)])
+        reports.append(plan_pruning(site.layer_idx, effective_scales(splice, readers), threshold))
+    return reports
+
+
+@torch.no_grad()
+def effective_scales(splice: LearnedKVSplice, reader_weight: torch.Tensor | None = None) -> torch.Tensor:
+    """`||W D_j|| * ||C_j||` of each code coordinate j, float32 [r].
+
+    Args:
+        splice: the projection.
+        reader_weight: W [any, R]; None where the model is not at hand: `||D_j|| * ||C_j||`.
+
+    Raises:
+        ConfigError: the code has a LayerNorm.
+    """
+    if splice.code_norm is not None:
+        raise ConfigError(
+            "The code has a LayerNorm: without one coordinate the norm of all others would change, so none can be "
+            "pruned. Patch with use_layernorm=False."
+        )
+    seen = splice.fold()[0].float()
+    if reader_weight is not None:
+        seen = reader_weight.float() @ seen
+    return seen.norm(dim=0) * read_parameter(splice.compress, "weight").float().norm(dim=1)
+
+
+def plan_pruning(layer_idx: int, scales: torch.Tensor, threshold: float) -> LayerPruning:
+    """Choose what to remove, given effective scales [r].
+
+    Raises:
+        ConfigError: the threshold is out of range.
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 < threshold < math.inf:
+        raise ConfigError(
+            f"`threshold` is {threshold!r}; it must be a positive number: the part of the median effective scale below "
+            "which a coordinate is removed."
+        )
+    removed = scales < threshold * scales.median()
+    removed[scales.argmax()] = False
+    squares = scales.double().square()
+    error = (squares[removed].sum() / squares.sum().clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+    return LayerPruning(layer_idx, len(scales), tuple(removed.nonzero()[:, 0].tolist()), float(error))
+
+
+def _require_prunable(site: MLASite, splice: LearnedKVSplice) -> None:
+    if splice.is_merged:
+        raise PatchStateError(
+            f"The splice of layer {site.layer_idx} is merged. Call unmerge_kvsplice(model) first, and merge again "
+            "after pruning."
+        )
+    if any(parameter.is_meta for parameter in splice.parameters()):
+        raise UnsupportedError(
+            f"The splice of layer {site.layer_idx} is offloaded, so that its size cannot change. Prune before "
+            "offloading, and save the result with save_kvsplice."
+        )
+
+
+def _readers(model: nn.Module, owner: MLASite) -> list[tuple[MLASite, PatchedSite]]:
+    """The modules that expand the latent of `owner`: itself, and layers that reuse it."""
+    root, patch = find_patch(model)
+    sites = find_mla_sites(root, patch.config.layer_pattern)
+    states = [(site, vars(site.module).get(SITE_ATTRIBUTE)) for site in sites]
+    return [(site, state) for site, state in states if state is not None and state.owner is owner.module]
+
+
+@torch.no_grad()
+def _remove(splice: LearnedKVSplice, coordinates: tuple[int, ...]) -> None:
+    """Take coordinates of the code out of the projections and of packed rows."""
+    compress, expand = splice.compress.weight, splice.expand.weight
+    kept = torch.ones(splice.rank, dtype=torch.bool, device=compress.device)
+    kept[list(coordinates)] = False
+    if splice.codec is not None:
+        splice.codec = _without(splice.codec, kept)
+    # The modules stay: hooks hang on them.
+    splice.compress.weight = nn.Parameter(compress[kept], compress.requires_grad)
+    splice.expand.weight = nn.Parameter(expand[:, kept].contiguous(), expand.requires_grad)
+    splice.rank = splice.compress.out_features = splice.expand.in_features = int(kept.sum())
+
+
+def _without(codec: RowCodec, kept: torch.Tensor) -> RowCodec:
+    """The codec of rows with only those first r coordinates that `kept` [r] marks."""
+    of_row = torch.ones(codec.row_dim, dtype=torch.bool, device=kept.device)
+    of_row[: len(kept)] = kept
+    smaller = RowCodec(
+        widths=codec.widths[of_row],
+        scales=codec.scales.detach()[of_row],
+        centres=codec.centres.detach()[of_row],
+        sigmas=codec.sigmas[of_row[: len(codec.sigmas)]],
+    )
+    if isinstance(codec.scales, nn.Parameter):
+        smaller.train_steps()
+        smaller.scales.requires_grad_(codec.scales.requires_grad)
+        smaller.centres.requires_grad_(codec.centres.requires_grad)
+    return smaller.train(codec.training)
+
+
+def _resize_rows(readers: list[tuple[MLASite, PatchedSite]], splice: LearnedKVSplice) -> None:
+    packed_bytes = None if splice.codec is None else splice.codec.row_bytes
+    for _, patched in readers:
+        patched.geometry = replace(patched.geometry, rank=splice.rank, packed_bytes=packed_bytes)
