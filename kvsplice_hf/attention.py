@@ -85,6 +85,8 @@ def register_attention() -> None:
 
 def wrapped_name(base: str) -> str | None:
     """Our name for the attention function `base`, or None where we have none."""
+    if base.startswith(_NAME_PREFIX):  # the settings come from a model that is patched
+        return base
     return _NAME_PREFIX + base if base in WRAPPED_ATTENTION else None
 
 

@@ -55,7 +55,7 @@ def auto_calibrate(
         )
         batches = sample()
     else:
-        batches = as_batches("varied", tokenizer, AUTO_TOKENS)
+        batches = as_batches("varied", tokenizer, AUTO_TOKENS, _window(model))
     calibrator.collect_batches(batches)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     calibrator.save(unfinished)
@@ -73,8 +73,13 @@ def own_text(model: Any) -> list[Batch]:
             f"A {type(model).__name__} cannot write text to calibrate itself on. Give `calibration` (token ids, texts "
             "with `tokenizer`, or a KVSpliceCalibrator), or a budget that needs none: `compression_ratio` or `rank`."
         )
+    return sample_from_model(model, OWN_TOKENS, _window(model))
+
+
+def _window(model: Any) -> int:
+    """Tokens per sequence: no more than the model has positions for."""
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or WINDOW
-    return sample_from_model(model, OWN_TOKENS, min(WINDOW, positions))
+    return min(WINDOW, positions)
 
 
 def statistics_folder() -> Path:

@@ -147,7 +147,7 @@ class KVSpliceCalibrator:
             data: see `kvsplice_hf.calibration.data.as_batches`: token ids, texts, a data set, or a name or path.
             tokenizer: needed unless `data` are tokens.
             max_tokens: how many tokens to use.
-            window: tokens per sequence of texts.
+            window: tokens per sequence of texts; fewer where the model has fewer positions.
             holdout: sequences that nothing is fitted to and that the choice between allocations is checked on; by
                 default two, or none of fewer than 24.
             progress: show a progress bar.
@@ -157,6 +157,7 @@ class KVSpliceCalibrator:
         """
         if self._collector is None:
             raise CalibrationError("These statistics were loaded from a file; collecting more needs a new calibrator.")
+        window = min(window, self._collector.max_positions or window)
         self.collect_batches(as_batches(data, tokenizer, max_tokens, window), progress, holdout)
         return self
 

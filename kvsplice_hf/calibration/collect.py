@@ -51,6 +51,7 @@ class Collector:
         self.reset_statistics()
         self.generator = torch.Generator().manual_seed(seed)
         self.max_positions = _usable_positions(self.sites[0].module.config.get_text_config(decoder=True))
+        self.has_rotated_keys = any(site.qk_rope_head_dim for site in self.sites)
         # Real tokens that are not sinks of the batch that is running, bool [B, T].
         self._counted: torch.Tensor | None = None
 
@@ -82,13 +83,14 @@ class Collector:
 
         Rotary attention sees differences of positions only, so the model computes the same anywhere. But rotated keys
         do depend on where they are: seen at the first few hundred positions alone, those of low frequency would cover
-        a part of their circle, and overflow their codes on the rest.
+        a part of their circle, and overflow their codes on the rest. Without rotated keys there is nothing to spread,
+        and where positions are learned, sequences that begin in the middle are unlike any that the model has seen.
         """
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         if mask is not None:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        room = max(0, self.max_positions - ids.shape[1])
+        room = max(0, self.max_positions - ids.shape[1]) if self.has_rotated_keys else 0
         # The golden ratio spreads any number of sequences evenly, without knowing how many will come.
         order = torch.arange(len(ids), device=ids.device) + index * len(ids)
         offsets = (room * ((order * _GOLDEN_RATIO) % 1.0)).long()

@@ -1,0 +1,435 @@
+"""GPT-2 with Multi-head Latent Attention: queries at full size, keys and values from one small latent per token.
+
+The attention module follows the convention of the MLA modules of transformers, which `kvsplice_hf.sites` looks for: the
+cache gets the latent and the rotated key, `expand_kv` makes keys and values of them. So `patch_model_with_kvsplice`
+needs to know nothing of this model. MLP, initialisation and eager attention are those of transformers' GPT-2.
+
+Legend: `B` batch, `T` new tokens, `S` cached tokens, `D` n_embd, `H` heads, `R` kv_lora_rank, `P` qk_rope_head_dim,
+`N` qk_nope_head_dim, `V` v_head_dim.
+"""
+
+import copy
+import math
+from types import SimpleNamespace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, GPT2LMHeadModel, initialization
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2PreTrainedModel, eager_attention_forward
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.gpt2_mla.configuration import GPT2MLAConfig
+from kvsplice_hf.gpt2_mla.conversion import convert_gpt2
+from kvsplice_hf.gpt2_mla.splicing import build_in_splice, has_built_in_splice
+from kvsplice_hf.projection import LearnedKVSplice
+
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+def rotary_angles(position_ids: torch.Tensor, dim: int, theta: float, dtype: torch.dtype) -> Angles:
+    """Cosines and sines [B, T, P] of the angles at `position_ids` [B, T]; the second half repeats the first."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
+    angles = (position_ids[..., None].float() * theta**-exponents).repeat(1, 1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class SeparateExpansion(nn.Module):
+    """The `kv_b_proj` of separate latents: keys from the first half of the latent, values from the second.
+
+    To its callers it is a plain linear layer without bias. Its weight [H * (N + V), R] is put together from the two
+    halves when it is read, so that absorbed attention folds it like any other.
+
+    Parameters: `key_weight` [H, N, R / 2] and `value_weight` [H, V, R / 2].
+    """
+
+    forward = nn.Linear.forward
+
+    def __init__(self, latent_dim: int, num_heads: int, key_dim: int, value_dim: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = latent_dim, num_heads * (key_dim + value_dim)
+        self.key_weight = nn.Parameter(torch.empty(num_heads, key_dim, latent_dim // 2))
+        self.value_weight = nn.Parameter(torch.empty(num_heads, value_dim, latent_dim // 2))
+        self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        half = self.key_weight.shape[-1]
+        return torch.cat([F.pad(self.key_weight, (0, half)), F.pad(self.value_weight, (half, 0))], dim=1).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class GPT2MLAAttention(nn.Module):
+    """Multi-head Latent Attention. What is cached per token is the latent (R numbers) and the rotated key (P numbers).
+
+    There are no biases on the way to keys and values: softmax ignores one on the keys, and one on the values is a bias
+    of the output.
+    """
+
+    def __init__(self, config: GPT2MLAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.num_heads = config, layer_idx, config.n_head
+        self.kv_lora_rank, self.q_lora_rank = config.kv_lora_rank, config.q_lora_rank
+        self.qk_rope_head_dim, self.qk_nope_head_dim = config.qk_rope_head_dim, config.qk_nope_head_dim
+        self.v_head_dim, self.is_causal = config.v_head_dim, True
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.scaling = self.qk_head_dim**-0.5
+        self.attn_pdrop = config.attn_pdrop
+        self._add_query_path(config)
+        self._add_latent_path(config)
+        self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def _add_query_path(self, config: GPT2MLAConfig) -> None:
+        size = self.num_heads * self.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.n_embd, size)
+            return
+        self.q_a_proj = nn.Linear(config.n_embd, config.q_lora_rank, bias=False)
+        self.q_a_layernorm = _latent_norm(config, config.q_lora_rank)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, size)
+
+    def _add_latent_path(self, config: GPT2MLAConfig) -> None:
+        R, N, V = self.kv_lora_rank, self.qk_nope_head_dim, self.v_head_dim
+        self.kv_a_mlp: nn.Module | None = None
+        if config.kv_latents == "separate_mlp":
+            self.kv_a_mlp = nn.Sequential(nn.Linear(config.n_embd, config.n_embd), ACT2FN[config.activation_function])
+        self.kv_a_proj = nn.Linear(config.n_embd, R + self.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = _latent_norm(config, R)
+        self.kv_b_proj: nn.Module
+        if config.kv_latents == "shared":
+            self.kv_b_proj = nn.Linear(R, self.num_heads * (N + V), bias=False)
+        else:
+            self.kv_b_proj = SeparateExpansion(R, self.num_heads, N, V)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: Angles | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of hidden states [B, T, D] over themselves and what is cached.
+
+        Returns:
+            [B, T, D], and the attention weights [B, H, T, S] where the attention function gives them.
+        """
+        batch, tokens = hidden_states.shape[:2]
+        query = self._queries(hidden_states)
+        latent, k_rot = self._latents(hidden_states)
+        if position_embeddings is not None:
+            q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+            q_rot, k_rot = apply_rotary_pos_emb(q_rot, k_rot, *position_embeddings)
+            query = torch.cat([q_nope, q_rot], dim=-1)
+        if past_key_values is not None:
+            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
+        key, value = self.expand_kv(latent, k_rot)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attn_pdrop if self.training else 0.0
+        mixed, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        output = self.o_proj(mixed.reshape(batch, tokens, self.num_heads * self.v_head_dim))
+        return self.resid_dropout(output), weights
+
+    def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [B, H, S, N + P] and values [B, H, S, V] of latents [B, 1, S, R] and rotated keys [B, 1, S, P]."""
+        batch, _, length, _ = kv_nope.shape
+        sizes = [self.qk_nope_head_dim, self.v_head_dim]
+        expanded = self.kv_b_proj(kv_nope).view(batch, length, self.num_heads, sum(sizes)).transpose(1, 2)
+        key, value = expanded.split(sizes, dim=-1)
+        if self.qk_rope_head_dim:
+            key = torch.cat([key, k_rot.expand(-1, self.num_heads, -1, -1)], dim=-1)
+        return key, value
+
+    def _queries(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, H, T, N + P], not rotated."""
+        if self.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_a_proj(hidden_states)
+            query = self.q_b_proj(query if self.q_a_layernorm is None else self.q_a_layernorm(query))
+        return query.view(*hidden_states.shape[:2], self.num_heads, self.qk_head_dim).transpose(1, 2)
+
+    def _latents(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents [B, 1, T, R], and keys that are not rotated yet [B, 1, T, P]."""
+        if self.kv_a_mlp is not None:
+            hidden_states = self.kv_a_mlp(hidden_states)
+        latent, k_rot = self.kv_a_proj(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        if self.kv_a_layernorm is not None:
+            latent = self.kv_a_layernorm(latent)
+        return latent.unsqueeze(1), k_rot.unsqueeze(1)  # one head, as cache layers expect
+
+
+def _latent_norm(config: GPT2MLAConfig, size: int) -> nn.Module | None:
+    return nn.RMSNorm(size, eps=config.layer_norm_epsilon) if config.latent_norm else None
+
+
+class GPT2MLALatentMLP(nn.Module):
+    """GPT-2's MLP in a smaller space: one projection leads into it, and its transpose out again."""
+
+    def __init__(self, config: GPT2MLAConfig) -> None:
+        super().__init__()
+        width = config.mlp_latent_dim
+        assert width is not None
+        self.latent_proj = nn.Linear(config.n_embd, width, bias=False)
+        inner = SimpleNamespace(
+            hidden_size=width, activation_function=config.activation_function, resid_pdrop=config.resid_pdrop
+        )
+        self.mlp = GPT2MLP(config.n_inner or 4 * width, inner)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] of hidden states [B, T, D]."""
+        return self.mlp(self.latent_proj(hidden_states)) @ self.latent_proj.weight
+
+
+class GPT2MLABlock(GradientCheckpointingLayer):
+    """A GPT-2 block (norm before attention and MLP) with Multi-head Latent Attention."""
+
+    def __init__(self, config: GPT2MLAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = GPT2MLAAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp: nn.Module
+        if config.mlp_latent_dim is None:
+            self.mlp = GPT2MLP(config.n_inner or 4 * config.n_embd, config)
+        else:
+            self.mlp = GPT2MLALatentMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Hidden states [B, T, D] after the block; `kwargs` are those of the attention."""
+        hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+class GPT2MLAPreTrainedModel(GPT2PreTrainedModel):
+    """What the models have in common: GPT-2's flags and initialisation, and a splice that is saved with the model."""
+
+    config: GPT2MLAConfig  # type: ignore[assignment]  # not a GPT2Config, but all that is read of one
+    _no_split_modules = ["GPT2MLABlock"]
+    _can_record_outputs = {"hidden_states": GPT2MLABlock, "attentions": GPT2MLAAttention}
+    _keys_to_ignore_on_load_unexpected = []
+    _input_embed_layer = "wte"
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Not in the sense of transformers, which does not let custom code initialise modules without parameters of
+        their own, and so would leave out GPT-2's scaling of residual projections."""
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, GPT2MLAAttention):
+            # As GPT-2 does for what is added to the residual stream: twice per layer.
+            std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
+            initialization.normal_(module.o_proj.weight, mean=0.0, std=std)
+        elif isinstance(module, SeparateExpansion):
+            initialization.normal_(module.key_weight, mean=0.0, std=self.config.initializer_range)
+            initialization.normal_(module.value_weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, LearnedKVSplice):
+            basis = initialization.orthogonal_(torch.empty(module.latent_dim, module.rank))
+            initialization.copy_(module.compress.weight, basis.T)
+            initialization.copy_(module.expand.weight, basis)
+            initialization.ones_(module.transform_scale)
+            initialization.zeros_(module.transform_shift)
+
+    def _build_in_splice(self) -> None:
+        """To be called when all layers are there, before `post_init`."""
+        splice = self.config.splice_config()
+        if splice is not None:
+            build_in_splice(self, splice)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a built-in splice is saved as the part of the model that it is.
+
+        Raises:
+            ConfigError: the settings have a built-in splice that the model no longer has.
+        """
+        if self.config.kvsplice is not None and not has_built_in_splice(self):
+            raise ConfigError(
+                f"`config.kvsplice` is {self.config.kvsplice}, but the built-in splice was taken off by "
+                "unpatch_model. Set `model.config.kvsplice = None` to save the model without it."
+            )
+        return super().save_pretrained(*args, **kwargs)
+
+
+class GPT2MLAModel(GPT2MLAPreTrainedModel):
+    """The decoder without a head.
+
+    Raises:
+        ConfigError: the settings cannot be used.
+    """
+
+    def __init__(self, config: GPT2MLAConfig) -> None:
+        config.validate_settings()
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = None if config.qk_rope_head_dim else nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([GPT2MLABlock(config, layer_idx) for layer_idx in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self._build_in_splice()
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of `input_ids` [B, T] or `inputs_embeds` [B, T, D].
+
+        Raises:
+            ValueError: both are given, or neither.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either `input_ids` or `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states, angles = self._embed(inputs_embeds, position_ids)
+        for block in self.h:
+            hidden_states = block(
+                hidden_states,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_ids=position_ids,
+                position_embeddings=angles,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, Angles | None]:
+        """Input of the first block [B, T, D], and the angles by which keys and queries are rotated, if they are."""
+        if self.wpe is not None:
+            return self.drop(embeds + self.wpe(position_ids)), None
+        angles = rotary_angles(position_ids, self.config.qk_rope_head_dim, self.config.rope_theta, embeds.dtype)
+        return self.drop(embeds), angles
+
+
+class GPT2MLAForCausalLM(GPT2MLAPreTrainedModel, GenerationMixin):
+    """The decoder with a language modelling head, tied to the embeddings unless `tie_word_embeddings` is off.
+
+    Raises:
+        ConfigError: the settings cannot be used.
+
+    Example:
+        >>> model = GPT2MLAForCausalLM(GPT2MLAConfig(kv_lora_rank=256, kvsplice={"compression_ratio": 0.5}))
+        >>> model.generate(ids, max_new_tokens=64)  # on a cache of 128 numbers per token and layer
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: GPT2MLAConfig) -> None:
+        super().__init__(config)
+        self.transformer = GPT2MLAModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self._build_in_splice()
+        self.post_init()
+
+    @classmethod
+    def from_gpt2(cls, model: GPT2LMHeadModel, kv_lora_rank: int = 256, calibration: Any = None) -> Self:
+        """A start from a trained GPT-2, in closed form: see `conversion.convert_gpt2`.
+
+        Returns:
+            A new model on the device and in the dtype of `model`, sharing no memory with it.
+
+        Raises:
+            ConfigError: `model` is no GPT-2 that can be carried over, or the rank is out of its range.
+            CalibrationError: the calibration tokens cannot be used.
+        """
+        config, state = convert_gpt2(model, kv_lora_rank, calibration)
+        converted: Any = cls(config)
+        # A built-in splice starts as it would from nothing.
+        state |= {name: tensor for name, tensor in converted.state_dict().items() if ".kvsplice." in name}
+        converted.load_state_dict(state)
+        converted.generation_config = copy.deepcopy(model.generation_config)
+        return converted.to(device=model.device, dtype=model.dtype).train(model.training)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of `input_ids` [B, T] or `inputs_embeds` [B, T, D], and the loss of `labels` [B, T].
+
+        Labels are shifted here, and positions with -100 do not count. `logits_to_keep` leaves that many positions at
+        the end (0: all), or those listed.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class GPT2_MLA_KV(GPT2MLAForCausalLM):
+    """`GPT2MLAForCausalLM` with a splice built in, at half the latent where the settings do not say otherwise."""
+
+    def __init__(self, config: GPT2MLAConfig) -> None:
+        if config.kvsplice is None:
+            config = copy.deepcopy(config)
+            config.kvsplice = {"compression_ratio": 0.5}
+        super().__init__(config)
