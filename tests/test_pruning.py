@@ -38,6 +38,7 @@ from kvsplice_hf import (
     splice_disabled,
     unpatch_model,
 )
+from kvsplice_hf.attention import SITE_ATTRIBUTE
 from kvsplice_hf.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_splices
 from kvsplice_hf.folding import merge_kvsplice, unmerge_kvsplice
 from kvsplice_hf.patching import patched_sites
@@ -158,7 +159,10 @@ def test_pruned_rows_are_smaller_and_give_the_same_with_and_without_a_cache(
     assert after.compressed_bytes < before.compressed_bytes
     assert cache_nbytes(old) - cache_nbytes(new) == before.compressed_bytes - after.compressed_bytes
     assert [report.rank_after for report in reports] == [splice.rank for splice in splices(model)]
-    assert [patched.geometry.rank for _, patched in patched_sites(model)] == [splice.rank for splice in splices(model)]
+    for module in model.modules():  # those that reuse the latent of an earlier layer as well
+        if SITE_ATTRIBUTE in vars(module):
+            state = vars(module)[SITE_ATTRIBUTE]
+            assert state.geometry.rank == state.splice.rank
 
 
 @recipes
@@ -189,6 +193,8 @@ def test_a_persistent_batching_manager_does_not_keep_pages_of_the_old_size() -> 
 
 def test_packed_rows_lose_the_fields_of_pruned_coordinates_and_no_others() -> None:
     model = spliced("packed bytes")
+    for splice in splices(model):
+        splice.codec.sigmas += 0.01 * torch.arange(splice.rank)
     before, splice = copy.deepcopy(splices(model)[0]), splices(model)[0]
     prune_kvsplice(model)
     kept = [j for j in range(before.rank) if j not in SILENT[0]]
