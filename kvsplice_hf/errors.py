@@ -45,7 +45,7 @@ class UnsupportedError(KVSpliceError, RuntimeError):
 
 
 class FoldingError(KVSpliceError, RuntimeError):
-    """`kv_b_proj` is packed, wrapped or sharded, so its weight cannot be folded into the queries."""
+    """`kv_b_proj` is packed, wrapped or sharded, or the folded weights of a splice are not finite."""
 
 
 class CacheMismatchError(KVSpliceError, RuntimeError):
@@ -53,7 +53,7 @@ class CacheMismatchError(KVSpliceError, RuntimeError):
 
 
 class TrainingError(KVSpliceError, RuntimeError):
-    """Fine-tuning that cannot go on: the base model is trainable, nothing is, or the loss is not finite."""
+    """Fine-tuning that cannot go on: base model trainable, nothing trainable, splice merged, or loss not finite."""
 
 
 class CheckpointError(KVSpliceError, RuntimeError):
