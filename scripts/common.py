@@ -4,9 +4,9 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import accelerate
 import torch
 import transformers
+import yaml
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import (
     ConfigError,
@@ -124,6 +125,54 @@ def require_known(option: str, names: Iterable[str], known: Iterable[str]) -> No
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise ConfigError(f"--{option} has {', '.join(unknown)}; it takes {', '.join(known)}.")
+
+
+def parse_with_config(kinds: Sequence[type], argv: list[str], **defaults: Any) -> tuple[Any, ...]:
+    """Dataclasses from the command line, over the YAML file of `--config`, over `defaults`.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds a setting that nobody takes.
+    """
+    parser = HfArgumentParser(kinds)
+    parser.set_defaults(**defaults)
+    if "--config" in argv:
+        at = argv.index("--config")
+        path, argv = Path(argv[at + 1] if at + 1 < len(argv) else ""), argv[:at] + argv[at + 2 :]
+        parser.set_defaults(**read_settings(path, kinds))
+    return parser.parse_args_into_dataclasses(args=argv)
+
+
+def names_of_settings(kinds: Iterable[type]) -> set[str]:
+    """What the dataclasses take."""
+    return {item.name for kind in kinds for item in fields(kind)}
+
+
+def read_settings(path: Path, kinds: Iterable[type]) -> dict[str, Any]:
+    """The settings of a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds a setting that none of the dataclasses has.
+    """
+    values = read_yaml(path)
+    unknown = sorted(map(str, set(values) - names_of_settings(kinds)))
+    if unknown:
+        raise ConfigError(f"--config {path} holds {', '.join(unknown)}, which no setting of this script is called.")
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} holds no mapping of settings to values.")
+    return values
 
 
 @contextmanager

@@ -11,17 +11,16 @@ Settings come from a YAML file, from the command line, or from both (the command
 
 import contextlib
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
 import matplotlib
 import torch
-import yaml
-from common import DEMO, Budget, console, environment, finish, load_model, readable_errors, splice
+from common import DEMO, Budget, console, environment, finish, load_model, parse_with_config, readable_errors, splice
 from rich.table import Table
-from transformers import EarlyStoppingCallback, HfArgumentParser, PreTrainedModel, default_data_collator, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, default_data_collator, set_seed
 
 from kvsplice_hf import ConfigError, cache_nbytes, load_kvsplice
 from kvsplice_hf.evaluation import score_windows
@@ -71,25 +70,13 @@ def parse(argv: list[str]) -> tuple[Arguments, KVSpliceTrainingArguments]:
     Raises:
         ConfigError: the file cannot be read, or holds a setting that nobody takes.
     """
-    parser = HfArgumentParser((Arguments, KVSpliceTrainingArguments))
-    parser.set_defaults(output_dir="results/finetune", report_to="none", label_names=["labels"])
-    if "--config" in argv:
-        at = argv.index("--config")
-        path, argv = Path(argv[at + 1] if at + 1 < len(argv) else ""), argv[:at] + argv[at + 2 :]
-        parser.set_defaults(**_read_yaml(path))
-    return parser.parse_args_into_dataclasses(args=argv)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}") from error
-    known = {item.name for kind in (Arguments, KVSpliceTrainingArguments) for item in fields(kind)}
-    unknown = sorted(set(values) - known) if isinstance(values, dict) else ["its content, which is no mapping"]
-    if unknown:
-        raise ConfigError(f"--config {path} holds {', '.join(unknown)}, which no setting of this script is called.")
-    return values
+    return parse_with_config(
+        (Arguments, KVSpliceTrainingArguments),
+        argv,
+        output_dir="results/finetune",
+        report_to="none",
+        label_names=["labels"],
+    )
 
 
 def texts_of(source: str, column: str, split: str) -> list[str]:
