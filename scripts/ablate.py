@@ -21,9 +21,9 @@ from typing import Any
 
 import torch.distributed as dist
 import yaml
+from ablation import Ablation, read_ablation
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from ablation import Ablation, read_ablation
 from after_training import run_after
 from common import console, environment, readable_errors, require_known
 from experiment_records import RunKey, append_run, key_of, read_runs, write_experiment
