@@ -20,6 +20,7 @@ from kvsplice_hf.errors import CheckpointError, ConfigError
 from kvsplice_hf.offload import execution_device
 from kvsplice_hf.patching import find_patch, is_patched, patch_with_splices, patched_sites
 from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.sharding import spread_like, whole
 from kvsplice_hf.sites import MLASite, find_mla_sites
 
 
@@ -39,8 +40,13 @@ class _Saved(NamedTuple):
     tensors: dict[str, torch.Tensor]
 
 
-def save_kvsplice(model: nn.Module, directory: str | Path) -> Path:
+def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: bool = True) -> Path:
     """Write the splice of a patched model to `directory` (made if needed); the base model is not copied.
+
+    Args:
+        model: a patched model. Where FSDP has spread its parameters over processes, all of them must call this.
+        directory: where to.
+        is_main_process: whether this process writes.
 
     Returns:
         The directory.
@@ -49,13 +55,15 @@ def save_kvsplice(model: nn.Module, directory: str | Path) -> Path:
         PatchStateError: the model is not patched.
     """
     sites, directory, config = patched_sites(model), Path(directory), find_patch(model)[1].config
-    directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     layers: dict[str, dict[str, int]] = {}
     for site, patched in sites:
         state = patched.splice.state_dict()
-        tensors |= {_key(site.layer_idx, name): tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+        tensors |= {_key(site.layer_idx, name): whole(tensor).contiguous().cpu() for name, tensor in state.items()}
         layers[str(site.layer_idx)] = _describe_layer(site, patched.geometry.rank, config)
+    if not is_main_process:
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     base = sites[0][0].module.config.to_dict()
     description = {
@@ -148,7 +156,8 @@ def _set_parameters(
             splice.codec = before
         else:
             splice.codec.train_steps(before.scales.requires_grad)
-    splice.load_state_dict({name: tensors[_key(layer_idx, name)] for name in splice.state_dict()})
+    state = splice.state_dict()
+    splice.load_state_dict({name: spread_like(tensors[_key(layer_idx, name)], old) for name, old in state.items()})
 
 
 def _codec(tensors: dict[str, torch.Tensor], layer_idx: int, directory: Path) -> RowCodec | None:

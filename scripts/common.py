@@ -18,6 +18,7 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
+import kvsplice_hf.gpt2_mla  # noqa: F401  makes its checkpoints known to AutoModelForCausalLM
 from kvsplice_hf import (
     ConfigError,
     KVSpliceCalibrator,

@@ -203,11 +203,12 @@ def run(args: Arguments, training: KVSpliceTrainingArguments) -> None:
     )
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
+    # A model that is spread over processes runs in all of them or in none.
+    after = measure(model, tokenizer, args) if main_process or trainer.is_fsdp_enabled else {}
     if not main_process:
         return
     with contextlib.redirect_stdout(sys.stderr):
         print_trainable_parameters(model)
-    after = measure(model, tokenizer, args)
     folder = Path(training.output_dir)
     draw(trainer.state.log_history, folder)
     console().print(table_of(before, after))

@@ -8,11 +8,12 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.sharding import whole
 from kvsplice_hf.training.parameters import splices_of, statistics_of
 
 
 def _transforms(splice: LearnedKVSplice) -> dict[str, torch.Tensor]:
-    return {"scale": F.softplus(splice.transform_scale.detach().float()), "shift": splice.transform_shift.detach()}
+    return {"scale": F.softplus(whole(splice.transform_scale).float()), "shift": whole(splice.transform_shift)}
 
 
 def splice_metrics(model: nn.Module) -> dict[str, float]:
@@ -45,14 +46,17 @@ class HistogramCallback(TrainerCallback):
         self._others = others
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or model is None:
+        if model is None:
+            return
+        by_layer = {layer: _transforms(splice) for layer, splice in splices_of(model).items()}
+        if not state.is_world_process_zero:
             return
         writers = [writer for other in self._others if (writer := getattr(other, "tb_writer", None)) is not None]
         wandb = _wandb() if "wandb" in args.report_to else None
         if not writers and wandb is None:
             return
-        for layer, splice in splices_of(model).items():
-            for name, values in _transforms(splice).items():
+        for layer, transforms in by_layer.items():
+            for name, values in transforms.items():
                 tag, values = f"kvsplice/layer_{layer}/{name}", values.float().cpu()
                 for writer in writers:
                     writer.add_histogram(tag, values, state.global_step)

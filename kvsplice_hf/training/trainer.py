@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from kvsplice_hf.checkpoint import load_kvsplice, save_kvsplice
 from kvsplice_hf.errors import ConfigError, TrainingError
@@ -181,11 +183,31 @@ class KVSpliceTrainer(Trainer):
             logs |= splice_metrics(self.accelerator.unwrap_model(self.model))
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the splice and the arguments. Every process has to call this, one of them writes."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)  # what is spread over processes is gathered by all of them
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the `Trainer` does, but under FSDP without the base model, which it would write as well."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save and self.lr_scheduler is not None:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or ".")
+        save_kvsplice(self.accelerator.unwrap_model(self.model), folder, is_main_process=self.args.should_save)
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir or ".")
-        save_kvsplice(self.accelerator.unwrap_model(self.model), folder)
         (folder / ARGUMENTS_NAME).write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n", "utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
