@@ -9,6 +9,7 @@ import json
 import logging
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,6 +19,7 @@ from pretraining_data import Blocks
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from kvsplice_hf import ConfigError, cache_nbytes
 from kvsplice_hf.gpt2_mla import GPT2MLAConfig, GPT2MLAForCausalLM
@@ -168,6 +170,11 @@ class PretrainingTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.clock.paused():
             super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The model without the `Trainer`'s pickled arguments: the folder of a run holds its settings as JSON."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the seconds of training; tokens are there already."""

@@ -246,6 +246,7 @@ def test_what_was_trained_loads_as_any_model_and_its_cache_is_measured(tmp_path:
     result = train(tmp_path, cache, kv_lora_rank=4)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(model, GPT2MLAForCausalLM)
+    assert not [path for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
     assert result["cache_bytes_per_token"] == 4 * 2
     assert result["validation_perplexity"] == pytest.approx(math.exp(result["validation_loss"]))
     assert result["parameters"] == sum(parameter.numel() for parameter in model.parameters())

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from byte_tokenizer import byte_tokenizer, trained_model
+
+from kvsplice_hf.calibration.statistics import LayerStatistics, save_statistics
 
 
 ROOT = Path(__file__).parent.parent
@@ -165,3 +168,38 @@ def test_the_research_import_path_leads_to_the_package() -> None:
     code = "import deepseek_kvsplice_plugin as p, kvsplice_hf as k; assert p.LearnedKVSplice is k.LearnedKVSplice"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_training_speed_is_measured_side_by_side_with_what_it_is_made_of(tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text("n_layer: 1\nn_embd: 32\nn_head: 2\nn_positions: 16\nkv_lora_rank: 12\n")
+    report = run(
+        *("profile_training.py", "--config", str(config), "--batch_size", "2", "--vocab_size", "64", "--steps", "3"),
+        *("--output", str(tmp_path)),
+    )
+    rows = {row["name"]: row for row in report["results"]}
+    assert len(rows) == 4
+    # A layer of GPT-2 maps 32 numbers to 96, MLA to 32 and by way of 12 to 64; neither other matrix differs.
+    difference = rows["GPT-2"]["forward_gflop"] - rows["MLA"]["forward_gflop"]
+    assert difference == pytest.approx(2 * 32 * (32 * 64 - 12 * (32 + 64)) / 1e9, rel=0.01)
+    for row in rows.values():
+        assert min(row["milliseconds"].values()) > 0
+        assert row["milliseconds_by_operator"]["matrix products"] > 0
+
+
+def test_spectra_are_those_of_the_statistics(tmp_path: Path) -> None:
+    """Two layers whose latents have equal variances in all directions, and one direction."""
+    latents = torch.eye(8).repeat(8, 1) - 1 / 8
+    even, single = (LayerStatistics.empty(8, 0) for _ in range(2))
+    for layer, rows in ((even, latents), (single, torch.randn(64, 1) * torch.ones(8))):
+        layer.add_rows(rows, torch.zeros(64, 0), torch.Generator())
+        layer.add_gradients(torch.eye(8))
+    for name, layer in (("even", even), ("single", single)):
+        save_statistics({0: layer}, tmp_path / f"{name}.safetensors", {"metric": "fisher"}, [])
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("even", "single")]
+    rows = {
+        (row["file"], row["of"]): row for row in run("compare_spectra.py", *files, "--output", str(tmp_path))["rows"]
+    }
+    assert rows["even", "variance"]["effective_rank"] == pytest.approx(7 / 8, abs=0.01)  # the sum is constant
+    assert rows["single", "variance"]["top_0.125"] > 0.5
+    assert rows["single", "cost"]["gain_bits"] > rows["even", "cost"]["gain_bits"]
