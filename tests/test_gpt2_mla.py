@@ -351,6 +351,23 @@ def test_texts_for_calibration_are_cut_to_the_positions_that_the_model_has() -> 
     assert model.transformer.h[0].attn.kvsplice.codec is not None
 
 
+@pytest.mark.parametrize("source", ["text that comes along", "text of its own"])
+def test_automatic_calibration_keeps_to_the_positions_that_the_model_has(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from byte_tokenizer import byte_tokenizer
+
+    from kvsplice_hf.calibration import auto
+
+    monkeypatch.setenv("KVSPLICE_CACHE", str(tmp_path))
+    monkeypatch.setattr(auto, "AUTO_TOKENS", 512)
+    monkeypatch.setattr(auto, "OWN_TOKENS", 512)
+    model = build("shared latent", n_positions=16, vocab_size=300)
+    tokenizer = byte_tokenizer() if source == "text that comes along" else None
+    patch_model_with_kvsplice(model, bits=5.0, calibration="auto", tokenizer=tokenizer)
+    assert model.transformer.h[0].attn.kvsplice.codec is not None
+
+
 @pytest.mark.parametrize("variant", ["separate latents", "separate latents with an MLP"])
 def test_separate_latents_keep_keys_and_values_apart(variant: str) -> None:
     attention = build(variant).transformer.h[0].attn
