@@ -130,22 +130,36 @@ def _middle_of(text: str) -> str:
 
 
 def _hub_documents(source: str, split: str) -> Iterator[str]:
+    entry = HUB_SETS[source]
+    texts = stream_hub_texts(source, getattr(entry, split), instead='"pydoc" or a local file')
+    shared = entry.calibration == entry.evaluation
+    yield from islice(texts, SPLITS.index(split), None, 2) if shared else texts
+
+
+def stream_hub_texts(source: str, hub_split: str, instead: str) -> Iterator[str]:
+    """Documents of a named set of the hub, streamed: one larger than the memory or the disk can be read in part.
+
+    Args:
+        source: one of `HUB_SETS`.
+        hub_split: the hub's name of the split.
+        instead: what to use offline; part of the error.
+
+    Raises:
+        ConfigError: the package datasets is missing, or the set is not to be had.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ConfigError(f"{source!r} needs the package datasets: pip install datasets.") from error
     entry = HUB_SETS[source]
     try:
-        rows: Iterator[Any] = iter(load_dataset(entry.path, entry.name, split=getattr(entry, split), streaming=True))
+        rows: Iterator[Any] = iter(load_dataset(entry.path, entry.name, split=hub_split, streaming=True))
         first = next(rows)
     except Exception as error:  # the hub client raises many kinds; all mean that the set is not to be had
         raise ConfigError(
-            f"The data set {entry.path} cannot be loaded ({type(error).__name__}: {error}). Offline, use "
-            '"pydoc" or a local file.'
+            f"The data set {entry.path} cannot be loaded ({type(error).__name__}: {error}). Offline, use {instead}."
         ) from error
-    texts = (row["text"] for row in chain([first], rows))
-    shared = entry.calibration == entry.evaluation
-    yield from islice(texts, SPLITS.index(split), None, 2) if shared else texts
+    yield from (row["text"] for row in chain([first], rows))
 
 
 def spread_evenly(windows: torch.Tensor, count: int) -> torch.Tensor:

@@ -143,6 +143,15 @@ def parse_with_config(kinds: Sequence[type], argv: list[str], **defaults: Any) -
     return parser.parse_args_into_dataclasses(args=argv)
 
 
+def parse_with_positional(kind: type, name: str, description: str) -> Any:
+    """A dataclass from the command line, on which the first option may be given without its name: a list of files."""
+    argv = sys.argv[1:]
+    if argv and not argv[0].startswith("-"):
+        argv = [f"--{name}", *argv]
+    (args,) = HfArgumentParser(kind, description=description).parse_args_into_dataclasses(args=argv)
+    return args
+
+
 def names_of_settings(kinds: Iterable[type]) -> set[str]:
     """What the dataclasses take."""
     return {item.name for kind in kinds for item in fields(kind)}

@@ -9,16 +9,14 @@ gain. The last line of stdout is one JSON object.
 """
 
 import statistics as means
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-from common import console, environment, finish, readable_errors, results_folder
+from common import console, environment, finish, parse_with_positional, readable_errors, results_folder
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from kvsplice_hf import KVSpliceCalibrator
 from kvsplice_hf.calibration.solve import solve_layer
@@ -83,11 +81,7 @@ def draw(curves: dict[str, list[torch.Tensor]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(Arguments, description=__doc__.split("\n")[0])
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv = ["--files", *argv]
-    (args,) = parser.parse_args_into_dataclasses(args=argv)
+    args = parse_with_positional(Arguments, "files", __doc__.split("\n")[0])
     rows: list[dict[str, Any]] = []
     curves: dict[str, list[torch.Tensor]] = {}
     with readable_errors():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kvsplice_hf import ConfigError
-from kvsplice_hf.text import HUB_SETS, load_texts
+from kvsplice_hf.text import HUB_SETS, load_texts, spread_evenly, stream_hub_texts
 
 
 logger = logging.getLogger(__name__)
@@ -139,19 +139,10 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _hub_documents(name: str, limit: int | None, part: str) -> Iterator[str]:
-    """Streamed, so that a set larger than the memory or the disk can be read in part."""
     entry = HUB_SETS[name]
     shared = entry.calibration == entry.evaluation
-    try:
-        split = entry.evaluation if part == "validation" else entry.calibration
-        rows = iter(datasets.load_dataset(entry.path, entry.name, split=split, streaming=True))
-        first: Any = next(rows)
-    except Exception as error:  # the hub client raises many kinds; all mean that the set is not to be had
-        raise ConfigError(
-            f"The data set {entry.path} cannot be loaded ({type(error).__name__}: {error}). Offline, use pydoc or a "
-            "folder of text from scripts/gather_text.py."
-        ) from error
-    texts = (row["text"] for row in chain([first], rows))
+    split = entry.evaluation if part == "validation" else entry.calibration
+    texts = stream_hub_texts(name, split, instead="pydoc or a folder of text from scripts/gather_text.py")
     if part == "validation":
         yield from islice(texts, _HUB_VALIDATION)
         return
@@ -176,14 +167,9 @@ def load_blocks(args: DataArguments, block_size: int) -> Blocks:
         if not (folder / part).is_dir():
             raise ConfigError(f"The {part} part of {', '.join(args.data)} is shorter than one block of {block_size}.")
         parts[part] = datasets.load_from_disk(str(folder / part)).with_format("torch")
-    parts["validation"] = _spread(parts["validation"], args.validation_blocks)
+    chosen = spread_evenly(torch.arange(len(parts["validation"])), args.validation_blocks)
+    parts["validation"] = parts["validation"].select(chosen.tolist())
     return Blocks(parts["train"], parts["validation"], tokenizer, key)
-
-
-def _spread(blocks: datasets.Dataset, count: int) -> datasets.Dataset:
-    """`count` of the blocks, evenly from the first to the last."""
-    count = min(count, len(blocks))
-    return blocks.select(torch.linspace(0, len(blocks) - 1, count).round().long().tolist())
 
 
 def load_tokenizer(args: DataArguments, sources: list[Source]) -> PreTrainedTokenizerFast:

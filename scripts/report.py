@@ -10,17 +10,15 @@ differences are taken seed by seed. Results on other text are never mixed. The l
 
 import math
 import statistics
-import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import console, finish, readable_errors, require_known, results_folder
+from common import console, finish, parse_with_positional, readable_errors, require_known, results_folder
 from experiment_records import read_experiment, read_runs
 from report_figures import draw_curves, draw_losses, draw_quality_against_bytes, draw_speed
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from kvsplice_hf import ConfigError
 
@@ -246,12 +244,7 @@ def print_tables(groups: dict[Group, list[Record]], definitions: dict[str, Recor
 
 
 def main() -> None:
-    # Folders are given as they are, without the name of an option.
-    parser = HfArgumentParser(Arguments, description=__doc__.split("\n")[0])
-    argv = sys.argv[1:]
-    if argv and not argv[0].startswith("-"):
-        argv = ["--folders", *argv]
-    (args,) = parser.parse_args_into_dataclasses(args=argv)
+    args = parse_with_positional(Arguments, "folders", __doc__.split("\n")[0])
     with readable_errors():
         definitions, groups = load(args.folders)
         if args.control is not None:
