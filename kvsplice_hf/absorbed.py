@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from kvsplice_hf import native
 from kvsplice_hf.cache import CompressedLatent
-from kvsplice_hf.dispatch import attend
+from kvsplice_hf.dispatch import attend, decode
 from kvsplice_hf.sinks import ExactTokens, visible_keys
 from kvsplice_hf.streaming import Attended
 
@@ -102,11 +103,61 @@ def absorbed_attention(
     Returns:
         The output [B, T, H, V], and the weights [B, H, T, S] or None.
     """
+    mask = _four_dimensional(mask, latent, query.shape[2], sliding_window)
+
+    def in_torch() -> tuple[torch.Tensor, torch.Tensor | None]:
+        return _attention_in_torch(
+            query, latent, weights, mask, scaling, dropout, indices, learned_sinks, return_weights
+        )
+
+    one_call = query.shape[2] == 1 and query.device.type == "cpu" and indices is None
+    if not one_call or dropout or return_weights:
+        return in_torch()
+    return decode(_step(query, latent, weights, mask, scaling, learned_sinks), lambda: in_torch()[0]), None
+
+
+def _step(
+    query: torch.Tensor,
+    latent: CompressedLatent,
+    weights: AbsorbedWeights,
+    mask: torch.Tensor | None,
+    scaling: float,
+    learned_sinks: torch.Tensor | None,
+) -> native.Step:
+    expand, divisors, offset = latent.splice.expansion()
+    return native.Step(
+        query=query[:, :, 0],
+        rows=latent.rows[:, 0],
+        codec=latent.splice.codec,
+        keys=weights.key,
+        values=weights.value,
+        expand=expand,
+        divisors=divisors,
+        offset=offset,
+        exact=None if latent.exact is None else latent.exact.latents,
+        positions=None if latent.exact is None else latent.exact.positions,
+        bias=None if mask is None else _as_bias(mask)[:, 0],
+        sinks=learned_sinks,
+        scaling=scaling,
+    )
+
+
+def _attention_in_torch(
+    query: torch.Tensor,
+    latent: CompressedLatent,
+    weights: AbsorbedWeights,
+    mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+    indices: torch.Tensor | None,
+    learned_sinks: torch.Tensor | None,
+    return_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`absorbed_attention` by one operation of PyTorch after the other, with a mask of four dimensions or none."""
     nope_dim = weights.key.shape[1]
     q_nope, q_rot = query[..., :nope_dim], query[..., nope_dim:]
     # einsum batches over heads; a broadcast matmul would copy the weight for each row of the batch
     q_latent = torch.einsum("bhtn,hnr->bhtr", q_nope, weights.key)
-    mask = _four_dimensional(mask, latent, query.shape[2], sliding_window)
     matrix, offset = latent.splice.fold()
     keys = _select_keys(latent, offset, mask, indices)
     queries = _Queries(q_latent, q_rot, matrix, offset, scaling)

@@ -1,8 +1,8 @@
-"""Which code reads and writes rows: Triton kernels on a GPU, PyTorch anywhere else.
+"""Which code reads and writes rows: Triton kernels on a GPU, C++ on a CPU, PyTorch anywhere else.
 
-The kernels serve calls without gradients and dropout that are not being compiled. The first call of each kind is
-computed in both ways; where the kernel fails, or disagrees with PyTorch, a warning says so and PyTorch serves from then
-on. `KVSPLICE_KERNELS=torch` in the environment leaves the kernels out.
+Both kinds of kernels serve calls without gradients and dropout that are not being compiled. The first call of each kind
+is computed in both ways; where the kernel fails, or disagrees with PyTorch, a warning says so and PyTorch serves from
+then on. `KVSPLICE_KERNELS=torch` in the environment leaves the kernels out.
 
 Legend: as in `streaming`.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from kvsplice_hf import native
 from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.streaming import Attended, attend_packed, attend_rows
 
@@ -54,43 +55,56 @@ def attend(
             return attend_packed(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout)
         return attend_rows(query, rows, value_dim, bias, scaling=scaling, dropout=dropout)
 
-    if dropout or query.shape[1] > _MOST_QUERIES or not _may_use_kernels(query, rows):
+    kernels = None if dropout or query.shape[1] > _MOST_QUERIES else _kernels_for(query, rows)
+    if kernels is None:
         return by_torch()
 
-    def by_kernel(kernels: ModuleType) -> Attended:
-        scaled, of_queries = query * scaling, None if bias is None else bias[:, 0]
+    def by_kernel() -> Attended:
+        of_queries = None if bias is None else bias[:, 0]
         if codec is not None:
-            return Attended(*kernels.attend_packed(scaled, rows, codec, value_dim, of_queries))
-        return Attended(*kernels.attend_rows(scaled, rows, value_dim, of_queries))
+            return Attended(*kernels.attend_packed(query, rows, codec, value_dim, of_queries, scaling=scaling))
+        return Attended(*kernels.attend_rows(query, rows, value_dim, of_queries, scaling=scaling))
 
     kind = ("attend", codec is None, bias is None, query.dtype, rows.dtype, query.device)
     return _either(kind, by_kernel, by_torch, _attend_alike)
 
 
+def decode(step: native.Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The attention output of one new token per sequence, [B, 1, H, V], in the dtype of the query.
+
+    In one call of C++ where that serves, by `by_torch` anywhere else.
+    """
+    if _kernels_for(*step.numbers) is not native:
+        return by_torch()
+    kind = ("decode", step.codec is None, step.bias is None, step.exact is None, step.query.dtype, step.rows.dtype)
+    return _either(kind, lambda: native.decode(step).to(step.query.dtype), by_torch, _numbers_alike)
+
+
 def pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
     """`codec.pack(rows)`: bytes [..., row_bytes] of rows [..., n]."""
-    if rows.numel() == 0 or not _may_use_kernels(rows):
+    kernels = _kernels_for(rows)
+    if kernels is None:
         return codec.pack(rows)
-
-    def by_kernel(kernels: ModuleType) -> torch.Tensor:
-        return kernels.encode_pack(rows, codec)
-
-    return _either(("pack", rows.dtype, rows.device), by_kernel, lambda: codec.pack(rows), _bytes_alike)
+    kind = ("pack", rows.dtype, rows.device)
+    return _either(kind, lambda: kernels.encode_pack(rows, codec), lambda: codec.pack(rows), _bytes_alike)
 
 
-def _may_use_kernels(*tensors: torch.Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    kernels = _kernels() if tensors[0].is_cuda or "TRITON_INTERPRET" in os.environ else None
-    return kernels is not None and kernels.kernels_available(tensors[0].device)
+def _kernels_for(*tensors: torch.Tensor) -> Any:
+    """The module whose kernels serve a call with these tensors, or None."""
+    if os.environ.get("KVSPLICE_KERNELS") == "torch" or torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return None
+    device = tensors[0].device
+    if device.type != "cpu" or "TRITON_INTERPRET" in os.environ:
+        kernels = _triton_kernels()
+        return kernels if kernels is not None and kernels.kernels_available(device) else None
+    return native if all(map(native.reads, tensors)) and native.kernels_available(device) else None
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
-    """The module of the kernels, or None where they are not wanted or Triton is missing."""
-    wanted = os.environ.get("KVSPLICE_KERNELS", "triton")
-    if wanted != "triton":
-        return None
+def _triton_kernels() -> ModuleType | None:
+    """The module of the Triton kernels, or None where Triton is missing."""
     try:
         from kvsplice_hf import kernels
     except ImportError as error:
@@ -102,23 +116,18 @@ def _kernels() -> ModuleType | None:
 
 
 def _either(
-    kind: tuple[Any, ...],
-    by_kernel: Callable[[ModuleType], Any],
-    by_torch: Callable[[], Any],
-    alike: Callable[[Any, Any], bool],
+    kind: tuple[Any, ...], by_kernel: Callable[[], Any], by_torch: Callable[[], Any], alike: Callable[[Any, Any], bool]
 ) -> Any:
-    kernels = _kernels()
-    assert kernels is not None
     if kind in _verdicts:
-        return by_kernel(kernels) if _verdicts[kind] else by_torch()
+        return by_kernel() if _verdicts[kind] else by_torch()
     expected = by_torch()
     try:
-        _verdicts[kind] = alike(by_kernel(kernels), expected)
+        _verdicts[kind] = alike(by_kernel(), expected)
         reason = "" if _verdicts[kind] else "its result differs from that of PyTorch"
     except Exception as error:  # whatever the compiler or driver of this machine raises
         _verdicts[kind], reason = False, f"{type(error).__name__}: {error}"
     if reason:
-        logger.warning("The Triton kernel for %s is not used: %s. PyTorch serves instead.", kind, reason)
+        logger.warning("The kernel for %s is not used: %s. PyTorch serves instead.", kind, reason)
     return expected
 
 
@@ -129,6 +138,10 @@ def _attend_alike(found: Attended, expected: Attended) -> bool:
     lse = (found.lse - expected.lse).abs()[sees]
     size = expected.mixed.abs().amax()
     return bool((mixed <= _TOLERANCE * size).all() and (lse <= _TOLERANCE * (1 + expected.lse.abs()[sees])).all())
+
+
+def _numbers_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found - expected).abs().amax() <= _TOLERANCE * expected.abs().amax())
 
 
 def _bytes_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -622,19 +622,21 @@ def attend_rows(
     bias: torch.Tensor | None = None,
     splits: int | None = None,
     *,
+    scaling: float | None = None,
     lengths: torch.Tensor | None = None,
     input_precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of M queries over the same S rows, whose first numbers are the values.
 
     Args:
-        query: already scaled, [B, M, n]. With rows of the same 16-bit type, products are taken in it, as
+        query: [B, M, n]. With rows of the same 16-bit type, products are taken in it, as
             `torch.matmul` would; otherwise in float32.
         rows: bf16, fp16 or fp32, [B, S, n], the last dimension contiguous. The others may have any strides.
         value_dim: v, the numbers of a row that are mixed.
         bias: added to the scores, float32 [B or 1, T, S] with M = H * T or T = 1: query m reads row m % T. Any
             strides. The lowest finite number masks a row.
         splits: into how many shares the rows are divided, or None for as many as fill the device.
+        scaling: factor on the query, or None for 1.
         lengths: rows of each batch entry that are read, int32 [B], or None for all S.
         input_precision: of float32 products on tensor cores: "ieee" keeps all bits, "tf32" is faster with 10 bits.
 
@@ -651,7 +653,7 @@ def attend_rows(
         raise ConfigError(f"Got rows of {rows.dtype}; they must be bfloat16, float16 or float32. Convert them first.")
     _check_shapes(query, rows, query.shape[-1], value_dim, bias, splits, lengths, input_precision)
     dtype = query.dtype if query.dtype == rows.dtype else torch.float32
-    return _attend(query, rows, None, value_dim, bias, splits, lengths, dtype, input_precision)
+    return _attend(_scaled(query, scaling), rows, None, value_dim, bias, splits, lengths, dtype, input_precision)
 
 
 def attend_packed(
@@ -662,16 +664,17 @@ def attend_packed(
     bias: torch.Tensor | None = None,
     splits: int | None = None,
     *,
+    scaling: float | None = None,
     lengths: torch.Tensor | None = None,
     input_precision: str = "ieee",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_rows` on rows that `codec` packed, without unpacking them in memory.
 
     Args:
-        query: already scaled, [B, M, n]. Products are taken in its type.
+        query: [B, M, n]. Products are taken in its type.
         packed: uint8 [B, S, row_bytes], the last dimension contiguous. The others may have any strides.
         codec: the codec of the rows, on the same device.
-        value_dim, bias, splits, lengths, input_precision: see `attend_rows`.
+        value_dim, bias, splits, scaling, lengths, input_precision: see `attend_rows`.
 
     Returns:
         As `attend_rows`, of `codec.unpack(packed)`.
@@ -687,7 +690,7 @@ def attend_packed(
             f"and {codec.row_dim}."
         )
     _check_shapes(query, packed, codec.row_bytes, value_dim, bias, splits, lengths, input_precision)
-    return _attend(query, packed, codec, value_dim, bias, splits, lengths, query.dtype, input_precision)
+    return _attend(_scaled(query, scaling), packed, codec, value_dim, bias, splits, lengths, query.dtype, input_precision)
 
 
 def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
@@ -732,6 +735,10 @@ def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
                 BLOCK=64,
             )
     return packed.view(*rows.shape[:-1], codec.row_bytes)
+
+
+def _scaled(query: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    return query if scaling is None else query * scaling
 
 
 def _attend(

@@ -180,11 +180,15 @@ class LearnedKVSplice(nn.Module):
         Computed anew from the parameters at every call: R x r products cost nothing beside one read of the codes, and a
         result that is never kept can never be stale. A merged splice returns what `merge` kept.
         """
+        weight, scale, offset = self.expansion()
+        return weight if scale is None else (weight / scale[:, None]).to(weight.dtype), offset.to(weight.dtype)
+
+    def expansion(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """`(W, scale, mu)` with `decode(z) == W z / scale + mu`: what `fold` folds. The scale of a merged one is None."""
         if self.is_merged:
-            return self._folded_expand, self._folded_offset
+            return self._folded_expand, None, self._folded_offset
         scale, shift = self._transform()
-        weight = read_parameter(self.expand, "weight")
-        return (weight / scale[:, None]).to(weight.dtype), (-shift / scale).to(weight.dtype)
+        return read_parameter(self.expand, "weight"), scale, -shift / scale
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         """What is left of latents [..., R] after the round trip through their codes."""

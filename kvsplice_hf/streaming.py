@@ -26,10 +26,7 @@ _MAX_UNPACKED = 1 << 18
 # Unpacking takes a few bytes per number for a moment. This share of all rows keeps that below an eighth of what stock
 # transformers would hold.
 _SMALLEST_SHARE = 32
-_SHARE_IN_ONE_PASS = 20  # with fewer temporaries
 _SMALLEST_BLOCK = 128
-# With fewer rows, reading them with compiled code saves less in a whole answer than compiling takes.
-_WORTH_COMPILING = 2048
 
 
 class Attended(NamedTuple):
@@ -143,12 +140,10 @@ def attend_packed(
     only_gained = codec.gains_all and len(codec.sigmas) >= value_dim  # so that no value lies behind them
     running = _Running(dropout)
     batch, rows = packed.shape[:2]
-    in_one_pass = packed.device.type == "cpu" and rows >= _WORTH_COMPILING
-    share, most = (_SHARE_IN_ONE_PASS, 4 * _MAX_UNPACKED) if in_one_pass else (_SMALLEST_SHARE, _MAX_UNPACKED)
-    size = max(rows // share, _SMALLEST_BLOCK)
-    size = min(size, most // (batch * len(index) + 1), _MAX_SCORES // (batch * query.shape[1]))
+    size = max(rows // _SMALLEST_SHARE, _SMALLEST_BLOCK)
+    size = min(size, _MAX_UNPACKED // (batch * len(index) + 1), _MAX_SCORES // (batch * query.shape[1]))
     for block in _blocks(rows, size):
-        columns, gains = codec.read_columns(packed[:, block], in_one_pass=in_one_pass)
+        columns, gains = codec.read_columns(packed[:, block])
         if gains is None:
             scores = scaled @ columns + base
             mix = functools.partial(_mix_columns, columns)

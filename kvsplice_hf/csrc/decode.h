@@ -1,0 +1,300 @@
+// The attention of one new token per sequence, from its query to its output, on the CPU: the C++ twin of
+// `kvsplice_hf.absorbed` where all queries are of one token, and without gradients.
+//
+// A step of a small model is a handful of small products per layer; starting each of them from PyTorch takes longer than
+// the product. See `kvsplice_hf.absorbed` for what is computed.
+//
+// Legend: B sequences, H heads, K exact tokens, S stored rows, R, r, P, N, V as in `kvsplice_hf.absorbed`.
+#pragma once
+
+#include <vector>
+
+#include "attend.h"
+
+namespace kvsplice {
+
+// A tensor of float32 or bf16 numbers.
+struct Numbers {
+  const void* data;
+  int64_t is_bfloat16;
+};
+
+struct Decoding {
+  Problem rows;  // whose query, output, sizes and room are set here; B sequences, H queries each, r values
+  int64_t latent, rank, rotated, nope, value;  // R, r, P, N, V
+  const float* query;     // [B, H, N + P]
+  Numbers keys, values;   // the halves of kv_b_proj: [H, N, R] and [H, V, R], whose rows are contiguous
+  int64_t head_stride;    // numbers from one head to the next, in both
+  Numbers expand;         // [R, r]
+  const float* divisors;  // of its product, [R]; or null
+  const float* offset;    // added to it, [R]
+  Numbers exact;          // latents [B, K, R], with P rotated numbers behind each where rows are packed
+  const float* sinks;     // one logit per head that carries no value, [H]; or null
+  float* room;            // as many numbers as `room_of` says
+  float* output;          // [B, H, V]
+};
+
+// What goes from step to step, for each of the B H queries.
+struct DecodingRoom {
+  int64_t latent, rank, shared;  // numbers from one query to the next
+  float *latents;                // queries against latents, [latent]
+  float *divided;                // the same over the divisors; later on mixed latents
+  float *codes;                  // queries against codes; later on mixed codes, [rank]
+  float *queries, *mixed, *sizes;  // of `Problem`
+  float *shares;                 // of the rows, of each exact token, and of the sink, [shared]
+  float *rest;
+
+  explicit DecodingRoom(const Decoding& given) {
+    const int64_t queries_in_all = given.rows.batch * given.rows.queries;
+    latent = round_up(given.latent, kLanes);
+    rank = round_up(given.rank, kLanes);
+    shared = given.rows.hidden_count + 2;
+    latents = given.room;
+    divided = latents + queries_in_all * latent;
+    codes = divided + queries_in_all * latent;
+    queries = codes + queries_in_all * rank;
+    mixed = queries + queries_in_all * given.rows.dim;
+    sizes = mixed + queries_in_all * given.rank;
+    shares = sizes + queries_in_all;
+    rest = shares + queries_in_all * shared;
+  }
+};
+
+inline int64_t room_of(const Decoding& given) {
+  return DecodingRoom(given).rest - given.room + room_of(given.rows);
+}
+
+// Numbers read one at a time, whatever their type.
+inline float number_of(const float* from) { return *from; }
+inline float number_of(const Bfloat16* from) {
+  const uint32_t bits = uint32_t{from->bits} << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+template <class Run>
+inline void with_type(const Numbers& numbers, Run&& run) {
+  if (numbers.is_bfloat16) {
+    run(static_cast<const Bfloat16*>(numbers.data));
+  } else {
+    run(static_cast<const float*>(numbers.data));
+  }
+}
+
+// Sums of weighted rows, for columns from `first` up to `last`: [count, stride] rows, [queries, weights_stride] weights.
+template <class Number>
+void mix(const Number* rows, int64_t stride, int64_t count, const float* weights, int64_t weights_stride, int64_t queries,
+         int64_t first, int64_t last, float* sums, int64_t sums_stride) {
+  const int64_t vectors_in_all = (last - first) / kLanes, tail = first + vectors_in_all * kLanes;
+  for (int64_t query = 0; query < queries; ++query) {
+    std::memset(sums + query * sums_stride + first, 0, (last - first) * sizeof(float));
+    for (int64_t column = tail; column < last; ++column) {
+      float sum = 0;
+      for (int64_t row = 0; row < count; ++row) {
+        sum += weights[query * weights_stride + row] * number_of(rows + row * stride + column);
+      }
+      sums[query * sums_stride + column] = sum;
+    }
+  }
+  in_groups<kMixedTogether>(queries, [&]<int together>(int64_t query) {
+    in_groups<4>(vectors_in_all, [&]<int vectors>(int64_t vector) {
+      const int64_t column = first + vector * kLanes;
+      mix_rows<Number, together, vectors>(rows + column, stride, count, weights + query * weights_stride, weights_stride,
+                                          sums + query * sums_stride + column, sums_stride);
+    });
+  });
+}
+
+// Products of the rows from `first` up to `last` with queries, given to `take(query, row, product)`.
+// `ends` says whether the tensor ends with the last of these rows.
+template <class Number, class Take>
+void dot(const Number* rows, int64_t stride, int64_t first, int64_t last, bool ends, int64_t width, const float* query,
+         int64_t query_stride, int64_t queries, Take&& take) {
+  thread_local std::vector<Number> copy;
+  if (ends) {
+    copy.assign(width + kLanes, Number{});
+    std::memcpy(copy.data(), rows + (last - 1) * stride, width * sizeof(Number));
+  }
+  for (int64_t row = first; row < last; row += kDotRows) {
+    const Number* some[kDotRows];
+    for (int index = 0; index < kDotRows; ++index) {
+      const int64_t present = smaller(row + index, last - 1);
+      some[index] = ends && present == last - 1 ? copy.data() : rows + present * stride;
+    }
+    in_groups<kDotQueries>(queries, [&]<int together>(int64_t start) {
+      float products[kDotQueries * kDotRows];
+      dot_rows<Number, together>(some, width, query + start * query_stride, query_stride, products, kDotRows);
+      for (int index = 0; index < together; ++index) {
+        for (int64_t present = row; present < smaller(row + kDotRows, last); ++present) {
+          take(start + index, present, products[index * kDotRows + present - row]);
+        }
+      }
+    });
+  }
+}
+
+constexpr int kColumnsAtOnce = 4 * kLanes, kCodesAtOnce = 2 * kLanes, kRowsAtOnce = 32;
+
+inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Queries against latents: a block of columns of one head, all sequences.
+inline void absorb_query(const Decoding& given, const DecodingRoom& room, int64_t head, int64_t block) {
+  const int64_t width = given.nope + given.rotated, heads = given.rows.queries;
+  const int64_t first = block * kColumnsAtOnce, last = smaller(first + kColumnsAtOnce, given.latent);
+  with_type(given.keys, [&](const auto* keys) {
+    mix(keys + head * given.head_stride, given.latent, given.nope, given.query + head * width,
+        heads * width, given.rows.batch, first, last, room.latents + head * room.latent, heads * room.latent);
+  });
+  for (int64_t sequence = 0; sequence < given.rows.batch; ++sequence) {
+    const int64_t start = (sequence * heads + head) * room.latent;
+    for (int64_t column = first; column < last; ++column) {
+      const float divisor = given.divisors ? given.divisors[column] : 1.0f;
+      room.divided[start + column] = room.latents[start + column] / divisor;
+    }
+  }
+}
+
+// Queries against codes: a block of columns, all queries.
+inline void compress_queries(const Decoding& given, const DecodingRoom& room, int64_t block) {
+  const int64_t first = block * kCodesAtOnce, last = smaller(first + kCodesAtOnce, given.rank);
+  with_type(given.expand, [&](const auto* expand) {
+    mix(expand, given.rank, given.latent, room.divided, room.latent, given.rows.batch * given.rows.queries, first, last,
+        room.codes, room.rank);
+  });
+}
+
+// What one query scores on an exact token, or the lowest number where there is none.
+inline float exact_score(const Decoding& given, const DecodingRoom& room, int64_t flat, int64_t index) {
+  const Problem& rows = given.rows;
+  const int64_t sequence = flat / rows.queries, position = rows.hidden[sequence * rows.hidden_count + index];
+  if (position < 0 || position >= rows.rows) return kLowest;
+  const float *latent = room.latents + flat * room.latent,
+              *rotated = given.query + flat * (given.nope + given.rotated) + given.nope;
+  const int64_t width = given.latent + (rows.kind == kPacked ? given.rotated : 0);
+  float sum = 0;
+  with_type(given.exact, [&](const auto* exact) {
+    exact += (sequence * rows.hidden_count + index) * width;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t column = 0; column < given.latent; ++column) {
+      sum += latent[column] * (number_of(exact + column) - given.offset[column]);
+    }
+    for (int64_t column = 0; column < given.rotated && rows.kind == kPacked; ++column) {
+      sum += rotated[column] * number_of(exact + given.latent + column);
+    }
+  });
+  if (rows.kind != kPacked) {  // whose rows hold the rotated numbers as they are
+    const Numbers stored = {rows.data + sequence * rows.batch_stride + position * rows.row_stride, rows.kind == kBfloat16};
+    with_type(stored, [&](const auto* row) {
+      for (int64_t column = 0; column < given.rotated; ++column) sum += rotated[column] * number_of(row + given.rank + column);
+    });
+  }
+  const float bias = rows.bias ? bias_of(rows, sequence, flat % rows.queries)[position] : 0.0f;
+  return sum * static_cast<float>(rows.scaling) + bias;
+}
+
+// Before the rows are read: the query of one head against rows, and its scores on what is not among them.
+inline void prepare(const Decoding& given, const DecodingRoom& room, int64_t flat) {
+  float* query = room.queries + flat * given.rows.dim;
+  std::memcpy(query, room.codes + flat * room.rank, given.rank * sizeof(float));
+  std::memcpy(query + given.rank, given.query + flat * (given.nope + given.rotated) + given.nope,
+              given.rotated * sizeof(float));
+  float* shares = room.shares + flat * room.shared;
+  for (int64_t index = 0; index < given.rows.hidden_count; ++index) {
+    shares[1 + index] = exact_score(given, room, flat, index);
+  }
+  shares[room.shared - 1] = kLowest;
+  if (given.sinks != nullptr) {
+    float constant = 0;  // which every other score leaves out
+#pragma omp simd reduction(+ : constant)
+    for (int64_t column = 0; column < given.latent; ++column) {
+      constant += room.latents[flat * room.latent + column] * given.offset[column];
+    }
+    shares[room.shared - 1] = given.sinks[flat % given.rows.queries] - constant * static_cast<float>(given.rows.scaling);
+  }
+}
+
+// Once the rows are read: one softmax over them and the others, and the share of the rows in the mixed codes.
+inline void share(const Decoding& given, const DecodingRoom& room, int64_t flat) {
+  float *shares = room.shares + flat * room.shared, *codes = room.codes + flat * room.rank;
+  shares[0] = room.sizes[flat];
+  float peak = kLowest, total = 0;
+  for (int64_t index = 0; index < room.shared; ++index) peak = std::fmax(peak, shares[index]);
+  for (int64_t index = 0; index < room.shared; ++index) {
+    shares[index] = std::exp(shares[index] - peak);
+    total += shares[index];
+  }
+  for (int64_t index = 0; index < room.shared; ++index) shares[index] /= total;
+  for (int64_t column = 0; column < room.rank; ++column) {
+    codes[column] = column < given.rank ? room.mixed[flat * given.rank + column] * shares[0] : 0.0f;
+  }
+}
+
+// A block of the numbers of the mixed latents, all queries.
+inline void expand_mixed(const Decoding& given, const DecodingRoom& room, int64_t block) {
+  const int64_t first = block * kRowsAtOnce, last = smaller(first + kRowsAtOnce, given.latent);
+  const Problem& rows = given.rows;
+  const int64_t width = given.latent + (rows.kind == kPacked ? given.rotated : 0);
+  with_type(given.expand, [&](const auto* expand) {
+    with_type(given.exact, [&](const auto* exact) {
+      dot(expand, given.rank, first, last, last == given.latent, given.rank, room.codes, room.rank,
+          rows.batch * rows.queries, [&](int64_t flat, int64_t number, float product) {
+            const float* shares = room.shares + flat * room.shared;
+            float sum = product / (given.divisors ? given.divisors[number] : 1.0f) + shares[0] * given.offset[number];
+            for (int64_t index = 0; index < rows.hidden_count; ++index) {
+              const int64_t token = flat / rows.queries * rows.hidden_count + index;
+              sum += shares[1 + index] * number_of(exact + token * width + number);
+            }
+            room.divided[flat * room.latent + number] = sum;
+          });
+    });
+  });
+}
+
+// A block of the outputs of one head, all sequences.
+inline void absorb_output(const Decoding& given, const DecodingRoom& room, int64_t head, int64_t block) {
+  const int64_t heads = given.rows.queries;
+  const int64_t first = block * kRowsAtOnce, last = smaller(first + kRowsAtOnce, given.value);
+  with_type(given.values, [&](const auto* values) {
+    dot(values + head * given.head_stride, given.latent, first, last, head + 1 == heads && last == given.value,
+        given.latent, room.divided + head * room.latent, heads * room.latent, given.rows.batch,
+        [&](int64_t sequence, int64_t number, float product) {
+          given.output[(sequence * heads + head) * given.value + number] = product;
+        });
+  });
+}
+
+// The steps of all of it. Called by all threads of a parallel region. False in the one that had no memory.
+inline bool decode(const Decoding& given) {
+  const DecodingRoom room(given);
+  const int64_t heads = given.rows.queries, queries = given.rows.batch * heads;
+  Problem rows = given.rows;
+  rows.query = room.queries, rows.output = room.mixed, rows.sizes = room.sizes, rows.room = room.rest;
+  // What is behind the last number of a latent must be 0 for whole vectors.
+#pragma omp for schedule(static)
+  for (int64_t flat = 0; flat < queries; ++flat) {
+    for (int64_t column = given.latent; column < room.latent; ++column) room.divided[flat * room.latent + column] = 0;
+  }
+  const int64_t column_blocks = blocks_of(given.latent, kColumnsAtOnce);
+#pragma omp for schedule(static)
+  for (int64_t task = 0; task < heads * column_blocks; ++task) {
+    absorb_query(given, room, task / column_blocks, task % column_blocks);
+  }
+#pragma omp for schedule(static)
+  for (int64_t block = 0; block < blocks_of(given.rank, kCodesAtOnce); ++block) compress_queries(given, room, block);
+#pragma omp for schedule(static)
+  for (int64_t flat = 0; flat < queries; ++flat) prepare(given, room, flat);
+  const bool done = attend(rows);
+#pragma omp for schedule(static)
+  for (int64_t flat = 0; flat < queries; ++flat) share(given, room, flat);
+#pragma omp for schedule(static)
+  for (int64_t block = 0; block < blocks_of(given.latent, kRowsAtOnce); ++block) expand_mixed(given, room, block);
+  const int64_t value_blocks = blocks_of(given.value, kRowsAtOnce);
+#pragma omp for schedule(static)
+  for (int64_t task = 0; task < heads * value_blocks; ++task) {
+    absorb_output(given, room, task / value_blocks, task % value_blocks);
+  }
+  return done;
+}
+
+}  // namespace kvsplice

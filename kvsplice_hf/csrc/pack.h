@@ -1,0 +1,82 @@
+// Packing rows into bytes, on the CPU: the C++ twin of `kvsplice_hf.codec.RowCodec.pack`.
+
+#pragma once
+
+#include <cmath>
+
+#include "packed.h"
+
+namespace kvsplice {
+
+struct Packing {
+  int64_t count, dim;  // rows, and numbers of each
+  const float* rows;   // [count, dim]
+  uint8_t* packed;     // [count, row_bytes]
+  Codec codec;
+  int64_t sized;        // how many numbers the gain of a row is taken from
+  const float* sigmas;  // [sized]
+  const float* bends;   // [dim]; 0 where levels are equally far apart
+  int64_t threads;
+};
+
+constexpr float kGainSteps = 16.0f, kGainOne = 128.0f;
+
+inline uint8_t gain_of(const Packing& packing, const float* row) {
+  float sum = 0;
+  for (int64_t number = 0; number < packing.sized; ++number) {
+    const float relative = (row[number] - packing.codec.centres[number]) / packing.sigmas[number];
+    sum += relative * relative;
+  }
+  const float size = std::fmax(std::sqrt(sum / packing.sized), 1e-30f);
+  return std::fmin(std::fmax(std::nearbyint(kGainSteps * std::log2(size) + kGainOne), 0.0f), 255.0f);
+}
+
+inline uint8_t code_of(const Packing& packing, const float* row, int64_t column, float gain) {
+  const int64_t number = packing.codec.index[column];
+  const float scale = packing.codec.scales[number] * (number < packing.sized ? gain : 1.0f);
+  const float bend = packing.bends[number];
+  float unit = (row[number] - packing.codec.centres[number]) / scale;
+  if (bend > 0) unit = std::asinh(unit * packing.codec.reaches[column]) / bend;
+  const float levels = 1 << packing.codec.widths[number];
+  // Written so that what is not a number gets the lowest code.
+  return std::fmin(std::fmax(std::floor((unit + 1) * (levels / 2)), 0.0f), levels - 1);
+}
+
+inline uint16_t to_bf16(float number) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  if (number != number) return 0x7FC0;
+  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+}
+
+inline void pack_row(const Packing& packing, const float* row, uint8_t* packed) {
+  const Codec& codec = packing.codec;
+  std::memset(packed, 0, codec.row_bytes);
+  float gain = 1.0f;
+  if (codec.has_gain) {
+    packed[0] = gain_of(packing, row);
+    gain = codec.gains[packed[0]];
+  }
+  for (int64_t index = 0; index < codec.raw; ++index) {
+    const uint16_t half = to_bf16(row[codec.index[codec.coded + index]]);
+    std::memcpy(packed + codec.has_gain + 2 * index, &half, sizeof half);
+  }
+  for (int64_t column = 0; column < codec.coded; ++column) {
+    const uint8_t code = code_of(packing, row, column, gain);
+    const Field* fields = codec.fields + column * kMostFields;
+    for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
+      const Field& field = fields[index];
+      packed[field.byte] |= (code >> field.place & ((1 << field.bits) - 1)) << field.shift;
+    }
+  }
+}
+
+// Called by all threads of a parallel region.
+inline void pack(const Packing& packing) {
+#pragma omp for schedule(static)
+  for (int64_t row = 0; row < packing.count; ++row) {
+    pack_row(packing, packing.rows + row * packing.dim, packing.packed + row * packing.codec.row_bytes);
+  }
+}
+
+}  // namespace kvsplice

@@ -1,0 +1,118 @@
+// From packed rows to columns of levels, `kStrip` rows at a time. The layout is that of `kvsplice_hf.codec.RowCodec`.
+#pragma once
+
+#include <initializer_list>
+
+#include "lanes.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace kvsplice {
+
+// Rows that are unpacked together: bytes at the same place of 64 rows fill a vector of AVX-512.
+constexpr int kStrip = 64;
+constexpr int kMostFields = 4;
+
+// Where a field of a code is: in which byte of the row, from which bit of it; how many bits; and from which bit of the
+// code.
+struct Field {
+  int32_t byte, shift, bits, place;
+};
+
+// The rows of one codec. A column is `sinh(slope * code + start)`, times the gain of the row for the first `gained` ones;
+// behind them come `raw` columns of bf16 numbers. Number `index[i]` of a row is its base and `scale(i)` times column i.
+struct Codec {
+  int64_t coded, raw, gained, has_gain, row_bytes;
+  const Field* fields;            // [coded, kMostFields]; 0 bits where a code has fewer
+  const float *slopes, *starts, *reaches;  // [coded]; the reach is the sinh at the largest level
+  const float* gains;             // of each byte, [256]
+  const int64_t* index;           // [coded + raw]
+  const float *scales, *centres;  // [n]
+  const uint8_t* widths;          // [n]
+
+  float scale(int64_t column) const { return column < coded ? scales[index[column]] / reaches[column] : 1.0f; }
+  float base(int64_t number) const { return widths[number] == 16 ? 0.0f : centres[number]; }
+};
+
+typedef uint8_t Line __attribute__((vector_size(kStrip)));
+typedef uint16_t Pairs __attribute__((vector_size(kStrip)));
+typedef uint64_t Words __attribute__((vector_size(kStrip)));
+
+// Swap, in all lanes, the bits of `low` under `mask << shift` with those of `high` under `mask`.
+inline void exchange(Words& low, Words& high, int shift, uint64_t mask) {
+  const Words differing = ((low >> shift) ^ high) & mask;
+  high ^= differing;
+  low ^= differing << shift;
+}
+
+// The bytes of up to `kStrip` rows as one line per byte of a row, [bytes up to a multiple of 8, kStrip]. Lines of missing
+// rows repeat the last one.
+inline void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
+  alignas(64) uint64_t words[8][8];
+  for (int64_t byte = 0; byte < row_bytes; byte += 8) {
+    const int64_t present = smaller(8, row_bytes - byte);
+    for (int64_t row = 0; row < kStrip; ++row) {
+      // Blocks of eight by eight bytes: lane `row / 8` of vector `row % 8`.
+      uint64_t word = 0;
+      const uint8_t* from = rows + smaller(row, count - 1) * stride + byte;
+      if (present == 8) {
+        std::memcpy(&word, from, 8);
+      } else {
+        std::memcpy(&word, from, present);  // the last row may end where the memory does
+      }
+      words[row % 8][row / 8] = word;
+    }
+    Words block[8];
+    for (int index = 0; index < 8; ++index) block[index] = load<Words>(words[index]);
+    for (int index = 0; index < 4; ++index) exchange(block[index], block[index + 4], 32, 0x00000000FFFFFFFF);
+    for (int index : {0, 1, 4, 5}) exchange(block[index], block[index + 2], 16, 0x0000FFFF0000FFFF);
+    for (int index : {0, 2, 4, 6}) exchange(block[index], block[index + 1], 8, 0x00FF00FF00FF00FF);
+    for (int index = 0; index < 8; ++index) store(lines + (byte + index) * kStrip, block[index]);
+  }
+}
+
+// The codes of one column.
+inline Line codes_of(const Field* fields, const uint8_t* lines) {
+  Pairs codes = {};
+  for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
+    const Field& field = fields[index];
+    // Two bytes are shifted as one number; what that moves from one into the other is masked.
+    const uint16_t mask = ((1 << field.bits) - 1) * 0x0101;
+    codes |= ((load<Pairs>(lines + field.byte * kStrip) >> field.shift) & mask) << field.place;
+  }
+  return (Line)codes;
+}
+
+// sinh(x) / x as a polynomial in x^2, for |x| up to the largest bend: see `kvsplice_hf.unpacking`.
+inline Floats sinh_of(Floats x) {
+  const Floats square = x * x;
+  Floats sum = square * 3.1881204272216436e-06f + 0.00019595608535080897f;
+  sum = sum * square + 0.00833884425232733f;
+  sum = sum * square + 0.16666250581334213f;
+  return x * (sum * square + 1.0000004732391539f);
+}
+
+// Columns [columns + raw, kStrip] of lines.
+inline void lines_to_columns(const Codec& codec, const uint8_t* lines, float* columns) {
+  for (int64_t column = 0; column < codec.coded; ++column, columns += kStrip) {
+    alignas(64) uint8_t codes[kStrip];
+    store(codes, codes_of(codec.fields + column * kMostFields, lines));
+    const float slope = codec.slopes[column], start = codec.starts[column];
+    for (int row = 0; row < kStrip; row += kLanes) {
+      const Ints code = from_bytes(load<Bytes>(codes + row));
+      store(columns + row, sinh_of(__builtin_convertvector(code, Floats) * slope + start));
+    }
+  }
+  const uint8_t* line = lines + codec.has_gain * kStrip;
+  for (int64_t column = 0; column < codec.raw; ++column, columns += kStrip, line += 2 * kStrip) {
+    for (int row = 0; row < kStrip; row += kLanes) {
+      const Ints low = from_bytes(load<Bytes>(line + row));
+      const Ints high = from_bytes(load<Bytes>(line + kStrip + row));
+      store(columns + row, (Floats)((low << 16) | (high << 24)));
+    }
+  }
+}
+
+}  // namespace kvsplice

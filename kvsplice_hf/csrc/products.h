@@ -1,0 +1,133 @@
+// The products that attention is made of, over blocks of numbers that fit into the registers of a processor.
+#pragma once
+
+#include "lanes.h"
+#include "packed.h"
+
+namespace kvsplice {
+
+#if KVSPLICE_LANES == 8  // sixteen registers instead of thirty-two
+constexpr int kRowVectors = 2, kScoredTogether = 6, kMixedTogether = 3;
+#else
+constexpr int kRowVectors = 4, kScoredTogether = 6, kMixedTogether = 6;
+#endif
+constexpr int kSummedTogether = 4;
+static_assert(kRowVectors * kLanes <= kStrip && kSummedTogether <= kLanes);
+
+// Calls `run<count>(first)` for groups of at most `most` of `total` things, of nearly the same size.
+template <int most, class Run>
+inline void in_groups(int64_t total, Run&& run) {
+  for (int64_t first = 0, count; first < total; first += count) {
+    const int64_t groups = (total - first + most - 1) / most;
+    count = (total - first + groups - 1) / groups;
+    switch (count) {
+      case 1: run.template operator()<1>(first); break;
+      case 2: if constexpr (most >= 2) run.template operator()<2>(first); break;
+      case 3: if constexpr (most >= 3) run.template operator()<3>(first); break;
+      case 4: if constexpr (most >= 4) run.template operator()<4>(first); break;
+      case 5: if constexpr (most >= 5) run.template operator()<5>(first); break;
+      case 6: if constexpr (most >= 6) run.template operator()<6>(first); break;
+    }
+  }
+}
+
+// ---- Columns: [column][row], in strips of kStrip rows
+
+// Scores of kRowVectors vectors of rows: sums over columns, those with the gain of their row first.
+template <int heads>
+void score_columns(const float* columns, int64_t gained, int64_t count, const float* query, int64_t query_stride,
+                   const float* gains, float* scores, int64_t scores_stride) {
+  Floats products[heads][kRowVectors] = {};
+  auto add = [&](int64_t first, int64_t last) {
+    for (int64_t column = first; column < last; ++column) {
+      for (int head = 0; head < heads; ++head) {
+        const Floats of_query = all(query[column * query_stride + head]);
+        for (int index = 0; index < kRowVectors; ++index) {
+          products[head][index] += of_query * floats(columns + column * kStrip + index * kLanes);
+        }
+      }
+    }
+  };
+  add(0, gained);
+  for (int head = 0; head < heads; ++head) {
+    for (int index = 0; index < kRowVectors; ++index) products[head][index] *= floats(gains + index * kLanes);
+  }
+  add(gained, count);
+  for (int head = 0; head < heads; ++head) {
+    for (int index = 0; index < kRowVectors; ++index) {
+      store(scores + head * scores_stride + index * kLanes, products[head][index]);
+    }
+  }
+}
+
+// Adds weighted columns to sums: as many columns of `heads` query rows as give kLanes sums, `present` of which count.
+template <int heads>
+void mix_columns(const float* columns, int64_t strip_stride, int64_t strips, int64_t present, const float* weights,
+                 int64_t weights_stride, float* sums, int64_t sums_stride) {
+  constexpr int together = kLanes / heads;
+  Floats products[kLanes] = {};
+  for (int64_t strip = 0; strip < strips; ++strip, columns += strip_stride, weights += kStrip) {
+    for (int row = 0; row < kStrip; row += kLanes) {
+      Floats weight[heads];
+      for (int head = 0; head < heads; ++head) weight[head] = floats(weights + head * weights_stride + row);
+      for (int column = 0; column < together; ++column) {
+        const Floats numbers = floats(columns + column * kStrip + row);
+        for (int head = 0; head < heads; ++head) products[head * together + column] += weight[head] * numbers;
+      }
+    }
+  }
+  alignas(64) float found[kLanes];
+  store(found, lane_sums(products));
+  for (int head = 0; head < heads; ++head) {
+    for (int64_t column = 0; column < smaller(together, present); ++column) {
+      sums[head * sums_stride + column] += found[head * together + column];
+    }
+  }
+}
+
+// ---- Rows: [row][column]
+
+// Adds weighted rows to sums, `vectors` vectors of columns at a time: no lanes to be summed.
+template <class Number, int heads, int vectors>
+void mix_rows(const Number* rows, int64_t stride, int64_t count, const float* weights, int64_t weights_stride, float* sums,
+              int64_t sums_stride) {
+  Floats mixed[heads][vectors] = {};
+  for (int64_t row = 0; row < count; ++row, rows += stride) {
+    Floats numbers[vectors];
+    for (int index = 0; index < vectors; ++index) numbers[index] = floats(rows + index * kLanes);
+    for (int head = 0; head < heads; ++head) {
+      const Floats weight = all(weights[head * weights_stride + row]);
+      for (int index = 0; index < vectors; ++index) mixed[head][index] += weight * numbers[index];
+    }
+  }
+  for (int head = 0; head < heads; ++head) {
+    for (int index = 0; index < vectors; ++index) {
+      float* to = sums + head * sums_stride + index * kLanes;
+      store(to, floats(to) + mixed[head][index]);
+    }
+  }
+}
+
+// Products of rows with queries, kDotRows rows at a time. Queries are `width` numbers, filled up with 0 to whole vectors;
+// rows are read as far, so that the last row of a tensor needs a copy with as much behind it.
+constexpr int kDotRows = 4, kDotQueries = kLanes / kDotRows;
+template <class Number, int queries>
+void dot_rows(const Number* const rows[kDotRows], int64_t width, const float* query, int64_t query_stride, float* products,
+              int64_t products_stride) {
+  Floats sums[kLanes] = {};
+  for (int64_t column = 0; column < width; column += kLanes) {
+    Floats numbers[kDotRows];
+    for (int row = 0; row < kDotRows; ++row) numbers[row] = floats(rows[row] + column);
+    for (int index = 0; index < queries; ++index) {
+      const Floats of_query = floats(query + index * query_stride + column);
+      for (int row = 0; row < kDotRows; ++row) sums[index * kDotRows + row] += of_query * numbers[row];
+    }
+  }
+  alignas(64) float found[kLanes];
+  store(found, lane_sums(sums));
+  for (int index = 0; index < queries; ++index) {
+    std::memcpy(products + index * products_stride, found + index * kDotRows, kDotRows * sizeof(float));
+  }
+}
+
+}  // namespace kvsplice
