@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -295,8 +296,28 @@ def attend_expanded(
     """The attention function `base` of transformers, under a name that the module does not know."""
     if indices is not None:
         attention_mask = _mask_unselected(attention_mask, indices, key.shape[2], query.dtype)
-    attend = ALL_ATTENTION_FUNCTIONS["sdpa"] if base == "sdpa" else _eager_of(module.__class__)
+    attend = _sdpa if base == "sdpa" else _eager_of(module.__class__)
     return attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _sdpa(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """SDPA of transformers, on a CPU with heads of one size.
+
+    PyTorch's fused attention for CPUs wants keys and values of the same size, which those of MLA are not. What it does
+    instead holds the scores of all pairs of tokens, and takes several times as long. Zeros behind the shorter ones
+    change nothing: they add nothing to a score, and what they make of the output is cut off.
+    """
+    attend, value_dim = ALL_ATTENTION_FUNCTIONS["sdpa"], value.shape[-1]
+    missing = key.shape[-1] - value_dim
+    site: PatchedSite | None = getattr(module, SITE_ATTRIBUTE, None)
+    as_stock = site is None or not site.enabled  # to the last bit
+    if as_stock or missing == 0 or query.device.type != "cpu" or query.shape[2] == 1:
+        return attend(module, query, key, value, mask, **kwargs)
+    query, key = (F.pad(states, (0, max(-missing, 0))) for states in (query, key))
+    output, _ = attend(module, query, key, F.pad(value, (0, max(missing, 0))), mask, **kwargs)
+    return output[..., :value_dim], None
 
 
 def _mask_unselected(mask: torch.Tensor | None, indices: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor:

@@ -157,7 +157,9 @@ class RowCodec(nn.Module):
         fields = [fields + (len(_FIELDS) - len(fields)) * [Field(0, 0, 0, 0)] for fields in self._fields(len(order))]
         # Where the codes are in a row, int32 [columns, 4 fields, 4 attributes of a `Field`].
         table = torch.tensor(fields, dtype=torch.int32, device=order.device)
-        self.register_buffer("column_fields", table.view(len(order), len(_FIELDS), len(Field._fields)), persistent=False)
+        self.register_buffer(
+            "column_fields", table.view(len(order), len(_FIELDS), len(Field._fields)), persistent=False
+        )
 
     def _fields(self, columns: int) -> list[list[Field]]:
         """Where the code of each column is in a row."""
@@ -196,9 +198,7 @@ class RowCodec(nn.Module):
     def column_scales(self) -> torch.Tensor:
         """See `read_columns`, [m]. Not kept: scales may be in training."""
         coded, raw = self.column_index.split([len(self.column_reaches), len(self._raw)])
-        return torch.cat(
-            [self.scales.detach()[coded] / self.column_reaches, torch.ones_like(raw, dtype=torch.float32)]
-        )
+        return torch.cat([self.scales.detach()[coded] / self.column_reaches, torch.ones_like(raw, dtype=torch.float32)])
 
     @property
     def base(self) -> torch.Tensor:

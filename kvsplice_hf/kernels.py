@@ -690,7 +690,9 @@ def attend_packed(
             f"and {codec.row_dim}."
         )
     _check_shapes(query, packed, codec.row_bytes, value_dim, bias, splits, lengths, input_precision)
-    return _attend(_scaled(query, scaling), packed, codec, value_dim, bias, splits, lengths, query.dtype, input_precision)
+    return _attend(
+        _scaled(query, scaling), packed, codec, value_dim, bias, splits, lengths, query.dtype, input_precision
+    )
 
 
 def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:

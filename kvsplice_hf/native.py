@@ -21,6 +21,10 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
 # rows below which a part is not worth its share of the work around it.
 _PARTS_PER_THREAD = 2
 _SMALLEST_PART = 128
+# Products that are worth waking another thread for.
+_PRODUCTS_PER_THREAD = 1 << 17
+# What a number costs that is packed.
+_PRODUCTS_PER_LOGARITHM = 64
 
 
 class _Codec(ctypes.Structure):
@@ -211,6 +215,7 @@ def decode(step: Step) -> torch.Tensor:
     if exact is not None and positions is not None:
         exact, positions = exact.contiguous(), positions.contiguous()
         rows.hidden, rows.hidden_count = positions.data_ptr(), positions.shape[1]
+    rows.threads = max(rows.threads, _threads(batch * (keys.numel() + values.numel())))
     given = _Decoding(
         rows=rows,
         latent=latent_dim,
@@ -279,7 +284,7 @@ def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
         sized=len(codec.sigmas),
         sigmas=codec.sigmas.data_ptr(),
         bends=codec._bends.data_ptr(),
-        threads=torch.get_num_threads(),
+        threads=_threads(_PRODUCTS_PER_LOGARITHM * rows.numel()),
     )
     _require_library().kvsplice_pack(ctypes.byref(packing))
     return packed
@@ -351,12 +356,12 @@ def _problem(
     """All but what is computed and where: `query`, `output`, `sizes` and `room`."""
     if rows.stride(-1) != 1 or rows.shape[0] != batch:
         raise ConfigError(f"Got rows {list(rows.shape)} with strides {rows.stride()} for {batch} sequences of queries.")
-    threads = torch.get_num_threads()
     columns, mixed = dim, value_dim
     if codec is not None:
         columns = len(codec.column_index)
         no_value_behind = codec.gains_all and len(codec.sigmas) >= value_dim
         mixed = codec.gained_columns if no_value_behind else columns
+    threads = _threads(batch * queries * rows.shape[1] * (columns + mixed))
     return _Problem(
         batch=batch,
         queries=queries,
@@ -378,6 +383,10 @@ def _problem(
         splits=max(1, min(-(-_PARTS_PER_THREAD * threads // batch), rows.shape[1] // _SMALLEST_PART)),
         threads=threads,
     )
+
+
+def _threads(products: int) -> int:
+    return max(1, min(torch.get_num_threads(), products // _PRODUCTS_PER_THREAD))
 
 
 def _read_in_order(bias: torch.Tensor | None, rows: torch.Tensor, queries: int) -> torch.Tensor | None:

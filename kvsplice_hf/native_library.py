@@ -39,7 +39,8 @@ def load_library() -> ctypes.CDLL | None:
         reason = next((line for line in output.splitlines() if "error" in line), str(error))
         logger.warning(
             "The C++ code that reads cached rows on a CPU could not be compiled: %s. PyTorch reads them instead, which "
-            "takes several times as long. A C++20 compiler (g++ 12, clang 16 or later; named by CXX) would change that; "
+            "takes several times as long. A C++20 compiler (g++ 12, clang 16 or later; CXX names another one) would "
+            "change that; "
             "KVSPLICE_KERNELS=torch leaves it out without this message.",
             reason,
         )
@@ -48,7 +49,7 @@ def load_library() -> ctypes.CDLL | None:
 
 def _compiled() -> Path:
     """The file of the library, compiled if it is not there yet."""
-    compiler = _compiler()
+    compiler = [*_compiler(), *_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
     folder = _cache_folder()
     with as_file(files("kvsplice_hf") / "csrc") as sources:
         library = folder / f"{_fingerprint(compiler, sources)}.so"
@@ -58,7 +59,7 @@ def _compiled() -> Path:
             # Under a name of its own first: another process may be doing the same.
             with tempfile.TemporaryDirectory(dir=folder) as own:
                 made = Path(own) / library.name
-                _run([*compiler, *_FLAGS, "-o", str(made), str(sources / _SOURCE)])
+                _run([*compiler, "-o", str(made), str(sources / _SOURCE)])
                 os.replace(made, library)
     return library
 
@@ -84,11 +85,11 @@ def _cache_folder() -> Path:
 
 
 def _fingerprint(compiler: list[str], sources: Path) -> str:
-    """What the library depends on: its sources, and what the compiler says of itself and of this processor."""
-    digest = hashlib.sha256(" ".join((*compiler, *_FLAGS)).encode())
+    """What the library depends on: its sources, the command, and what the compiler says of itself and the processor."""
+    digest = hashlib.sha256(" ".join(compiler).encode())
     for path in sorted(sources.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
-    digest.update(_run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull]).encode())
+    digest.update(_run([*compiler, "-dM", "-E", "-x", "c++", os.devnull]).encode())
     return digest.hexdigest()[:16]
 
 

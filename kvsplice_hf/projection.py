@@ -184,7 +184,7 @@ class LearnedKVSplice(nn.Module):
         return weight if scale is None else (weight / scale[:, None]).to(weight.dtype), offset.to(weight.dtype)
 
     def expansion(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """`(W, scale, mu)` with `decode(z) == W z / scale + mu`: what `fold` folds. The scale of a merged one is None."""
+        """`(W, scale, mu)` with `decode(z) == W z / scale + mu`, which `fold` folds. A merged splice has no scale."""
         if self.is_merged:
             return self._folded_expand, None, self._folded_offset
         scale, shift = self._transform()

@@ -30,14 +30,18 @@ class Kernels(SimpleNamespace):
         if self.raises is not None:
             raise self.raises
 
-    def attend_rows(self, query: torch.Tensor, rows: torch.Tensor, value_dim: int, bias: Any) -> Any:
+    def attend_rows(self, query: torch.Tensor, rows: torch.Tensor, value_dim: int, bias: Any, *, scaling: float) -> Any:
         self._called()
-        mixed, lse = streaming.attend_rows(query, rows, value_dim, None if bias is None else bias[:, None])
+        by_query = None if bias is None else bias[:, None]
+        mixed, lse = streaming.attend_rows(query, rows, value_dim, by_query, scaling=scaling)
         return mixed + self.error, lse
 
-    def attend_packed(self, query: torch.Tensor, rows: torch.Tensor, codec: RowCodec, value_dim: int, bias: Any) -> Any:
+    def attend_packed(
+        self, query: torch.Tensor, rows: torch.Tensor, codec: RowCodec, value_dim: int, bias: Any, *, scaling: float
+    ) -> Any:
         self._called()
-        mixed, lse = streaming.attend_packed(query, rows, codec, value_dim, None if bias is None else bias[:, None])
+        by_query = None if bias is None else bias[:, None]
+        mixed, lse = streaming.attend_packed(query, rows, codec, value_dim, by_query, scaling=scaling)
         return mixed + self.error, lse
 
     def encode_pack(self, rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
@@ -48,7 +52,7 @@ class Kernels(SimpleNamespace):
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(kernels: Any) -> Any:
-        monkeypatch.setattr(dispatch, "_kernels", lambda: kernels)
+        monkeypatch.setattr(dispatch, "_triton_kernels", lambda: kernels)
         monkeypatch.setattr(dispatch, "_verdicts", {})
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         return kernels
@@ -108,16 +112,18 @@ def test_calls_with_dropout_or_gradients_go_to_pytorch(kind: str, settings: dict
     assert kernels.calls == 0
 
 
-def test_kernels_can_be_left_out_and_their_absence_is_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_kernels_can_be_left_out(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = use(Kernels())
     monkeypatch.setenv("KVSPLICE_KERNELS", "torch")
-    dispatch._kernels.cache_clear()
-    assert dispatch._kernels() is None
-    monkeypatch.delenv("KVSPLICE_KERNELS")
+    for kind in KINDS:
+        call(kind)
+    assert kernels.calls == 0
+
+
+def test_that_triton_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(__import__("sys").modules, "kvsplice_hf.kernels", None)
     monkeypatch.delattr("kvsplice_hf.kernels", raising=False)
-    dispatch._kernels.cache_clear()
-    assert dispatch._kernels() is None
+    dispatch._triton_kernels.cache_clear()
+    assert dispatch._triton_kernels() is None
     assert "Install kvsplice-hf[gpu]" in caplog.text
-    dispatch._kernels.cache_clear()
+    dispatch._triton_kernels.cache_clear()

@@ -416,9 +416,9 @@ def test_a_patched_model_decodes_on_the_kernels(device: str, packed: bool, monke
         return torch.stack([model(ids[:2, i : i + 1], past_key_values=cache).logits for i in (9, 10)])
 
     monkeypatch.setattr(dispatch, "_verdicts", {})
-    monkeypatch.setattr(dispatch, "_kernels", lambda: None)
+    monkeypatch.setattr(dispatch, "_triton_kernels", lambda: None)
     expected = decoded()
-    monkeypatch.setattr(dispatch, "_kernels", lambda: kernels)
+    monkeypatch.setattr(dispatch, "_triton_kernels", lambda: kernels)
     for _ in range(2):  # the first call of each kind is computed both ways
         torch.testing.assert_close(decoded(), expected, atol=1e-4, rtol=0)
     assert dispatch._verdicts

@@ -1,7 +1,6 @@
 """Attention over rows in blocks: the softmax of all keys, and no more than a block of rows unpacked at once."""
 
 import math
-import shutil
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from kvsplice_hf import (
     RowCodec,
     patch_model_with_kvsplice,
     streaming,
-    unpacking,
 )
 from kvsplice_hf.absorbed import absorbed_attention, split_weight
 from kvsplice_hf.cache import CompressedLatent
@@ -91,50 +89,6 @@ def test_packed_rows_are_read_as_what_they_unpack_to(block: int, name: str, keys
     wanted = reference(query, codec.unpack(packed), bias if biased else None, 0.3)
     for ours, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=2e-5)
-
-
-@pytest.mark.parametrize("name", CODECS)
-def test_reading_in_one_pass_gives_the_same_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpacking, "_compile", lambda: unpacking._levels)  # as it is before it is compiled
-    codec = make_codec(name)
-    packed = codec.pack(problem(13)[1])
-    columns, gains = codec.read_columns(packed)
-    if gains is not None:
-        columns[:, : codec.gained_columns] *= gains
-    found, left = codec.read_columns(packed, in_one_pass=True)
-    assert left is None
-    torch.testing.assert_close(found, columns, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_long_contexts_are_read_by_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "_WORTH_COMPILING", 200)
-    codec = make_codec("mixed widths")
-    query, rows, _ = problem(300)
-    packed = codec.pack(rows)
-    found = attend_packed(query, packed, codec, R, scaling=0.3)
-    assert not unpacking._given_up
-    for ours, expected in zip(found, reference(query, codec.unpack(packed), None, 0.3), strict=True):
-        torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=2e-5)
-
-
-def test_without_a_compiler_rows_are_read_all_the_same_and_once_said_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fails() -> Any:
-        raise RuntimeError("no compiler here")
-
-    monkeypatch.setattr(streaming, "_WORTH_COMPILING", 10)
-    monkeypatch.setattr(unpacking, "_compile", lambda: lambda *_: fails())
-    monkeypatch.setattr(unpacking, "_given_up", [])
-    codec = make_codec("mixed widths")
-    query, rows, _ = problem(40)
-    packed = codec.pack(rows)
-    for _ in range(2):
-        found = attend_packed(query, packed, codec, R, scaling=0.3)
-    wanted = reference(query, codec.unpack(packed), None, 0.3)
-    torch.testing.assert_close(found.mixed.double(), wanted[0], atol=2e-5, rtol=2e-5)
-    assert [record.message.count("no compiler here") for record in caplog.records] == [1]
 
 
 @pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -math.inf])

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define KVSPLICE_LANES 16
 #elif defined(__AVX__)
 #define KVSPLICE_LANES 8
@@ -40,6 +41,14 @@ inline void store(void* to, Vector value) {
 }
 
 inline Floats all(float value) { return value - Floats{}; }
+// A vector that is used several times, as one that stays in a register: compilers like to read it from memory at each use,
+// and loads are what the products below would wait for.
+inline Floats kept(Floats vector) {
+#if defined(__x86_64__)
+  asm("" : "+v"(vector));
+#endif
+  return vector;
+}
 inline Floats larger(Floats one, Floats other) { return one > other ? one : other; }
 
 // bf16 is the upper half of a float.
@@ -83,6 +92,22 @@ inline Floats exp_of_negative(Floats x) {
   const Ints power = (__builtin_convertvector(whole, Ints) + 127) << 23;
   return x < -87.0f ? Floats{} : sum * (Floats)power;
 }
+
+// Numbers of a table of 1, 2 or 4 vectors, where a processor can look up a whole vector at once.
+#if defined(__AVX512F__)
+constexpr int kMostLookedUp = 4 * kLanes;
+inline Floats look_up(const Floats* table, int vectors, Ints index) {
+  const __m512i at = (__m512i)index;
+  if (vectors == 1) return (Floats)_mm512_permutexvar_ps(at, (__m512)table[0]);
+  const __m512 low = _mm512_permutex2var_ps((__m512)table[0], at, (__m512)table[1]);
+  if (vectors == 2) return (Floats)low;
+  const __m512 high = _mm512_permutex2var_ps((__m512)table[2], at, (__m512)table[3]);
+  return (Floats)_mm512_mask_mov_ps(low, _mm512_test_epi32_mask(at, _mm512_set1_epi32(2 * kLanes)), high);
+}
+#else
+constexpr int kMostLookedUp = 0;
+inline Floats look_up(const Floats* table, int, Ints) { return table[0]; }
+#endif
 
 // The even blocks of `block` lanes of two vectors, each of one followed by that of the other; and the odd ones.
 template <int block>

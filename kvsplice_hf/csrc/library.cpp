@@ -26,6 +26,6 @@ KVSPLICE_EXPORT int kvsplice_decode(const kvsplice::Decoding* given) {
 }
 
 KVSPLICE_EXPORT void kvsplice_pack(const kvsplice::Packing* packing) {
-#pragma omp parallel num_threads(packing->count < 2 * packing->threads ? 1 : packing->threads)
+#pragma omp parallel num_threads(packing->threads)
   kvsplice::pack(*packing);
 }

@@ -5,10 +5,6 @@
 
 #include "lanes.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 namespace kvsplice {
 
 // Rows that are unpacked together: bytes at the same place of 64 rows fill a vector of AVX-512.
@@ -94,16 +90,38 @@ inline Floats sinh_of(Floats x) {
   return x * (sum * square + 1.0000004732391539f);
 }
 
-// Columns [columns + raw, kStrip] of lines.
+// The levels of one width. Columns of the same width lie side by side and share them.
+class Levels {
+ public:
+  void prepare(float slope, float start, int width) {
+    if (slope == slope_ && start == start_) return;
+    slope_ = slope, start_ = start;
+    vectors_ = 1 << width > kMostLookedUp ? 0 : ((1 << width) + kLanes - 1) / kLanes;
+    for (int index = 0; index < vectors_; ++index) {
+      Ints codes;
+      for (int lane = 0; lane < kLanes; ++lane) codes[lane] = index * kLanes + lane;
+      table_[index] = computed(codes);
+    }
+  }
+
+  Floats of(Ints codes) const { return vectors_ ? look_up(table_, vectors_, codes) : computed(codes); }
+
+ private:
+  Floats computed(Ints codes) const { return sinh_of(__builtin_convertvector(codes, Floats) * slope_ + start_); }
+
+  float slope_ = 0, start_ = 0;  // no slope is 0
+  int vectors_ = 0;
+  Floats table_[4];
+};
+
+// Columns [coded + raw, kStrip] of lines.
 inline void lines_to_columns(const Codec& codec, const uint8_t* lines, float* columns) {
+  Levels levels;
   for (int64_t column = 0; column < codec.coded; ++column, columns += kStrip) {
     alignas(64) uint8_t codes[kStrip];
     store(codes, codes_of(codec.fields + column * kMostFields, lines));
-    const float slope = codec.slopes[column], start = codec.starts[column];
-    for (int row = 0; row < kStrip; row += kLanes) {
-      const Ints code = from_bytes(load<Bytes>(codes + row));
-      store(columns + row, sinh_of(__builtin_convertvector(code, Floats) * slope + start));
-    }
+    levels.prepare(codec.slopes[column], codec.starts[column], codec.widths[codec.index[column]]);
+    for (int row = 0; row < kStrip; row += kLanes) store(columns + row, levels.of(from_bytes(load<Bytes>(codes + row))));
   }
   const uint8_t* line = lines + codec.has_gain * kStrip;
   for (int64_t column = 0; column < codec.raw; ++column, columns += kStrip, line += 2 * kStrip) {

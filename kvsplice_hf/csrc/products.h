@@ -69,9 +69,9 @@ void mix_columns(const float* columns, int64_t strip_stride, int64_t strips, int
   for (int64_t strip = 0; strip < strips; ++strip, columns += strip_stride, weights += kStrip) {
     for (int row = 0; row < kStrip; row += kLanes) {
       Floats weight[heads];
-      for (int head = 0; head < heads; ++head) weight[head] = floats(weights + head * weights_stride + row);
+      for (int head = 0; head < heads; ++head) weight[head] = kept(floats(weights + head * weights_stride + row));
       for (int column = 0; column < together; ++column) {
-        const Floats numbers = floats(columns + column * kStrip + row);
+        const Floats numbers = kept(floats(columns + column * kStrip + row));
         for (int head = 0; head < heads; ++head) products[head * together + column] += weight[head] * numbers;
       }
     }
@@ -94,7 +94,7 @@ void mix_rows(const Number* rows, int64_t stride, int64_t count, const float* we
   Floats mixed[heads][vectors] = {};
   for (int64_t row = 0; row < count; ++row, rows += stride) {
     Floats numbers[vectors];
-    for (int index = 0; index < vectors; ++index) numbers[index] = floats(rows + index * kLanes);
+    for (int index = 0; index < vectors; ++index) numbers[index] = kept(floats(rows + index * kLanes));
     for (int head = 0; head < heads; ++head) {
       const Floats weight = all(weights[head * weights_stride + row]);
       for (int index = 0; index < vectors; ++index) mixed[head][index] += weight * numbers[index];
@@ -117,9 +117,9 @@ void dot_rows(const Number* const rows[kDotRows], int64_t width, const float* qu
   Floats sums[kLanes] = {};
   for (int64_t column = 0; column < width; column += kLanes) {
     Floats numbers[kDotRows];
-    for (int row = 0; row < kDotRows; ++row) numbers[row] = floats(rows[row] + column);
+    for (int row = 0; row < kDotRows; ++row) numbers[row] = kept(floats(rows[row] + column));
     for (int index = 0; index < queries; ++index) {
-      const Floats of_query = floats(query + index * query_stride + column);
+      const Floats of_query = kept(floats(query + index * query_stride + column));
       for (int row = 0; row < kDotRows; ++row) sums[index * kDotRows + row] += of_query * numbers[row];
     }
   }

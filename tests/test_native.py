@@ -1,0 +1,356 @@
+"""The C++ code computes what PyTorch computes, whatever the vectors of the processor; and without it PyTorch serves."""
+
+import itertools
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build
+
+from kvsplice_hf import (
+    KVSpliceCalibrator,
+    KVSpliceConfig,
+    LearnedKVSplice,
+    RowCodec,
+    dispatch,
+    native,
+    native_library,
+    patch_model_with_kvsplice,
+    streaming,
+)
+from kvsplice_hf.absorbed import _attention_in_torch, _step, split_weight
+from kvsplice_hf.cache import CompressedLatent
+from kvsplice_hf.errors import ConfigError, UnsupportedError
+from kvsplice_hf.sinks import UNFILLED, ExactTokens
+
+
+COMPILER = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+LOWEST = torch.finfo(torch.float32).min
+
+# Sequences, queries, stored rows, numbers of a row, numbers of a value: fewer and more than any vector, group of
+# queries, strip or tile holds; a value without rest; a value that is all of the row; more queries than go together.
+SIZES = [
+    (1, 1, 1, 1, 1),
+    (2, 3, 5, 18, 12),
+    (1, 9, 64, 48, 32),
+    (3, 5, 65, 33, 17),
+    (1, 16, 700, 72, 64),
+    (2, 7, 300, 40, 40),
+    (1, 130, 257, 20, 15),
+]
+WIDTHS = {
+    "one width": [4],
+    "all widths": [8, 7, 6, 5, 4, 3, 2, 1, 0],
+    "wide": [8, 7],
+    "some numbers as they are": [16, 4, 5, 0],
+    "nothing but numbers": [16],
+    "nothing but means": [0],
+}
+
+
+def rows_of(batch: int, queries: int, count: int, dim: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(batch, queries, dim, generator=generator) / dim**0.5
+    return query, 2 * torch.randn(batch, count, dim, generator=generator)
+
+
+def bias_of(kind: str, batch: int, queries: int, count: int) -> torch.Tensor | None:
+    """None, or a bias [B or 1, T, S] of random numbers that hides some rows, but never the last."""
+    if kind == "none":
+        return None
+    tokens = next(n for n in (5, 3, 2, 1) if queries % n == 0) if kind == "by token" else 1
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(1 if kind == "shared" else batch, tokens, count, generator=generator)
+    bias[torch.rand(bias.shape, generator=generator) < 0.3] = LOWEST
+    bias[..., : count // 2] = LOWEST  # a whole strip, where there are several
+    bias[..., -1] = 0
+    return bias
+
+
+def codec_of(widths: list[int], dim: int, gained: int) -> RowCodec:
+    generator = torch.Generator().manual_seed(2)
+    every = torch.tensor([widths[index % len(widths)] for index in range(dim)])
+    scales = 1 + torch.rand(dim, generator=generator)
+    centres = torch.randn(dim, generator=generator) / 4
+    return RowCodec(every, scales, centres, 0.5 + torch.rand(gained, generator=generator))
+
+
+def reference(
+    query: torch.Tensor, rows: torch.Tensor, value_dim: int, bias: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = scaling * query.double() @ rows.double().transpose(1, 2)
+    if bias is not None:
+        scores = scores + bias.double().repeat(1, query.shape[1] // bias.shape[1], 1)
+    return scores.softmax(-1) @ rows[..., :value_dim].double(), scores.logsumexp(-1)
+
+
+def assert_same(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], tolerance: float = 1e-5) -> None:
+    for ours, wanted in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), wanted.double(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["none", "shared", "by token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_rows_of_numbers_are_attended_to(size: tuple[int, ...], dtype: torch.dtype, kind: str, threads: int) -> None:
+    batch, queries, count, dim, value_dim = size
+    query, rows = rows_of(batch, queries, count, dim)
+    query, rows = query.to(dtype), rows.to(dtype)
+    bias = bias_of(kind, batch, queries, count)
+    found = native.attend_rows(query, rows, value_dim, bias, scaling=0.7)
+    assert_same(found, reference(query, rows, value_dim, bias, 0.7))
+
+
+@pytest.mark.parametrize("kind", ["none", "by token"])
+@pytest.mark.parametrize("gained", ["all", "values", "none"])
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_packed_rows_are_attended_to_as_what_they_unpack_to(
+    size: tuple[int, ...], widths: str, gained: str, kind: str
+) -> None:
+    batch, queries, count, dim, value_dim = size
+    query, rows = rows_of(batch, queries, count, dim)
+    codec = codec_of(WIDTHS[widths], dim, {"all": dim, "values": value_dim, "none": 0}[gained])
+    if codec.row_bytes == 0:
+        pytest.skip("no byte is stored")
+    packed = codec.pack(rows)
+    bias = bias_of(kind, batch, queries, count)
+    found = native.attend_packed(query, packed, codec, value_dim, bias, scaling=0.7)
+    assert_same(found, reference(query, codec.unpack(packed), value_dim, bias, 0.7), 3e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_may_be_a_view_of_a_larger_buffer_and_shared_by_the_batch(packed: bool) -> None:
+    query, rows = rows_of(3, 4, 70, 18)
+    rows = rows[:1]
+    codec = codec_of([4, 5], 18, 12) if packed else None
+    stored = codec.pack(rows) if codec else rows
+    buffer = torch.full((1, 100, stored.shape[-1] + 3), 77, dtype=stored.dtype)
+    buffer[:, :70, : stored.shape[-1]] = stored
+    view = buffer[:, :70, : stored.shape[-1]].expand(3, -1, -1)
+    if codec:
+        found = native.attend_packed(query, view, codec, 12)
+        rows = codec.unpack(stored)
+    else:
+        found = native.attend_rows(query, view, 12)
+    assert_same(found, reference(query, rows.expand(3, -1, -1), 12, None, 1.0), 3e-5)
+
+
+@pytest.mark.parametrize("lowest", [LOWEST, -torch.inf])
+def test_queries_that_see_nothing_leave_no_nan_and_others_do_not_mind(lowest: float) -> None:
+    query, rows = rows_of(2, 3, 200, 18)
+    bias = torch.zeros(2, 1, 200)
+    bias[0], bias[1, 0, :150] = lowest, lowest
+    mixed, sizes = native.attend_rows(query, rows, 12, bias)
+    assert mixed.isfinite().all()
+    assert (sizes[0] < LOWEST / 2).all()
+    assert_same((mixed[1:], sizes[1:]), reference(query[1:], rows[1:, 150:], 12, None, 1.0))
+
+
+@pytest.mark.parametrize("gained", [0, 12, 18])
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_packed_into_the_same_bytes(widths: str, gained: int, dtype: torch.dtype, threads: int) -> None:
+    codec = codec_of(WIDTHS[widths], 18, gained)
+    rows = rows_of(3, 1, 500, 18)[1].to(dtype) * torch.logspace(-3, 3, 500)[:, None].to(dtype)
+    rows[0, 0], rows[1, 0], rows[2, 0, 0] = 0, 1e30, -1e30
+    found, expected = native.encode_pack(rows[:, None], codec), codec.pack(rows[:, None])
+    assert found.shape == expected.shape
+    # At the border of two cells the last digit of a logarithm decides.
+    assert (found != expected).sum() <= 1e-4 * found.numel()
+
+
+STEPS = list(
+    itertools.product(
+        [
+            (1, 1, 8, 5, 0, 4, 4, 1),
+            (2, 5, 33, 17, 8, 7, 20, 70),
+            (1, 16, 64, 64, 16, 32, 33, 300),
+            (3, 4, 48, 31, 9, 16, 5, 40),
+        ],
+        [0, 4],
+        ["numbers", "packed"],
+        ["none", "masked"],
+        [False, True],
+        [torch.float32, torch.bfloat16],
+    )
+)
+
+
+@pytest.mark.parametrize(("sizes", "exact", "kind", "mask", "sinks", "dtype"), STEPS, ids=str)
+@torch.no_grad()
+def test_a_step_from_query_to_output_is_that_of_pytorch(
+    sizes: tuple[int, ...], exact: int, kind: str, mask: str, sinks: bool, dtype: torch.dtype, monkeypatch: Any
+) -> None:
+    batch, heads, latent_dim, rank, rope_dim, nope_dim, value_dim, count = sizes
+    torch.manual_seed(0)
+    splice = LearnedKVSplice(latent_dim, rank)
+    for parameter in splice.parameters():
+        parameter.data.normal_(0, 0.3)
+    splice = splice.to(dtype).float()  # numbers that both dtypes hold
+    rows = torch.randn(batch, 1, count, rank + rope_dim).to(dtype).float()
+    if kind == "packed":
+        splice.codec = codec_of([4, 6, 8, 3], rank + rope_dim, rank)
+        rows = splice.codec.pack(rows)
+    tokens = None
+    if exact:
+        positions = torch.stack([torch.randperm(max(count, exact))[:exact] for _ in range(batch)])
+        positions = torch.where(positions >= count, UNFILLED, positions)
+        width = latent_dim + (rope_dim if kind == "packed" else 0)
+        tokens = ExactTokens(torch.randn(batch, exact, width).to(dtype).float(), positions)
+    weight = torch.randn(heads * (nope_dim + value_dim), latent_dim).to(dtype).float() / 8
+    query = torch.randn(batch, heads, 1, nope_dim + rope_dim).to(dtype).float()
+    visible = torch.rand(batch, 1, 1, count) > 0.3 if mask == "masked" else None
+    if visible is not None:
+        visible[..., -1] = True
+    learned = torch.randn(heads).to(dtype).float() if sinks else None
+
+    def arguments(dtype: torch.dtype) -> tuple[Any, ...]:
+        mine = splice.to(dtype)
+        stored = rows if kind == "packed" else rows.to(dtype)
+        kept = None if tokens is None else ExactTokens(tokens.latents.to(dtype), tokens.positions)
+        latent = CompressedLatent(stored, mine, kept, 1, count - 1, dtype)
+        halves = split_weight(weight.to(dtype), nope_dim, value_dim)
+        return query.to(dtype), latent, halves, visible, 0.3, None if learned is None else learned.to(dtype)
+
+    *most, logits = arguments(torch.float32)
+    monkeypatch.setenv("KVSPLICE_KERNELS", "torch")
+    expected, _ = _attention_in_torch(*most, 0.0, None, logits, False)
+    found = native.decode(_step(*arguments(dtype)))
+    assert found.shape == (batch, 1, heads, value_dim)
+    torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "minicpm3", "glm4_moe_lite"])
+@pytest.mark.parametrize("recipe", ["numbers", "packed"])
+def test_a_patched_model_generates_the_same_with_and_without_it(
+    model_type: str, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(model_type)
+    ids = torch.randint(1, model.config.vocab_size, (16, 16), generator=torch.Generator().manual_seed(0))
+    config = KVSpliceConfig(bits=5, sink_tokens=2) if recipe == "packed" else KVSpliceConfig(rank=9, sink_tokens=2)
+    calibrator = KVSpliceCalibrator(model, sink_tokens=2).collect(list(ids), progress=False)
+    patch_model_with_kvsplice(model, config, calibration=calibrator)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+
+    @torch.no_grad()
+    def logits() -> torch.Tensor:
+        out = model.generate(
+            ids[:2, :9],
+            attention_mask=mask,
+            max_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.stack(out.logits)
+
+    monkeypatch.setattr(dispatch, "_verdicts", {})
+    monkeypatch.setenv("KVSPLICE_KERNELS", "torch")
+    expected = logits()
+    assert not dispatch._verdicts
+    monkeypatch.delenv("KVSPLICE_KERNELS")
+    for _ in range(2):  # the first call of each kind is computed both ways
+        torch.testing.assert_close(logits(), expected, atol=1e-4, rtol=0)
+    assert {kind[0] for kind in dispatch._verdicts} >= {"decode"}
+    assert all(dispatch._verdicts.values())
+
+
+def test_wrong_input_is_refused() -> None:
+    query, rows = rows_of(2, 3, 10, 18)
+    codec = codec_of([4], 18, 12)
+    packed = codec.pack(rows)
+    for wrong in (
+        lambda: native.attend_rows(query, rows[..., :17], 12),
+        lambda: native.attend_rows(query, rows.double(), 12),
+        lambda: native.attend_rows(query, rows.transpose(1, 2).contiguous().transpose(1, 2), 12),
+        lambda: native.attend_rows(query, rows[:1], 12),
+        lambda: native.attend_rows(query, rows, 12, torch.zeros(2, 1, 9)),
+        lambda: native.attend_rows(query, rows, 12, torch.zeros(2, 2, 10)),
+        lambda: native.attend_packed(query, packed[..., 1:], codec, 12),
+        lambda: native.attend_packed(query[..., 1:], packed, codec, 12),
+        lambda: native.encode_pack(rows[..., 1:], codec),
+    ):
+        with pytest.raises(ConfigError):
+            wrong()
+
+
+@pytest.fixture
+def fresh_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Nothing compiled so far."""
+    monkeypatch.setenv("KVSPLICE_CACHE", str(tmp_path))
+    native_library.load_library.cache_clear()
+    yield tmp_path / "native"
+    native_library.load_library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("/nowhere/g++", "/nowhere/g++"), ("false", "non-zero exit status"), ("", "no C++ compiler")],
+)
+def test_without_a_compiler_pytorch_serves_and_the_reason_is_said_once(
+    compiler: str,
+    reason: str,
+    fresh_library: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    if not compiler:
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(dispatch, "_verdicts", {})
+    query, rows = rows_of(2, 3, 10, 18)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            found = dispatch.attend(query, rows, None, 12, None, scaling=0.7)
+    assert_same(found, reference(query, rows, 12, None, 0.7))
+    assert [reason in record.getMessage() for record in caplog.records] == [True]
+    assert not list(fresh_library.glob("*"))
+    with pytest.raises(UnsupportedError, match="could not be compiled"):
+        native.attend_rows(query, rows, 12)
+
+
+def test_it_is_compiled_once_for_a_machine(fresh_library: Path) -> None:
+    assert native_library.load_library() is not None
+    (made,) = fresh_library.iterdir()
+    written = made.stat().st_mtime_ns
+    native_library.load_library.cache_clear()
+    assert native_library.load_library() is not None
+    assert [path.stat().st_mtime_ns for path in fresh_library.iterdir()] == [written]
+
+
+@pytest.mark.skipif("KVSPLICE_TEST_VECTORS" in os.environ, reason="this is the process that it starts")
+@pytest.mark.skipif(not {"x86_64", "AMD64"} & set(os.uname()[4:]), reason="the flags are those of x86-64")
+@pytest.mark.parametrize("flags", ["-march=x86-64", "-march=x86-64-v3"])
+def test_it_computes_the_same_on_processors_with_shorter_vectors(flags: str) -> None:
+    environment = {**os.environ, "CXXFLAGS": flags, "KVSPLICE_TEST_VECTORS": flags, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", __file__]
+    command += ["-k", "attended or packed or step"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_streaming_and_the_library_agree_on_what_they_return() -> None:
+    query, rows = rows_of(2, 6, 300, 24)
+    bias = bias_of("by token", 2, 6, 300)
+    assert bias is not None
+    by_torch = streaming.attend_rows(query, rows, 16, bias[:, None], scaling=0.5)
+    assert_same(native.attend_rows(query, rows, 16, bias, scaling=0.5), by_torch)
