@@ -111,10 +111,11 @@ class RowCodec(nn.Module):
     def __init__(self, widths: torch.Tensor, scales: torch.Tensor, centres: torch.Tensor, sigmas: torch.Tensor) -> None:
         super().__init__()
         _check(widths, scales, centres, sigmas)
-        self.register_buffer("widths", widths.to(torch.uint8))
-        self.register_buffer("scales", scales.float())
-        self.register_buffer("centres", centres.float())
-        self.register_buffer("sigmas", sigmas.float())
+        # Contiguous, because C++ reads them by address.
+        self.register_buffer("widths", widths.to(torch.uint8).contiguous())
+        self.register_buffer("scales", scales.float().contiguous())
+        self.register_buffer("centres", centres.float().contiguous())
+        self.register_buffer("sigmas", sigmas.float().contiguous())
         self._add_tables()
 
     def _add_tables(self) -> None:

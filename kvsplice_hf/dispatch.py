@@ -55,7 +55,7 @@ def attend(
             return attend_packed(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout)
         return attend_rows(query, rows, value_dim, bias, scaling=scaling, dropout=dropout)
 
-    kernels = None if dropout or query.shape[1] > _MOST_QUERIES else _kernels_for(query, rows)
+    kernels = None if dropout or query.shape[1] > _MOST_QUERIES else _kernels_for(query, rows, *_steps_of(codec))
     if kernels is None:
         return by_torch()
 
@@ -74,7 +74,7 @@ def decode(step: native.Step, by_torch: Callable[[], torch.Tensor]) -> torch.Ten
 
     In one call of C++ where that serves, by `by_torch` anywhere else.
     """
-    if _kernels_for(*step.numbers) is not native:
+    if _kernels_for(*step.numbers, *_steps_of(step.codec)) is not native:
         return by_torch()
     kind = ("decode", step.codec is None, step.bias is None, step.exact is None, step.query.dtype, step.rows.dtype)
     return _either(kind, lambda: native.decode(step).to(step.query.dtype), by_torch, _numbers_alike)
@@ -82,11 +82,16 @@ def decode(step: native.Step, by_torch: Callable[[], torch.Tensor]) -> torch.Ten
 
 def pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
     """`codec.pack(rows)`: bytes [..., row_bytes] of rows [..., n]."""
-    kernels = _kernels_for(rows)
+    kernels = _kernels_for(rows, *_steps_of(codec))
     if kernels is None:
         return codec.pack(rows)
     kind = ("pack", rows.dtype, rows.device)
     return _either(kind, lambda: kernels.encode_pack(rows, codec), lambda: codec.pack(rows), _bytes_alike)
+
+
+def _steps_of(codec: RowCodec | None) -> tuple[torch.Tensor, ...]:
+    """What may be in training, or sharded, of a codec."""
+    return () if codec is None else (codec.scales, codec.centres)
 
 
 def _kernels_for(*tensors: torch.Tensor) -> Any:

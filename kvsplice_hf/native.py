@@ -7,9 +7,10 @@ Legend: as in `streaming`.
 
 import ctypes
 import functools
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
+from torch import nn
 
 from kvsplice_hf.codec import RowCodec, gain_factors
 from kvsplice_hf.errors import ConfigError, UnsupportedError
@@ -98,8 +99,9 @@ def kernels_available(device: torch.device | str) -> bool:
 
 
 def reads(tensor: torch.Tensor) -> bool:
-    """Whether the library knows the dtype of a tensor, and there is anything in it."""
-    return tensor.dtype in _KINDS and tensor.numel() > 0
+    """Whether a tensor has an address, a dtype that the library knows, and anything in it."""
+    has_address = type(tensor) in (torch.Tensor, nn.Parameter)  # not sharded, fake or wrapped
+    return has_address and tensor.dtype in _KINDS and tensor.numel() > 0
 
 
 def attend_rows(
@@ -236,8 +238,7 @@ def decode(step: Step) -> torch.Tensor:
     )
     room = torch.empty(library.kvsplice_decode_room(ctypes.byref(given)))
     given.room = room.data_ptr()
-    if library.kvsplice_decode(ctypes.byref(given)):
-        raise MemoryError("The C++ code got no memory for the rows that it unpacks.")
+    _run(library.kvsplice_decode, given)
     return output
 
 
@@ -286,7 +287,7 @@ def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
         bends=codec._bends.data_ptr(),
         threads=_threads(_PRODUCTS_PER_LOGARITHM * rows.numel()),
     )
-    _require_library().kvsplice_pack(ctypes.byref(packing))
+    _run(_require_library().kvsplice_pack, packing)
     return packed
 
 
@@ -338,9 +339,16 @@ def _attend(
     room = torch.empty(library.kvsplice_attend_room(ctypes.byref(problem)))
     problem.query, problem.output, problem.sizes = query.data_ptr(), output.data_ptr(), sizes.data_ptr()
     problem.room = room.data_ptr()
-    if library.kvsplice_attend(ctypes.byref(problem)):
-        raise MemoryError("The C++ code got no memory for the rows that it unpacks.")
+    _run(library.kvsplice_attend, problem)
     return output, sizes
+
+
+def _run(function: Any, given: ctypes.Structure) -> None:
+    # Under a name of its own, so that a profile shows the time.
+    with torch.profiler.record_function(function.__name__.replace("_", "::", 1)):
+        failed = function(ctypes.byref(given))
+    if failed:
+        raise MemoryError("The C++ code got no memory for the rows that it unpacks.")
 
 
 def _problem(

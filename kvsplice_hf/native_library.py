@@ -39,9 +39,8 @@ def load_library() -> ctypes.CDLL | None:
         reason = next((line for line in output.splitlines() if "error" in line), str(error))
         logger.warning(
             "The C++ code that reads cached rows on a CPU could not be compiled: %s. PyTorch reads them instead, which "
-            "takes several times as long. A C++20 compiler (g++ 12, clang 16 or later; CXX names another one) would "
-            "change that; "
-            "KVSPLICE_KERNELS=torch leaves it out without this message.",
+            "takes several times as long. It needs a C++20 compiler (g++ 12, clang 16 or later; CXX names one) and a "
+            "folder to write to (KVSPLICE_CACHE names one). KVSPLICE_KERNELS=torch leaves it out without this message.",
             reason,
         )
         return None

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import build
+from torch._subclasses import FakeTensorMode
 
 from kvsplice_hf import (
     KVSpliceCalibrator,
@@ -151,6 +152,24 @@ def test_rows_may_be_a_view_of_a_larger_buffer_and_shared_by_the_batch(packed: b
     else:
         found = native.attend_rows(query, view, 12)
     assert_same(found, reference(query, rows.expand(3, -1, -1), 12, None, 1.0), 3e-5)
+
+
+def test_a_codec_may_be_made_of_columns_of_a_table() -> None:
+    query, rows = rows_of(2, 3, 70, 18)
+    whole = codec_of([4, 6], 18, 12)
+    names = ("widths", "scales", "centres", "sigmas")
+    strided = RowCodec(*(torch.stack([getattr(whole, name)] * 2, dim=1)[:, 0] for name in names))
+    packed = native.encode_pack(rows, strided)
+    assert torch.equal(packed, native.encode_pack(rows, whole))
+    assert_same(native.attend_packed(query, packed, strided, 12), native.attend_packed(query, packed, whole, 12))
+
+
+def test_tensors_without_an_address_are_left_to_pytorch() -> None:
+    assert native.reads(torch.zeros(2))
+    with FakeTensorMode():
+        assert not native.reads(torch.zeros(2))
+    assert not native.reads(torch.zeros(2, dtype=torch.float64))
+    assert not native.reads(torch.zeros(0))
 
 
 @pytest.mark.parametrize("lowest", [LOWEST, -torch.inf])
@@ -297,6 +316,7 @@ def test_wrong_input_is_refused() -> None:
 def fresh_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nothing compiled so far."""
     monkeypatch.setenv("KVSPLICE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXXFLAGS", "-Wall -Wextra -Werror")
     native_library.load_library.cache_clear()
     yield tmp_path / "native"
     native_library.load_library.cache_clear()

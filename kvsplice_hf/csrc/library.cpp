@@ -10,7 +10,7 @@
 KVSPLICE_EXPORT int64_t kvsplice_attend_room(const kvsplice::Problem* problem) { return kvsplice::room_of(*problem); }
 KVSPLICE_EXPORT int64_t kvsplice_decode_room(const kvsplice::Decoding* given) { return kvsplice::room_of(*given); }
 
-// Both return 0, or 1 where there is not enough memory for the rows that are unpacked.
+// All return 0, or 1 where there is not enough memory for the rows that are unpacked.
 KVSPLICE_EXPORT int kvsplice_attend(const kvsplice::Problem* problem) {
   int failed = 0;
 #pragma omp parallel num_threads(problem->threads) reduction(max : failed)
@@ -25,7 +25,8 @@ KVSPLICE_EXPORT int kvsplice_decode(const kvsplice::Decoding* given) {
   return failed;
 }
 
-KVSPLICE_EXPORT void kvsplice_pack(const kvsplice::Packing* packing) {
+KVSPLICE_EXPORT int kvsplice_pack(const kvsplice::Packing* packing) {
 #pragma omp parallel num_threads(packing->threads)
   kvsplice::pack(*packing);
+  return 0;
 }
