@@ -5,6 +5,7 @@ The library knows nothing of PyTorch: it is handed addresses and sizes.
 Legend: as in `streaming`.
 """
 
+import contextlib
 import ctypes
 import functools
 from typing import Any, NamedTuple, TypeGuard
@@ -344,8 +345,10 @@ def _attend(
 
 
 def _run(function: Any, given: ctypes.Structure) -> None:
-    # Under a name of its own, so that a profile shows the time.
-    with torch.profiler.record_function(function.__name__.replace("_", "::", 1)):
+    # Under a name of its own, so that a profile shows the time; without a profile the name alone would cost some.
+    profiled = getattr(torch.autograd.profiler, "_is_profiler_enabled", False)
+    name = function.__name__.replace("_", "::", 1)
+    with torch.profiler.record_function(name) if profiled else contextlib.nullcontext():
         failed = function(ctypes.byref(given))
     if failed:
         raise MemoryError("The C++ code got no memory for the rows that it unpacks.")
