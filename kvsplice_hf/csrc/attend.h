@@ -44,7 +44,6 @@ struct Problem {
   float* sizes;   // logarithms of sums of exponentiated scores, [B, M]
 };
 
-constexpr int kCacheLine = 64;
 // Rows of a packed tile: several strips, so that summing over lanes weighs less. Rows of numbers need none of it.
 constexpr int kMostRows = 4 * kStrip;
 constexpr int kMostQueries = 128;  // that pass over a tile together: their weights should stay in the cache
@@ -195,10 +194,6 @@ inline void unpack(const Problem& problem, const Tile& tile, const Room& room) {
 template <class Number>
 void turn(const Problem& problem, const Tile& tile, float* columns) {
   const uint8_t* rows = rows_of(problem, tile);
-  const uint8_t* beyond = problem.data + tile.sequence * problem.batch_stride + problem.rows * problem.row_stride;
-  // The next tile is asked for meanwhile, in the order in which it lies in memory: 16 rows at a time are more streams than
-  // a processor foresees.
-  const uint8_t* ahead = rows + kStrip * problem.row_stride;
   for (int64_t row = 0; row < kStrip; row += kLanes) {
     const Number* lines[kLanes];
     for (int index = 0; index < kLanes; ++index) {
@@ -206,10 +201,6 @@ void turn(const Problem& problem, const Tile& tile, float* columns) {
       lines[index] = reinterpret_cast<const Number*>(rows + present * problem.row_stride);
     }
     for (int64_t column = 0; column < problem.columns; column += kLanes) {
-      for (size_t index = 0; index < kLanes * sizeof(Number) * kLanes / kCacheLine && ahead < beyond; ++index) {
-        __builtin_prefetch(ahead, 0, 2);
-        ahead += kCacheLine;
-      }
       const int64_t present = smaller(kLanes, problem.columns - column);
       Floats block[kLanes];
       for (int index = 0; index < kLanes; ++index) block[index] = first_floats(lines[index] + column, present);
@@ -239,14 +230,14 @@ inline void mix_from_columns(const Problem& problem, const Partial& partial, con
 // The columns in front that fill whole vectors. Returns how many.
 template <class Number>
 int64_t mix_from_rows(const Problem& problem, const Tile& tile, const Partial& partial, const Room& room, int64_t start,
-                      int64_t queries) {
+                      int64_t queries, Ahead& ahead) {
   const Number* rows = reinterpret_cast<const Number*>(rows_of(problem, tile));
   const int64_t stride = problem.row_stride / sizeof(Number), whole = problem.mixed / kLanes;
   in_groups<kMixedTogether>(queries, [&]<int heads>(int64_t head) {
     in_groups<4>(whole, [&]<int vectors>(int64_t vector) {
       mix_rows<Number, heads, vectors>(rows + vector * kLanes, stride, tile.count, room.weights + head * kMostRows,
                                        kMostRows, partial.sums + (start + head) * partial.width + vector * kLanes,
-                                       partial.width);
+                                       partial.width, ahead);
     });
   });
   return whole * kLanes;
@@ -263,6 +254,9 @@ inline void hide(const Problem& problem, const Tile& tile, float* scores) {
 inline void attend_tile(const Problem& problem, const Tile& tile, const Partial& partial, const Room& room) {
   const Codec& codec = problem.codec;
   const int64_t strips = (tile.count + kStrip - 1) / kStrip, padded = strips * kStrip;
+  Ahead ahead;
+  ahead.next = rows_of(problem, tile) + tile.count * problem.row_stride;
+  ahead.end = rows_of(problem, tile) + smaller(2 * tile.count, problem.rows - tile.first) * problem.row_stride;
   if (problem.kind == kPacked) unpack(problem, tile, room);
   if (problem.kind == kFloat32) turn<float>(problem, tile, room.columns);
   if (problem.kind == kBfloat16) turn<Bfloat16>(problem, tile, room.columns);
@@ -273,7 +267,7 @@ inline void attend_tile(const Problem& problem, const Tile& tile, const Partial&
       const float* columns = room.columns + row / kStrip * room.strip_stride + row % kStrip;
       in_groups<kScoredTogether>(queries, [&]<int heads>(int64_t head) {
         score_columns<heads>(columns, codec.gained, problem.columns, query + head, problem.queries, room.gains + row,
-                             room.weights + head * kMostRows + row, kMostRows);
+                             room.weights + head * kMostRows + row, kMostRows, ahead);
       });
     }
     for (int64_t head = 0; head < queries; ++head) {
@@ -286,8 +280,8 @@ inline void attend_tile(const Problem& problem, const Tile& tile, const Partial&
       }
     }
     int64_t mixed = 0;
-    if (problem.kind == kFloat32) mixed = mix_from_rows<float>(problem, tile, partial, room, start, queries);
-    if (problem.kind == kBfloat16) mixed = mix_from_rows<Bfloat16>(problem, tile, partial, room, start, queries);
+    if (problem.kind == kFloat32) mixed = mix_from_rows<float>(problem, tile, partial, room, start, queries, ahead);
+    if (problem.kind == kBfloat16) mixed = mix_from_rows<Bfloat16>(problem, tile, partial, room, start, queries, ahead);
     if (mixed < problem.mixed) mix_from_columns(problem, partial, room, strips, start, queries, mixed);
   }
 }

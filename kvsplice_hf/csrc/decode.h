@@ -97,11 +97,17 @@ void mix(const Number* rows, int64_t stride, int64_t count, const float* weights
       sums[query * sums_stride + column] = sum;
     }
   }
+  int64_t done = 0;
+  for (; queries == 1 && done + kStretch <= vectors_in_all; done += kStretch) {
+    const int64_t column = first + done * kLanes;
+    mix_rows_once(rows + column, stride, count, weights, sums + column);
+  }
+  Ahead none;
   in_groups<kMixedTogether>(queries, [&]<int together>(int64_t query) {
-    in_groups<4>(vectors_in_all, [&]<int vectors>(int64_t vector) {
-      const int64_t column = first + vector * kLanes;
+    in_groups<4>(vectors_in_all - done, [&]<int vectors>(int64_t vector) {
+      const int64_t column = first + (done + vector) * kLanes;
       mix_rows<Number, together, vectors>(rows + column, stride, count, weights + query * weights_stride, weights_stride,
-                                          sums + query * sums_stride + column, sums_stride);
+                                          sums + query * sums_stride + column, sums_stride, none);
     });
   });
 }
@@ -116,12 +122,19 @@ void dot(const Number* rows, int64_t stride, int64_t first, int64_t last, bool e
     copy.assign(width + kLanes, Number{});
     std::memcpy(copy.data(), rows + (last - 1) * stride, width * sizeof(Number));
   }
-  for (int64_t row = first; row < last; row += kDotRows) {
+  const auto at = [&](int64_t row) {
+    const int64_t present = smaller(row, last - 1);
+    return ends && present == last - 1 ? copy.data() : rows + present * stride;
+  };
+  for (int64_t row = first; queries == 1 && row < last; row += kLanes) {
+    const Number* some[kLanes];
+    for (int index = 0; index < kLanes; ++index) some[index] = at(row + index);
+    const Floats products = dot_rows_once(some, width, query);
+    for (int64_t present = row; present < smaller(row + kLanes, last); ++present) take(0, present, products[present - row]);
+  }
+  for (int64_t row = first; queries > 1 && row < last; row += kDotRows) {
     const Number* some[kDotRows];
-    for (int index = 0; index < kDotRows; ++index) {
-      const int64_t present = smaller(row + index, last - 1);
-      some[index] = ends && present == last - 1 ? copy.data() : rows + present * stride;
-    }
+    for (int index = 0; index < kDotRows; ++index) some[index] = at(row + index);
     in_groups<kDotQueries>(queries, [&]<int together>(int64_t start) {
       float products[kDotQueries * kDotRows];
       dot_rows<Number, together>(some, width, query + start * query_stride, query_stride, products, kDotRows);
@@ -134,7 +147,7 @@ void dot(const Number* rows, int64_t stride, int64_t first, int64_t last, bool e
   }
 }
 
-constexpr int kColumnsAtOnce = 4 * kLanes, kCodesAtOnce = 2 * kLanes, kRowsAtOnce = 32;
+constexpr int kColumnsAtOnce = kStretch * kLanes, kCodesAtOnce = 2 * kLanes, kRowsAtOnce = 32;
 
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 

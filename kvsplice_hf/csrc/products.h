@@ -12,7 +12,22 @@ constexpr int kRowVectors = 2, kScoredTogether = 6, kMixedTogether = 3;
 constexpr int kRowVectors = 4, kScoredTogether = 6, kMixedTogether = 6;
 #endif
 constexpr int kSummedTogether = 4;
+constexpr int kStretch = kLanes == 8 ? 8 : 16;  // vectors that one query takes of a row
 static_assert(kRowVectors * kLanes <= kStrip && kSummedTogether <= kLanes);
+
+// Memory that is wanted next, asked for a line at a time between products: asked for at once, it would have to be waited
+// for; and tiles are read in an order that a processor does not foresee.
+struct Ahead {
+  static constexpr int kLine = 64;
+  const uint8_t *next = nullptr, *end = nullptr;
+
+  void ask() {
+    if (next < end) {
+      __builtin_prefetch(next, 0, 2);
+      next += kLine;
+    }
+  }
+};
 
 // Calls `run<count>(first)` for groups of at most `most` of `total` things, of nearly the same size.
 template <int most, class Run>
@@ -36,10 +51,11 @@ inline void in_groups(int64_t total, Run&& run) {
 // Scores of kRowVectors vectors of rows: sums over columns, those with the gain of their row first.
 template <int heads>
 void score_columns(const float* columns, int64_t gained, int64_t count, const float* query, int64_t query_stride,
-                   const float* gains, float* scores, int64_t scores_stride) {
+                   const float* gains, float* scores, int64_t scores_stride, Ahead& ahead) {
   Floats products[heads][kRowVectors] = {};
   auto add = [&](int64_t first, int64_t last) {
     for (int64_t column = first; column < last; ++column) {
+      ahead.ask();
       for (int head = 0; head < heads; ++head) {
         const Floats of_query = all(query[column * query_stride + head]);
         for (int index = 0; index < kRowVectors; ++index) {
@@ -90,9 +106,10 @@ void mix_columns(const float* columns, int64_t strip_stride, int64_t strips, int
 // Adds weighted rows to sums, `vectors` vectors of columns at a time: no lanes to be summed.
 template <class Number, int heads, int vectors>
 void mix_rows(const Number* rows, int64_t stride, int64_t count, const float* weights, int64_t weights_stride, float* sums,
-              int64_t sums_stride) {
+              int64_t sums_stride, Ahead& ahead) {
   Floats mixed[heads][vectors] = {};
   for (int64_t row = 0; row < count; ++row, rows += stride) {
+    ahead.ask();
     Floats numbers[vectors];
     for (int index = 0; index < vectors; ++index) numbers[index] = kept(floats(rows + index * kLanes));
     for (int head = 0; head < heads; ++head) {
@@ -128,6 +145,37 @@ void dot_rows(const Number* const rows[kDotRows], int64_t width, const float* qu
   for (int index = 0; index < queries; ++index) {
     std::memcpy(products + index * products_stride, found + index * kDotRows, kDotRows * sizeof(float));
   }
+}
+
+// The same two for one query, which leaves nothing to do but to read the rows: one after the other, in whole stretches.
+
+template <class Number>
+void mix_rows_once(const Number* rows, int64_t stride, int64_t count, const float* weights, float* sums) {
+  Floats mixed[kStretch] = {};
+  for (int64_t row = 0; row < count; ++row, rows += stride) {
+    const Floats weight = all(weights[row]);
+    for (int index = 0; index < kStretch; ++index) mixed[index] += weight * floats(rows + index * kLanes);
+  }
+  for (int index = 0; index < kStretch; ++index) {
+    store(sums + index * kLanes, floats(sums + index * kLanes) + mixed[index]);
+  }
+}
+
+// Products of kLanes rows.
+template <class Number>
+Floats dot_rows_once(const Number* const rows[kLanes], int64_t width, const float* query) {
+  Floats sums[kLanes];
+  for (int row = 0; row < kLanes; ++row) {
+    Floats even = {}, odd = {};
+    int64_t column = 0;
+    for (; column + 2 * kLanes <= width; column += 2 * kLanes) {
+      even += floats(query + column) * floats(rows[row] + column);
+      odd += floats(query + column + kLanes) * floats(rows[row] + column + kLanes);
+    }
+    for (; column < width; column += kLanes) even += floats(query + column) * floats(rows[row] + column);
+    sums[row] = even + odd;
+  }
+  return lane_sums(sums);
 }
 
 }  // namespace kvsplice
