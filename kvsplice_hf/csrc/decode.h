@@ -1,8 +1,8 @@
 // The attention of one new token per sequence, from its query to its output, on the CPU: the C++ twin of
 // `kvsplice_hf.absorbed` where all queries are of one token, and without gradients.
 //
-// A step of a small model is a handful of small products per layer; starting each of them from PyTorch takes longer than
-// the product. See `kvsplice_hf.absorbed` for what is computed.
+// A step of a small model is a handful of small products per layer; starting each of them from PyTorch takes longer
+// than the product. See `kvsplice_hf.absorbed` for what is computed.
 //
 // Legend: B sequences, H heads, K exact tokens, S stored rows, R, r, P, N, V as in `kvsplice_hf.absorbed`.
 #pragma once
@@ -22,7 +22,7 @@ struct Numbers {
 struct Decoding {
   Problem rows;  // whose query, output, sizes and room are set here; B sequences, H queries each, r values
   int64_t latent, rank, rotated, nope, value;  // R, r, P, N, V
-  const float* query;     // [B, H, N + P]
+  const float* query;                          // [B, H, N + P]
   Numbers keys, values;   // the halves of kv_b_proj: [H, N, R] and [H, V, R], whose rows are contiguous
   int64_t head_stride;    // numbers from one head to the next, in both
   Numbers expand;         // [R, r]
@@ -36,13 +36,13 @@ struct Decoding {
 
 // What goes from step to step, for each of the B H queries.
 struct DecodingRoom {
-  int64_t latent, rank, shared;  // numbers from one query to the next
-  float *latents;                // queries against latents, [latent]
-  float *divided;                // the same over the divisors; later on mixed latents
-  float *codes;                  // queries against codes; later on mixed codes, [rank]
+  int64_t latent, rank, shared;    // numbers from one query to the next
+  float* latents;                  // queries against latents, [latent]
+  float* divided;                  // the same over the divisors; later on mixed latents
+  float* codes;                    // queries against codes; later on mixed codes, [rank]
   float *queries, *mixed, *sizes;  // of `Problem`
-  float *shares;                 // of the rows, of each exact token, and of the sink, [shared]
-  float *rest;
+  float* shares;                   // of the rows, of each exact token, and of the sink, [shared]
+  float* rest;
 
   explicit DecodingRoom(const Decoding& given) {
     const int64_t queries_in_all = given.rows.batch * given.rows.queries;
@@ -60,9 +60,7 @@ struct DecodingRoom {
   }
 };
 
-inline int64_t room_of(const Decoding& given) {
-  return DecodingRoom(given).rest - given.room + room_of(given.rows);
-}
+inline int64_t room_of(const Decoding& given) { return DecodingRoom(given).rest - given.room + room_of(given.rows); }
 
 // Numbers read one at a time, whatever their type.
 inline float number_of(const float* from) { return *from; }
@@ -82,10 +80,11 @@ inline void with_type(const Numbers& numbers, Run&& run) {
   }
 }
 
-// Sums of weighted rows, for columns from `first` up to `last`: [count, stride] rows, [queries, weights_stride] weights.
+// Sums of weighted rows, for columns from `first` up to `last`: [count, stride] rows, [queries, weights_stride]
+// weights.
 template <class Number>
-void mix(const Number* rows, int64_t stride, int64_t count, const float* weights, int64_t weights_stride, int64_t queries,
-         int64_t first, int64_t last, float* sums, int64_t sums_stride) {
+void mix(const Number* rows, int64_t stride, int64_t count, const float* weights, int64_t weights_stride,
+         int64_t queries, int64_t first, int64_t last, float* sums, int64_t sums_stride) {
   const int64_t vectors_in_all = (last - first) / kLanes, tail = first + vectors_in_all * kLanes;
   for (int64_t query = 0; query < queries; ++query) {
     std::memset(sums + query * sums_stride + first, 0, (last - first) * sizeof(float));
@@ -106,35 +105,38 @@ void mix(const Number* rows, int64_t stride, int64_t count, const float* weights
   in_groups<kMixedTogether>(queries, [&]<int together>(int64_t query) {
     in_groups<4>(vectors_in_all - done, [&]<int vectors>(int64_t vector) {
       const int64_t column = first + (done + vector) * kLanes;
-      mix_rows<Number, together, vectors>(rows + column, stride, count, weights + query * weights_stride, weights_stride,
-                                          sums + query * sums_stride + column, sums_stride, none);
+      mix_rows<Number, together, vectors>(rows + column, stride, count, weights + query * weights_stride,
+                                          weights_stride, sums + query * sums_stride + column, sums_stride, none);
     });
   });
 }
 
-// Products of the rows from `first` up to `last` with queries, given to `take(query, row, product)`.
-// `ends` says whether the tensor ends with the last of these rows.
+// Products of the rows from `first` up to `last` with queries, given to `take(query, row, product)`. Whole vectors are
+// read; rows whose last vector reaches beyond the `available` numbers are copied, with 0 behind them.
 template <class Number, class Take>
-void dot(const Number* rows, int64_t stride, int64_t first, int64_t last, bool ends, int64_t width, const float* query,
-         int64_t query_stride, int64_t queries, Take&& take) {
-  thread_local std::vector<Number> copy;
-  if (ends) {
-    copy.assign(width + kLanes, Number{});
-    std::memcpy(copy.data(), rows + (last - 1) * stride, width * sizeof(Number));
-  }
-  const auto at = [&](int64_t row) {
-    const int64_t present = smaller(row, last - 1);
-    return ends && present == last - 1 ? copy.data() : rows + present * stride;
+void dot(const Number* rows, int64_t stride, int64_t available, int64_t first, int64_t last, int64_t width,
+         const float* query, int64_t query_stride, int64_t queries, Take&& take) {
+  thread_local std::vector<Number> copies;
+  const int64_t whole = round_up(width, kLanes);
+  copies.resize(kLanes * whole);
+  const auto at = [&](int64_t row, int index) -> const Number* {
+    const Number* present = rows + smaller(row + index, last - 1) * stride;
+    if (present + whole <= rows + available) return present;
+    Number* copy = copies.data() + index * whole;
+    std::memcpy(copy, present, width * sizeof(Number));
+    std::memset(copy + width, 0, (whole - width) * sizeof(Number));
+    return copy;
   };
   for (int64_t row = first; queries == 1 && row < last; row += kLanes) {
     const Number* some[kLanes];
-    for (int index = 0; index < kLanes; ++index) some[index] = at(row + index);
+    for (int index = 0; index < kLanes; ++index) some[index] = at(row, index);
     const Floats products = dot_rows_once(some, width, query);
-    for (int64_t present = row; present < smaller(row + kLanes, last); ++present) take(0, present, products[present - row]);
+    for (int64_t present = row; present < smaller(row + kLanes, last); ++present)
+      take(0, present, products[present - row]);
   }
   for (int64_t row = first; queries > 1 && row < last; row += kDotRows) {
     const Number* some[kDotRows];
-    for (int index = 0; index < kDotRows; ++index) some[index] = at(row + index);
+    for (int index = 0; index < kDotRows; ++index) some[index] = at(row, index);
     in_groups<kDotQueries>(queries, [&]<int together>(int64_t start) {
       float products[kDotQueries * kDotRows];
       dot_rows<Number, together>(some, width, query + start * query_stride, query_stride, products, kDotRows);
@@ -156,8 +158,8 @@ inline void absorb_query(const Decoding& given, const DecodingRoom& room, int64_
   const int64_t width = given.nope + given.rotated, heads = given.rows.queries;
   const int64_t first = block * kColumnsAtOnce, last = smaller(first + kColumnsAtOnce, given.latent);
   with_type(given.keys, [&](const auto* keys) {
-    mix(keys + head * given.head_stride, given.latent, given.nope, given.query + head * width,
-        heads * width, given.rows.batch, first, last, room.latents + head * room.latent, heads * room.latent);
+    mix(keys + head * given.head_stride, given.latent, given.nope, given.query + head * width, heads * width,
+        given.rows.batch, first, last, room.latents + head * room.latent, heads * room.latent);
   });
   for (int64_t sequence = 0; sequence < given.rows.batch; ++sequence) {
     const int64_t start = (sequence * heads + head) * room.latent;
@@ -197,9 +199,11 @@ inline float exact_score(const Decoding& given, const DecodingRoom& room, int64_
     }
   });
   if (rows.kind != kPacked) {  // whose rows hold the rotated numbers as they are
-    const Numbers stored = {rows.data + sequence * rows.batch_stride + position * rows.row_stride, rows.kind == kBfloat16};
+    const Numbers stored = {rows.data + sequence * rows.batch_stride + position * rows.row_stride,
+                            rows.kind == kBfloat16};
     with_type(stored, [&](const auto* row) {
-      for (int64_t column = 0; column < given.rotated; ++column) sum += rotated[column] * number_of(row + given.rank + column);
+      for (int64_t column = 0; column < given.rotated; ++column)
+        sum += rotated[column] * number_of(row + given.rank + column);
     });
   }
   const float bias = rows.bias ? bias_of(rows, sequence, flat % rows.queries)[position] : 0.0f;
@@ -223,7 +227,8 @@ inline void prepare(const Decoding& given, const DecodingRoom& room, int64_t fla
     for (int64_t column = 0; column < given.latent; ++column) {
       constant += room.latents[flat * room.latent + column] * given.offset[column];
     }
-    shares[room.shared - 1] = given.sinks[flat % given.rows.queries] - constant * static_cast<float>(given.rows.scaling);
+    shares[room.shared - 1] =
+        given.sinks[flat % given.rows.queries] - constant * static_cast<float>(given.rows.scaling);
   }
 }
 
@@ -250,7 +255,7 @@ inline void expand_mixed(const Decoding& given, const DecodingRoom& room, int64_
   const int64_t width = given.latent + (rows.kind == kPacked ? given.rotated : 0);
   with_type(given.expand, [&](const auto* expand) {
     with_type(given.exact, [&](const auto* exact) {
-      dot(expand, given.rank, first, last, last == given.latent, given.rank, room.codes, room.rank,
+      dot(expand, given.rank, given.latent * given.rank, first, last, given.rank, room.codes, room.rank,
           rows.batch * rows.queries, [&](int64_t flat, int64_t number, float product) {
             const float* shares = room.shares + flat * room.shared;
             float sum = product / (given.divisors ? given.divisors[number] : 1.0f) + shares[0] * given.offset[number];
@@ -269,9 +274,10 @@ inline void absorb_output(const Decoding& given, const DecodingRoom& room, int64
   const int64_t heads = given.rows.queries;
   const int64_t first = block * kRowsAtOnce, last = smaller(first + kRowsAtOnce, given.value);
   with_type(given.values, [&](const auto* values) {
-    dot(values + head * given.head_stride, given.latent, first, last, head + 1 == heads && last == given.value,
-        given.latent, room.divided + head * room.latent, heads * room.latent, given.rows.batch,
-        [&](int64_t sequence, int64_t number, float product) {
+    const int64_t available = (heads - 1 - head) * given.head_stride + given.value * given.latent;
+    const float* mixed = room.divided + head * room.latent;
+    dot(values + head * given.head_stride, given.latent, available, first, last, given.latent, mixed,
+        heads * room.latent, given.rows.batch, [&](int64_t sequence, int64_t number, float product) {
           given.output[(sequence * heads + head) * given.value + number] = product;
         });
   });

@@ -1,6 +1,7 @@
 // Vectors of the width of this processor, and the few operations on them that a compiler does not give.
 //
-// Written with the vector extensions that GCC and Clang share, so that one source serves AVX-512, AVX2, NEON and others.
+// Written with the vector extensions that GCC and Clang share, so that one source serves AVX-512, AVX2, NEON and
+// others.
 #pragma once
 
 #include <cstdint>
@@ -41,8 +42,8 @@ inline void store(void* to, Vector value) {
 }
 
 inline Floats all(float value) { return value - Floats{}; }
-// A vector that is used several times, as one that stays in a register: compilers like to read it from memory at each use,
-// and loads are what the products below would wait for.
+// A vector that is used several times, as one that stays in a register: compilers like to read it from memory at each
+// use, and loads are what the products below would wait for.
 inline Floats kept(Floats vector) {
 #if defined(__x86_64__)
   asm("" : "+v"(vector));
@@ -57,9 +58,7 @@ struct Bfloat16 {
 };
 
 inline Floats floats(const float* from) { return load<Floats>(from); }
-inline Floats floats(const Bfloat16* from) {
-  return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16);
-}
+inline Floats floats(const Bfloat16* from) { return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16); }
 
 // The first `count` numbers, and 0.
 template <class Number>
@@ -71,9 +70,7 @@ inline Floats first_floats(const Number* from, int64_t count) {
 }
 
 // In two steps, because GCC 12 takes lane by lane what it should do in one.
-inline Ints from_bytes(Bytes bytes) {
-  return __builtin_convertvector(__builtin_convertvector(bytes, Halves), Ints);
-}
+inline Ints from_bytes(Bytes bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, Halves), Ints); }
 
 // exp(x) for x <= 0, to one unit in the last place or two; 0 where it would not be a normal number.
 // 2^n * e^f with |f| <= log(2) / 2, and a polynomial for e^f (the coefficients of Cephes, expf).
@@ -113,11 +110,11 @@ inline Floats look_up(const Floats* table, int, Ints) { return table[0]; }
 template <int block>
 struct Blocks;
 
-#define KVSPLICE_BLOCKS(block, even_lanes, odd_lanes)                                                                  \
-  template <>                                                                                                          \
-  struct Blocks<block> {                                                                                               \
-    static Floats even(Floats a, Floats b) { return __builtin_shufflevector(a, b, KVSPLICE_LANES_OF even_lanes); }     \
-    static Floats odd(Floats a, Floats b) { return __builtin_shufflevector(a, b, KVSPLICE_LANES_OF odd_lanes); }       \
+#define KVSPLICE_BLOCKS(block, even_lanes, odd_lanes)                                                              \
+  template <>                                                                                                      \
+  struct Blocks<block> {                                                                                           \
+    static Floats even(Floats a, Floats b) { return __builtin_shufflevector(a, b, KVSPLICE_LANES_OF even_lanes); } \
+    static Floats odd(Floats a, Floats b) { return __builtin_shufflevector(a, b, KVSPLICE_LANES_OF odd_lanes); }   \
   };
 #define KVSPLICE_LANES_OF(...) __VA_ARGS__
 
@@ -139,8 +136,8 @@ KVSPLICE_BLOCKS(2, (0, 1, 4, 5), (2, 3, 6, 7))
 KVSPLICE_BLOCKS(1, (0, 4, 2, 6), (1, 5, 3, 7))
 #endif
 
-// The sums over the lanes of each of `kLanes` vectors, as one vector. Two vectors share a register half by half, four of
-// them quarter by quarter, and so on: three operations per vector, where summing each on its own takes nine.
+// The sums over the lanes of each of `kLanes` vectors, as one vector. Two vectors share a register half by half, four
+// of them quarter by quarter, and so on: three operations per vector, where summing each on its own takes nine.
 template <int block = 1>
 inline Floats lane_sums(const Floats* vectors) {
   if constexpr (block == kLanes) {

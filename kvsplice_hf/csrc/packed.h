@@ -17,16 +17,17 @@ struct Field {
   int32_t byte, shift, bits, place;
 };
 
-// The rows of one codec. A column is `sinh(slope * code + start)`, times the gain of the row for the first `gained` ones;
-// behind them come `raw` columns of bf16 numbers. Number `index[i]` of a row is its base and `scale(i)` times column i.
+// The rows of one codec. A column is `sinh(slope * code + start)`, times the gain of the row for the first `gained`
+// ones; behind them come `raw` columns of bf16 numbers. Number `index[i]` of a row is its base and `scale(i)` times
+// column i.
 struct Codec {
   int64_t coded, raw, gained, has_gain, row_bytes;
-  const Field* fields;            // [coded, kMostFields]; 0 bits where a code has fewer
+  const Field* fields;                     // [coded, kMostFields]; 0 bits where a code has fewer
   const float *slopes, *starts, *reaches;  // [coded]; the reach is the sinh at the largest level
-  const float* gains;             // of each byte, [256]
-  const int64_t* index;           // [coded + raw]
-  const float *scales, *centres;  // [n]
-  const uint8_t* widths;          // [n]
+  const float* gains;                      // of each byte, [256]
+  const int64_t* index;                    // [coded + raw]
+  const float *scales, *centres;           // [n]
+  const uint8_t* widths;                   // [n]
 
   float scale(int64_t column) const { return column < coded ? scales[index[column]] / reaches[column] : 1.0f; }
   float base(int64_t number) const { return widths[number] == 16 ? 0.0f : centres[number]; }
@@ -43,8 +44,8 @@ inline void exchange(Words& low, Words& high, int shift, uint64_t mask) {
   low ^= differing << shift;
 }
 
-// The bytes of up to `kStrip` rows as one line per byte of a row, [bytes up to a multiple of 8, kStrip]. Lines of missing
-// rows repeat the last one.
+// The bytes of up to `kStrip` rows as one line per byte of a row, [bytes up to a multiple of 8, kStrip]. Lines of
+// missing rows repeat the last one.
 inline void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
   alignas(64) uint64_t words[8][8];
   for (int64_t byte = 0; byte < row_bytes; byte += 8) {
@@ -121,7 +122,8 @@ inline void lines_to_columns(const Codec& codec, const uint8_t* lines, float* co
     alignas(64) uint8_t codes[kStrip];
     store(codes, codes_of(codec.fields + column * kMostFields, lines));
     levels.prepare(codec.slopes[column], codec.starts[column], codec.widths[codec.index[column]]);
-    for (int row = 0; row < kStrip; row += kLanes) store(columns + row, levels.of(from_bytes(load<Bytes>(codes + row))));
+    for (int row = 0; row < kStrip; row += kLanes)
+      store(columns + row, levels.of(from_bytes(load<Bytes>(codes + row))));
   }
   const uint8_t* line = lines + codec.has_gain * kStrip;
   for (int64_t column = 0; column < codec.raw; ++column, columns += kStrip, line += 2 * kStrip) {

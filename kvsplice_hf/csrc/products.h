@@ -15,8 +15,8 @@ constexpr int kSummedTogether = 4;
 constexpr int kStretch = kLanes == 8 ? 8 : 16;  // vectors that one query takes of a row
 static_assert(kRowVectors * kLanes <= kStrip && kSummedTogether <= kLanes);
 
-// Memory that is wanted next, asked for a line at a time between products: asked for at once, it would have to be waited
-// for; and tiles are read in an order that a processor does not foresee.
+// Memory that is wanted next, asked for a line at a time between products: asked for at once, it would have to be
+// waited for; and tiles are read in an order that a processor does not foresee.
 struct Ahead {
   static constexpr int kLine = 64;
   const uint8_t *next = nullptr, *end = nullptr;
@@ -36,12 +36,24 @@ inline void in_groups(int64_t total, Run&& run) {
     const int64_t groups = (total - first + most - 1) / most;
     count = (total - first + groups - 1) / groups;
     switch (count) {
-      case 1: run.template operator()<1>(first); break;
-      case 2: if constexpr (most >= 2) run.template operator()<2>(first); break;
-      case 3: if constexpr (most >= 3) run.template operator()<3>(first); break;
-      case 4: if constexpr (most >= 4) run.template operator()<4>(first); break;
-      case 5: if constexpr (most >= 5) run.template operator()<5>(first); break;
-      case 6: if constexpr (most >= 6) run.template operator()<6>(first); break;
+      case 1:
+        run.template operator()<1>(first);
+        break;
+      case 2:
+        if constexpr (most >= 2) run.template operator()<2>(first);
+        break;
+      case 3:
+        if constexpr (most >= 3) run.template operator()<3>(first);
+        break;
+      case 4:
+        if constexpr (most >= 4) run.template operator()<4>(first);
+        break;
+      case 5:
+        if constexpr (most >= 5) run.template operator()<5>(first);
+        break;
+      case 6:
+        if constexpr (most >= 6) run.template operator()<6>(first);
+        break;
     }
   }
 }
@@ -105,8 +117,8 @@ void mix_columns(const float* columns, int64_t strip_stride, int64_t strips, int
 
 // Adds weighted rows to sums, `vectors` vectors of columns at a time: no lanes to be summed.
 template <class Number, int heads, int vectors>
-void mix_rows(const Number* rows, int64_t stride, int64_t count, const float* weights, int64_t weights_stride, float* sums,
-              int64_t sums_stride, Ahead& ahead) {
+void mix_rows(const Number* rows, int64_t stride, int64_t count, const float* weights, int64_t weights_stride,
+              float* sums, int64_t sums_stride, Ahead& ahead) {
   Floats mixed[heads][vectors] = {};
   for (int64_t row = 0; row < count; ++row, rows += stride) {
     ahead.ask();
@@ -125,12 +137,12 @@ void mix_rows(const Number* rows, int64_t stride, int64_t count, const float* we
   }
 }
 
-// Products of rows with queries, kDotRows rows at a time. Queries are `width` numbers, filled up with 0 to whole vectors;
-// rows are read as far, so that the last row of a tensor needs a copy with as much behind it.
+// Products of rows with queries, kDotRows rows at a time. Queries are `width` numbers, filled up with 0 to whole
+// vectors; rows are read as far, whatever is there.
 constexpr int kDotRows = 4, kDotQueries = kLanes / kDotRows;
 template <class Number, int queries>
-void dot_rows(const Number* const rows[kDotRows], int64_t width, const float* query, int64_t query_stride, float* products,
-              int64_t products_stride) {
+void dot_rows(const Number* const rows[kDotRows], int64_t width, const float* query, int64_t query_stride,
+              float* products, int64_t products_stride) {
   Floats sums[kLanes] = {};
   for (int64_t column = 0; column < width; column += kLanes) {
     Floats numbers[kDotRows];
