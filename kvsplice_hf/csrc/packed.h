@@ -82,7 +82,7 @@ inline Line codes_of(const Field* fields, const uint8_t* lines) {
   return (Line)codes;
 }
 
-// sinh(x) / x as a polynomial in x^2, for |x| up to the largest bend: see `kvsplice_hf.unpacking`.
+// sinh(x) / x as a polynomial in x^2, for |x| up to the largest bend: see `kvsplice_hf.codec`.
 inline Floats sinh_of(Floats x) {
   const Floats square = x * x;
   Floats sum = square * 3.1881204272216436e-06f + 0.00019595608535080897f;
