@@ -206,6 +206,11 @@ class RowCodec(nn.Module):
         """See `read_columns`, [n]."""
         return torch.where(self.widths == 16, 0.0, self.centres.detach())
 
+    def value_columns(self, value_dim: int) -> int:
+        """How many columns, from the first, hold all of the first `value_dim` coordinates; see `read_columns`."""
+        nothing_behind = self.gains_all and len(self.sigmas) >= value_dim
+        return self.gained_columns if nothing_behind else len(self.column_index)
+
     def train_steps(self, mode: bool = True) -> "RowCodec":
         """Make the scales and centres parameters, which an optimiser can train through `round_trip`, or undo that."""
         for name in ("scales", "centres"):

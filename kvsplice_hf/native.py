@@ -369,9 +369,7 @@ def _problem(
         raise ConfigError(f"Got rows {list(rows.shape)} with strides {rows.stride()} for {batch} sequences of queries.")
     columns, mixed = dim, value_dim
     if codec is not None:
-        columns = len(codec.column_index)
-        no_value_behind = codec.gains_all and len(codec.sigmas) >= value_dim
-        mixed = codec.gained_columns if no_value_behind else columns
+        columns, mixed = len(codec.column_index), codec.value_columns(value_dim)
     threads = _threads(batch * queries * rows.shape[1] * (columns + mixed))
     return _Problem(
         batch=batch,

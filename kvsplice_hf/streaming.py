@@ -137,7 +137,7 @@ def attend_packed(
     index, gained = codec.column_index, codec.gained_columns
     scaled = query[..., index] * codec.column_scales
     base = (query @ codec.base)[..., None]  # [B, M, 1]
-    only_gained = codec.gains_all and len(codec.sigmas) >= value_dim  # so that no value lies behind them
+    back_has_values = codec.value_columns(value_dim) > gained
     running = _Running(dropout)
     batch, rows = packed.shape[:2]
     size = max(rows // _SMALLEST_SHARE, _SMALLEST_BLOCK)
@@ -150,7 +150,7 @@ def attend_packed(
         else:
             front, back = columns[:, :gained], columns[:, gained:]
             scores = torch.addcmul(base + scaled[..., gained:] @ back, scaled[..., :gained] @ front, gains)
-            mix = functools.partial(_mix_gained, front, back, gains, not only_gained)
+            mix = functools.partial(_mix_gained, front, back, gains, back_has_values)
         running.add(_biased(scores, bias, block), mix)
     sums, lse = running.result()
     mixed = codec.base.expand(*sums.shape[:2], -1).index_add(-1, index, sums * codec.column_scales)

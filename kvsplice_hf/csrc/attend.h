@@ -254,7 +254,7 @@ inline void hide(const Problem& problem, const Tile& tile, float* scores) {
 
 inline void attend_tile(const Problem& problem, const Tile& tile, const Partial& partial, const Room& room) {
   const Codec& codec = problem.codec;
-  const int64_t strips = (tile.count + kStrip - 1) / kStrip, padded = strips * kStrip;
+  const int64_t strips = blocks_of(tile.count, kStrip), padded = strips * kStrip;
   Ahead ahead;
   ahead.next = rows_of(problem, tile) + tile.count * problem.row_stride;
   ahead.end = rows_of(problem, tile) + smaller(2 * tile.count, problem.rows - tile.first) * problem.row_stride;
@@ -300,7 +300,7 @@ inline bool attend_part(const Problem& problem, int64_t sequence, int64_t split)
   if (memory == nullptr) return false;
   const Room room(problem, memory);
   for (int64_t row = 0; row < kMostRows; ++row) room.gains[row] = 1.0f;
-  const int64_t each = round_up((problem.rows + problem.splits - 1) / problem.splits, kStrip);
+  const int64_t each = round_up(blocks_of(problem.rows, problem.splits), kStrip);
   const int64_t last = smaller((split + 1) * each, problem.rows);
   const int64_t most = problem.kind == kPacked ? kMostRows : kStrip;
   for (int64_t first = split * each; first < last; first += most) {

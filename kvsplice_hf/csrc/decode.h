@@ -151,8 +151,6 @@ void dot(const Number* rows, int64_t stride, int64_t available, int64_t first, i
 
 constexpr int kColumnsAtOnce = kStretch * kLanes, kCodesAtOnce = 2 * kLanes, kRowsAtOnce = 32;
 
-inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 // Queries against latents: a block of columns of one head, all sequences.
 inline void absorb_query(const Decoding& given, const DecodingRoom& room, int64_t head, int64_t block) {
   const int64_t width = given.nope + given.rotated, heads = given.rows.queries;

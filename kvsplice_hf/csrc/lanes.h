@@ -25,7 +25,8 @@ typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
-inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+inline int64_t round_up(int64_t count, int64_t step) { return blocks_of(count, step) * step; }
 inline int64_t smaller(int64_t one, int64_t other) { return one < other ? one : other; }
 
 // Loads and stores at any address: dereferencing a vector would assume that it is aligned.

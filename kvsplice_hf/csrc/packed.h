@@ -97,7 +97,7 @@ class Levels {
   void prepare(float slope, float start, int width) {
     if (slope == slope_ && start == start_) return;
     slope_ = slope, start_ = start;
-    vectors_ = 1 << width > kMostLookedUp ? 0 : ((1 << width) + kLanes - 1) / kLanes;
+    vectors_ = 1 << width > kMostLookedUp ? 0 : blocks_of(1 << width, kLanes);
     for (int index = 0; index < vectors_; ++index) {
       Ints codes;
       for (int lane = 0; lane < kLanes; ++lane) codes[lane] = index * kLanes + lane;

@@ -33,8 +33,8 @@ struct Ahead {
 template <int most, class Run>
 inline void in_groups(int64_t total, Run&& run) {
   for (int64_t first = 0, count; first < total; first += count) {
-    const int64_t groups = (total - first + most - 1) / most;
-    count = (total - first + groups - 1) / groups;
+    const int64_t left = total - first;
+    count = blocks_of(left, blocks_of(left, most));
     switch (count) {
       case 1:
         run.template operator()<1>(first);
