@@ -75,7 +75,8 @@ def split_weight(weight: torch.Tensor, nope_dim: int, v_dim: int) -> AbsorbedWei
 def absorbed_attention(
     query: torch.Tensor,
     latent: CompressedLatent,
-    weights: AbsorbedWeights,
+    weight: torch.Tensor,
+    v_dim: int,
     mask: torch.Tensor | None,
     scaling: float,
     *,
@@ -90,7 +91,8 @@ def absorbed_attention(
     Args:
         query: [B, H, T, N + P], the last P numbers rotated.
         latent: the stored rows, the new tokens' included.
-        weights: the halves of `kv_b_proj`.
+        weight: that of `kv_b_proj`, [H * (N + V), R].
+        v_dim: V.
         mask: [B or 1, 1, T, S], boolean (True: visible) or additive; [B, S] with nonzero at real tokens; or None for
             purely causal attention.
         scaling: factor on the scores.
@@ -106,6 +108,7 @@ def absorbed_attention(
     mask = _four_dimensional(mask, latent, query.shape[2], sliding_window)
 
     def in_torch() -> tuple[torch.Tensor, torch.Tensor | None]:
+        weights = split_weight(weight, weight.shape[0] // query.shape[1] - v_dim, v_dim)
         return _attention_in_torch(
             query, latent, weights, mask, scaling, dropout, indices, learned_sinks, return_weights
         )
@@ -113,27 +116,25 @@ def absorbed_attention(
     one_call = query.shape[2] == 1 and query.device.type == "cpu" and indices is None
     if not one_call or dropout or return_weights:
         return in_torch()
-    return decode(_step(query, latent, weights, mask, scaling, learned_sinks), lambda: in_torch()[0]), None
+    return decode(_step(query, latent, weight, v_dim, mask, scaling, learned_sinks), lambda: in_torch()[0]), None
 
 
 def _step(
     query: torch.Tensor,
     latent: CompressedLatent,
-    weights: AbsorbedWeights,
+    weight: torch.Tensor,
+    v_dim: int,
     mask: torch.Tensor | None,
     scaling: float,
     learned_sinks: torch.Tensor | None,
 ) -> native.Step:
-    expand, divisors, offset = latent.splice.expansion()
     return native.Step(
-        query=query[:, :, 0],
-        rows=latent.rows[:, 0],
+        query=query,
+        rows=latent.rows,
         codec=latent.splice.codec,
-        keys=weights.key,
-        values=weights.value,
-        expand=expand,
-        divisors=divisors,
-        offset=offset,
+        weight=weight,
+        v_dim=v_dim,
+        projection=latent.splice.weights(),
         exact=None if latent.exact is None else latent.exact.latents,
         positions=None if latent.exact is None else latent.exact.positions,
         bias=None if mask is None else _as_bias(mask)[:, 0],

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvsplice_hf.absorbed import absorbed_attention, split_weight
+from kvsplice_hf.absorbed import absorbed_attention
 from kvsplice_hf.cache import CompressedLatent, RowGeometry, SplicedLayerMixin, splice_cache_layer
 from kvsplice_hf.errors import CacheMismatchError, FoldingError, UnsupportedError
 from kvsplice_hf.offload import read_parameter
@@ -256,7 +256,8 @@ def _kvsplice_attention(
         return absorbed_attention(
             query,
             key,
-            split_weight(weight, module.qk_nope_head_dim, module.v_head_dim),
+            weight,
+            module.v_head_dim,
             attention_mask,
             scaling,
             dropout=dropout,

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 _TOLERANCE = 0.03
 # More query rows than these are a prefill, which matrix products serve well.
 _MOST_QUERIES = 1024
+# More new tokens than these are a prefill as well, when they are encoded.
+_MOST_TOKENS = 32
 # What each kind of call has shown on its first use: True for the kernel.
 _verdicts: dict[tuple[Any, ...], bool] = {}
 
@@ -78,6 +80,29 @@ def decode(step: native.Step, by_torch: Callable[[], torch.Tensor]) -> torch.Ten
         return by_torch()
     kind = ("decode", step.codec is None, step.bias is None, step.exact is None, step.query.dtype, step.rows.dtype)
     return _either(kind, lambda: native.decode(step).to(step.query.dtype), by_torch, _numbers_alike)
+
+
+def encode(
+    latent: torch.Tensor,
+    k_rot: torch.Tensor,
+    projection: native.Projection,
+    codec: RowCodec | None,
+    by_torch: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """The rows that a cache stores of a few new tokens: in one call of C++ where that serves, or by `by_torch`.
+
+    Args:
+        latent, k_rot: [..., R] and [..., P].
+        projection, codec: of the rows.
+    """
+    given = [latent, *(tensor for tensor in projection if tensor is not None), *_steps_of(codec)]
+    if k_rot.shape[-1]:
+        given.append(k_rot)
+    if latent.numel() > _MOST_TOKENS * latent.shape[-1] or _kernels_for(*given) is not native:
+        return by_torch()
+    alike = _numbers_alike if codec is None else _bytes_alike
+    kind = ("encode", codec is None, projection.offset is None, latent.dtype, projection.compress.dtype)
+    return _either(kind, lambda: native.encode(latent, k_rot, projection, codec), by_torch, alike)
 
 
 def pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:

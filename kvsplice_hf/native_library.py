@@ -31,9 +31,7 @@ _TIMEOUT_S = 300
 def load_library() -> ctypes.CDLL | None:
     """The library, or None where it cannot be had; then a warning says why."""
     try:
-        library = ctypes.CDLL(str(_compiled()))
-        library.kvsplice_attend_room.restype = library.kvsplice_decode_room.restype = ctypes.c_int64
-        return library
+        return ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or ""
         reason = next((line for line in output.splitlines() if "error" in line), str(error))

@@ -11,7 +11,8 @@ def read_parameter(module: nn.Module, name: str) -> torch.Tensor:
     Accelerate loads offloaded weights only inside the forward of the module that owns them. Code that folds a weight
     into something else does not call that forward, so it would see an empty tensor on the meta device.
     """
-    if not hasattr(module, "_hf_hook") or not has_offloaded_params(module):
+    # Looked up in the instance: what a module does not have takes long to be found missing, and this runs at each step.
+    if "_hf_hook" not in vars(module) or not has_offloaded_params(module):
         return getattr(module, name)
     with align_module_device(module):
         return getattr(module, name)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from kvsplice_hf.codec import RowCodec
-from kvsplice_hf.dispatch import pack
+from kvsplice_hf.dispatch import encode, pack
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, TrainingError
+from kvsplice_hf.native import Projection
 from kvsplice_hf.offload import read_parameter
 
 
@@ -159,8 +160,14 @@ class LearnedKVSplice(nn.Module):
 
         Numbers `[code | k_rot]` [..., r + P] in the latents' dtype, or with a codec packed bytes.
         """
-        rows = torch.cat([self.encode(latent), k_rot.to(latent.dtype)], dim=-1)
-        return rows if self.codec is None else pack(rows, self.codec)
+
+        def by_torch() -> torch.Tensor:
+            rows = torch.cat([self.encode(latent), k_rot.to(latent.dtype)], dim=-1)
+            return rows if self.codec is None else pack(rows, self.codec)
+
+        if self.code_norm is not None or latent.device.type != "cpu":
+            return by_torch()
+        return encode(latent, k_rot, self.weights(), self.codec, by_torch)
 
     def numbers(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`[code | k_rot]` [..., r + P] of stored rows; in `dtype` where they were packed."""
@@ -180,15 +187,22 @@ class LearnedKVSplice(nn.Module):
         Computed anew from the parameters at every call: R x r products cost nothing beside one read of the codes, and a
         result that is never kept can never be stale. A merged splice returns what `merge` kept.
         """
-        weight, scale, offset = self.expansion()
-        return weight if scale is None else (weight / scale[:, None]).to(weight.dtype), offset.to(weight.dtype)
-
-    def expansion(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """`(W, scale, mu)` with `decode(z) == W z / scale + mu`, which `fold` folds. A merged splice has no scale."""
         if self.is_merged:
-            return self._folded_expand, None, self._folded_offset
-        scale, shift = self._transform()
-        return read_parameter(self.expand, "weight"), scale, -shift / scale
+            return self._folded_expand, self._folded_offset
+        weight, (scale, shift) = read_parameter(self.expand, "weight"), self._transform()
+        return (weight / scale[:, None]).to(weight.dtype), (-shift / scale).to(weight.dtype)
+
+    def weights(self) -> Projection:
+        """What encoding and decoding multiply by, for the C++ code."""
+        if self.is_merged:
+            return Projection(self._folded_compress, self._folded_expand, None, None, self._folded_offset)
+        return Projection(
+            read_parameter(self.compress, "weight"),
+            read_parameter(self.expand, "weight"),
+            read_parameter(self, "transform_scale"),
+            read_parameter(self, "transform_shift"),
+            None,
+        )
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         """What is left of latents [..., R] after the round trip through their codes."""

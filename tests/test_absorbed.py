@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvsplice_hf import LearnedKVSplice, streaming
-from kvsplice_hf.absorbed import absorbed_attention, split_weight
+from kvsplice_hf.absorbed import absorbed_attention
 from kvsplice_hf.cache import CompressedLatent
 from kvsplice_hf.sinks import UNFILLED, ExactTokens
 
@@ -77,9 +77,9 @@ def padding(keys: int) -> torch.Tensor:
 
 
 def check(problem: Problem, expected: tuple[torch.Tensor, torch.Tensor], **settings: object) -> None:
-    weights = split_weight(problem.weight, N, V)
+    mask = settings.pop("mask", None)
     output, attention = absorbed_attention(
-        problem.query, problem.latent, weights, settings.pop("mask", None), SCALING, return_weights=True, **settings
+        problem.query, problem.latent, problem.weight, V, mask, SCALING, return_weights=True, **settings
     )
     absolute, relative = TOLERANCE[problem.query.dtype]
     torch.testing.assert_close(output.double(), expected[0], atol=absolute, rtol=relative)
@@ -173,7 +173,7 @@ def test_a_query_that_sees_nothing_does_not_become_nan() -> None:
     problem = make_problem(3, 9, torch.float32)
     mask = causal(3, 9).clone()
     mask[1] = False
-    output, _ = absorbed_attention(problem.query, problem.latent, split_weight(problem.weight, N, V), mask, SCALING)
+    output, _ = absorbed_attention(problem.query, problem.latent, problem.weight, V, mask, SCALING)
     assert output.isfinite().all()
 
 
@@ -182,6 +182,6 @@ def test_gradients_are_those_of_the_expanded_path() -> None:
     parameters = list(problem.latent.splice.parameters())[:1] + list(problem.latent.splice.expand.parameters())
     visible = causal(3, 9)
     expected = torch.autograd.grad(reference(problem, visible)[0].square().sum(), parameters)
-    output, _ = absorbed_attention(problem.query, problem.latent, split_weight(problem.weight, N, V), None, SCALING)
+    output, _ = absorbed_attention(problem.query, problem.latent, problem.weight, V, None, SCALING)
     for found, wanted in zip(torch.autograd.grad(output.square().sum(), parameters), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)

@@ -27,7 +27,7 @@ from kvsplice_hf import (
     patch_model_with_kvsplice,
     streaming,
 )
-from kvsplice_hf.absorbed import _attention_in_torch, _step, split_weight
+from kvsplice_hf.absorbed import _step, absorbed_attention
 from kvsplice_hf.cache import CompressedLatent
 from kvsplice_hf.errors import ConfigError, UnsupportedError
 from kvsplice_hf.sinks import UNFILLED, ExactTokens
@@ -247,15 +247,63 @@ def test_a_step_from_query_to_output_is_that_of_pytorch(
         stored = rows if kind == "packed" else rows.to(dtype)
         kept = None if tokens is None else ExactTokens(tokens.latents.to(dtype), tokens.positions)
         latent = CompressedLatent(stored, mine, kept, 1, count - 1, dtype)
-        halves = split_weight(weight.to(dtype), nope_dim, value_dim)
-        return query.to(dtype), latent, halves, visible, 0.3, None if learned is None else learned.to(dtype)
+        logits = None if learned is None else learned.to(dtype)
+        return query.to(dtype), latent, weight.to(dtype), value_dim, visible, 0.3, logits
 
     *most, logits = arguments(torch.float32)
     monkeypatch.setenv("KVSPLICE_KERNELS", "torch")
-    expected, _ = _attention_in_torch(*most, 0.0, None, logits, False)
+    expected, _ = absorbed_attention(*most, learned_sinks=logits)
     found = native.decode(_step(*arguments(dtype)))
     assert found.shape == (batch, 1, heads, value_dim)
     torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", ["numbers", "packed"])
+@pytest.mark.parametrize("dtypes", list(itertools.product([torch.float32, torch.bfloat16], repeat=2)), ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 5, 1, 0), (2, 1, 33, 17, 8), (1, 3, 48, 31, 9), (1, 1, 321, 160, 64)], ids=str
+)
+@torch.no_grad()
+def test_new_tokens_are_encoded_as_pytorch_encodes_them(
+    sizes: tuple[int, ...],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    kind: str,
+    merged: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch, tokens, latent_dim, rank, rope_dim = sizes
+    of_latents, of_weights = dtypes
+    torch.manual_seed(0)
+    splice = LearnedKVSplice(latent_dim, rank)
+    for parameter in splice.parameters():
+        parameter.normal_(0, 0.3)
+    splice = splice.to(of_weights)
+    if kind == "packed":
+        splice.codec = codec_of([4, 6, 8, 3, 16], rank + rope_dim, rank)
+    if merged:
+        splice.merge()
+    latent = torch.randn(batch, 1, tokens, latent_dim).to(of_latents)
+    k_rot = torch.randn(batch, 1, tokens, rope_dim).to(of_latents)
+    found = native.encode(latent, k_rot, splice.weights(), splice.codec)
+    monkeypatch.setenv("KVSPLICE_KERNELS", "torch")
+    expected = splice.rows(latent, k_rot)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    if kind == "numbers":
+        # Sums in another order differ in their last digit, and now and then round to the other number of bf16.
+        exact = torch.float32 in dtypes and dtypes[0] == dtypes[1]
+        torch.testing.assert_close(found, expected, atol=1e-5 if exact else 1e-2, rtol=0 if exact else 2**-7)
+        assert exact or (found != expected).float().mean() <= 0.02
+    else:
+        assert (found != expected).sum() <= 0.02 * found.numel()
+
+
+def test_a_layer_norm_on_codes_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "encode", None)
+    splice = LearnedKVSplice(8, 4, use_layernorm=True)
+    with torch.no_grad():
+        rows = splice.rows(torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 2))
+    torch.testing.assert_close(rows[..., :4].mean(-1), torch.zeros(1, 1, 1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3", "minicpm3", "glm4_moe_lite"])
@@ -290,13 +338,13 @@ def test_a_patched_model_generates_the_same_with_and_without_it(
     monkeypatch.delenv("KVSPLICE_KERNELS")
     for _ in range(2):  # the first call of each kind is computed both ways
         torch.testing.assert_close(logits(), expected, atol=1e-4, rtol=0)
-    assert {kind[0] for kind in dispatch._verdicts} >= {"decode"}
+    assert {kind[0] for kind in dispatch._verdicts} >= {"decode", "encode"}
     assert all(dispatch._verdicts.values())
 
 
 def test_wrong_input_is_refused() -> None:
     query, rows = rows_of(2, 3, 10, 18)
-    codec = codec_of([4], 18, 12)
+    codec, splice = codec_of([4], 18, 12), LearnedKVSplice(18, 12)
     packed = codec.pack(rows)
     for wrong in (
         lambda: native.attend_rows(query, rows[..., :17], 12),
@@ -308,6 +356,10 @@ def test_wrong_input_is_refused() -> None:
         lambda: native.attend_packed(query, packed[..., 1:], codec, 12),
         lambda: native.attend_packed(query[..., 1:], packed, codec, 12),
         lambda: native.encode_pack(rows[..., 1:], codec),
+        lambda: native.encode(rows[..., 1:], rows[..., :3], splice.weights()),
+        lambda: native.encode(rows, rows[:1, :, :3], splice.weights()),
+        lambda: native.encode(rows, rows[..., :3], splice.weights(), codec),
+        lambda: native.encode(rows.double(), rows[..., :3], splice.weights()),
     ):
         with pytest.raises(ConfigError):
             wrong()
@@ -364,7 +416,7 @@ def test_it_is_compiled_once_for_a_machine(fresh_library: Path) -> None:
 def test_it_computes_the_same_on_processors_with_shorter_vectors(flags: str) -> None:
     environment = {**os.environ, "CXXFLAGS": flags, "KVSPLICE_TEST_VECTORS": flags, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", __file__]
-    command += ["-k", "attended or packed or step"]
+    command += ["-k", "attended or packed or step or encoded"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -19,7 +19,7 @@ from kvsplice_hf import (
     patch_model_with_kvsplice,
     streaming,
 )
-from kvsplice_hf.absorbed import absorbed_attention, split_weight
+from kvsplice_hf.absorbed import absorbed_attention
 from kvsplice_hf.cache import CompressedLatent
 from kvsplice_hf.streaming import attend_packed, attend_rows
 
@@ -134,9 +134,9 @@ def test_decoding_never_holds_more_than_a_share_of_the_rows_unpacked(keys: int) 
     splice.codec = codec
     rows = torch.randint(0, 256, (1, 1, keys, codec.row_bytes), dtype=torch.uint8)
     latent = CompressedLatent(rows, splice, None, 1, keys - 1, torch.float32)
-    weights = split_weight(torch.randn(heads * 2 * nope_dim, latent_dim), nope_dim, nope_dim)
+    weight = torch.randn(heads * 2 * nope_dim, latent_dim)
     with torch.no_grad(), LargestTensor() as watch:
-        absorbed_attention(torch.randn(1, heads, 1, nope_dim + rope_dim), latent, weights, None, 1.0)
+        absorbed_attention(torch.randn(1, heads, 1, nope_dim + rope_dim), latent, weight, nope_dim, None, 1.0)
     stock = keys * n * 4
     assert 0 < watch.bytes < stock / 16
 

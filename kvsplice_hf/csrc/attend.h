@@ -10,12 +10,11 @@
 
 #include <cfloat>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 
 #include "lanes.h"
 #include "packed.h"
 #include "products.h"
+#include "workspace.h"
 
 namespace kvsplice {
 
@@ -75,26 +74,6 @@ inline Partial partial_of(const Problem& problem, int64_t sequence, int64_t spli
 }
 
 // ---- One part of the rows
-
-// Working memory of a thread, kept from call to call: asking the system for it each time would cost more than a short
-// context does.
-class Workspace {
- public:
-  float* take(int64_t numbers) {
-    if (numbers > size_) {
-      memory_.reset(static_cast<float*>(std::aligned_alloc(64, round_up(numbers * sizeof(float), 64))));
-      size_ = memory_ ? numbers : 0;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0;
-};
 
 inline const float* bias_of(const Problem& problem, int64_t sequence, int64_t query) {
   return problem.bias + sequence * problem.bias_batch_stride + query % problem.bias_queries * problem.bias_query_stride;

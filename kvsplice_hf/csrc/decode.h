@@ -7,31 +7,25 @@
 // Legend: B sequences, H heads, K exact tokens, S stored rows, R, r, P, N, V as in `kvsplice_hf.absorbed`.
 #pragma once
 
-#include <vector>
-
 #include "attend.h"
+#include "transform.h"
+#include "weights.h"
 
 namespace kvsplice {
-
-// A tensor of float32 or bf16 numbers.
-struct Numbers {
-  const void* data;
-  int64_t is_bfloat16;
-};
 
 struct Decoding {
   Problem rows;  // whose query, output, sizes and room are set here; B sequences, H queries each, r values
   int64_t latent, rank, rotated, nope, value;  // R, r, P, N, V
   const float* query;                          // [B, H, N + P]
-  Numbers keys, values;   // the halves of kv_b_proj: [H, N, R] and [H, V, R], whose rows are contiguous
-  int64_t head_stride;    // numbers from one head to the next, in both
-  Numbers expand;         // [R, r]
-  const float* divisors;  // of its product, [R]; or null
-  const float* offset;    // added to it, [R]
-  Numbers exact;          // latents [B, K, R], with P rotated numbers behind each where rows are packed
-  const float* sinks;     // one logit per head that carries no value, [H]; or null
-  float* room;            // as many numbers as `room_of` says
-  float* output;          // [B, H, V]
+  Numbers weight;                              // of kv_b_proj, [H, N + V, R]
+  Numbers expand;                              // [R, r]
+  Transform transform;
+  Numbers exact;       // latents [B, K, R], with P rotated numbers behind each where rows are packed
+  const float* sinks;  // one logit per head that carries no value, [H]; or null
+  float* room;         // as many numbers as `room_of` says
+  float* output;       // [B, H, V]
+
+  int64_t head_stride() const { return (nope + value) * latent; }
 };
 
 // What goes from step to step, for each of the B H queries.
@@ -42,6 +36,7 @@ struct DecodingRoom {
   float* codes;                    // queries against codes; later on mixed codes, [rank]
   float *queries, *mixed, *sizes;  // of `Problem`
   float* shares;                   // of the rows, of each exact token, and of the sink, [shared]
+  float *divisors, *offset;        // of what `expand` gives, [R]: for all queries
   float* rest;
 
   explicit DecodingRoom(const Decoding& given) {
@@ -56,114 +51,26 @@ struct DecodingRoom {
     mixed = queries + queries_in_all * given.rows.dim;
     sizes = mixed + queries_in_all * given.rank;
     shares = sizes + queries_in_all;
-    rest = shares + queries_in_all * shared;
+    divisors = shares + queries_in_all * shared;
+    offset = divisors + given.latent;
+    rest = offset + given.latent;
   }
 };
 
 inline int64_t room_of(const Decoding& given) { return DecodingRoom(given).rest - given.room + room_of(given.rows); }
 
-// Numbers read one at a time, whatever their type.
-inline float number_of(const float* from) { return *from; }
-inline float number_of(const Bfloat16* from) {
-  const uint32_t bits = uint32_t{from->bits} << 16;
-  float number;
-  std::memcpy(&number, &bits, sizeof number);
-  return number;
-}
-
-template <class Run>
-inline void with_type(const Numbers& numbers, Run&& run) {
-  if (numbers.is_bfloat16) {
-    run(static_cast<const Bfloat16*>(numbers.data));
-  } else {
-    run(static_cast<const float*>(numbers.data));
-  }
-}
-
-// Sums of weighted rows, for columns from `first` up to `last`: [count, stride] rows, [queries, weights_stride]
-// weights.
-template <class Number>
-void mix(const Number* rows, int64_t stride, int64_t count, const float* weights, int64_t weights_stride,
-         int64_t queries, int64_t first, int64_t last, float* sums, int64_t sums_stride) {
-  const int64_t vectors_in_all = (last - first) / kLanes, tail = first + vectors_in_all * kLanes;
-  for (int64_t query = 0; query < queries; ++query) {
-    std::memset(sums + query * sums_stride + first, 0, (last - first) * sizeof(float));
-    for (int64_t column = tail; column < last; ++column) {
-      float sum = 0;
-      for (int64_t row = 0; row < count; ++row) {
-        sum += weights[query * weights_stride + row] * number_of(rows + row * stride + column);
-      }
-      sums[query * sums_stride + column] = sum;
-    }
-  }
-  int64_t done = 0;
-  for (; queries == 1 && done + kStretch <= vectors_in_all; done += kStretch) {
-    const int64_t column = first + done * kLanes;
-    mix_rows_once(rows + column, stride, count, weights, sums + column);
-  }
-  Ahead none;
-  in_groups<kMixedTogether>(queries, [&]<int together>(int64_t query) {
-    in_groups<4>(vectors_in_all - done, [&]<int vectors>(int64_t vector) {
-      const int64_t column = first + (done + vector) * kLanes;
-      mix_rows<Number, together, vectors>(rows + column, stride, count, weights + query * weights_stride,
-                                          weights_stride, sums + query * sums_stride + column, sums_stride, none);
-    });
-  });
-}
-
-// Products of the rows from `first` up to `last` with queries, given to `take(query, row, product)`. Whole vectors are
-// read; rows whose last vector reaches beyond the `available` numbers are copied, with 0 behind them.
-template <class Number, class Take>
-void dot(const Number* rows, int64_t stride, int64_t available, int64_t first, int64_t last, int64_t width,
-         const float* query, int64_t query_stride, int64_t queries, Take&& take) {
-  thread_local std::vector<Number> copies;
-  const int64_t whole = round_up(width, kLanes);
-  copies.resize(kLanes * whole);
-  const auto at = [&](int64_t row, int index) -> const Number* {
-    const Number* present = rows + smaller(row + index, last - 1) * stride;
-    if (present + whole <= rows + available) return present;
-    Number* copy = copies.data() + index * whole;
-    std::memcpy(copy, present, width * sizeof(Number));
-    std::memset(copy + width, 0, (whole - width) * sizeof(Number));
-    return copy;
-  };
-  for (int64_t row = first; queries == 1 && row < last; row += kLanes) {
-    const Number* some[kLanes];
-    for (int index = 0; index < kLanes; ++index) some[index] = at(row, index);
-    const Floats products = dot_rows_once(some, width, query);
-    for (int64_t present = row; present < smaller(row + kLanes, last); ++present)
-      take(0, present, products[present - row]);
-  }
-  for (int64_t row = first; queries > 1 && row < last; row += kDotRows) {
-    const Number* some[kDotRows];
-    for (int index = 0; index < kDotRows; ++index) some[index] = at(row, index);
-    in_groups<kDotQueries>(queries, [&]<int together>(int64_t start) {
-      float products[kDotQueries * kDotRows];
-      dot_rows<Number, together>(some, width, query + start * query_stride, query_stride, products, kDotRows);
-      for (int index = 0; index < together; ++index) {
-        for (int64_t present = row; present < smaller(row + kDotRows, last); ++present) {
-          take(start + index, present, products[index * kDotRows + present - row]);
-        }
-      }
-    });
-  }
-}
-
-constexpr int kColumnsAtOnce = kStretch * kLanes, kCodesAtOnce = 2 * kLanes, kRowsAtOnce = 32;
-
 // Queries against latents: a block of columns of one head, all sequences.
 inline void absorb_query(const Decoding& given, const DecodingRoom& room, int64_t head, int64_t block) {
   const int64_t width = given.nope + given.rotated, heads = given.rows.queries;
   const int64_t first = block * kColumnsAtOnce, last = smaller(first + kColumnsAtOnce, given.latent);
-  with_type(given.keys, [&](const auto* keys) {
-    mix(keys + head * given.head_stride, given.latent, given.nope, given.query + head * width, heads * width,
+  with_type(given.weight, [&](const auto* keys) {
+    mix(keys + head * given.head_stride(), given.latent, given.nope, given.query + head * width, heads * width,
         given.rows.batch, first, last, room.latents + head * room.latent, heads * room.latent);
   });
   for (int64_t sequence = 0; sequence < given.rows.batch; ++sequence) {
     const int64_t start = (sequence * heads + head) * room.latent;
     for (int64_t column = first; column < last; ++column) {
-      const float divisor = given.divisors ? given.divisors[column] : 1.0f;
-      room.divided[start + column] = room.latents[start + column] / divisor;
+      room.divided[start + column] = room.latents[start + column] / room.divisors[column];
     }
   }
 }
@@ -190,7 +97,7 @@ inline float exact_score(const Decoding& given, const DecodingRoom& room, int64_
     exact += (sequence * rows.hidden_count + index) * width;
 #pragma omp simd reduction(+ : sum)
     for (int64_t column = 0; column < given.latent; ++column) {
-      sum += latent[column] * (number_of(exact + column) - given.offset[column]);
+      sum += latent[column] * (number_of(exact + column) - room.offset[column]);
     }
     for (int64_t column = 0; column < given.rotated && rows.kind == kPacked; ++column) {
       sum += rotated[column] * number_of(exact + given.latent + column);
@@ -223,7 +130,7 @@ inline void prepare(const Decoding& given, const DecodingRoom& room, int64_t fla
     float constant = 0;  // which every other score leaves out
 #pragma omp simd reduction(+ : constant)
     for (int64_t column = 0; column < given.latent; ++column) {
-      constant += room.latents[flat * room.latent + column] * given.offset[column];
+      constant += room.latents[flat * room.latent + column] * room.offset[column];
     }
     shares[room.shared - 1] =
         given.sinks[flat % given.rows.queries] - constant * static_cast<float>(given.rows.scaling);
@@ -256,7 +163,7 @@ inline void expand_mixed(const Decoding& given, const DecodingRoom& room, int64_
       dot(expand, given.rank, given.latent * given.rank, first, last, given.rank, room.codes, room.rank,
           rows.batch * rows.queries, [&](int64_t flat, int64_t number, float product) {
             const float* shares = room.shares + flat * room.shared;
-            float sum = product / (given.divisors ? given.divisors[number] : 1.0f) + shares[0] * given.offset[number];
+            float sum = product / room.divisors[number] + shares[0] * room.offset[number];
             for (int64_t index = 0; index < rows.hidden_count; ++index) {
               const int64_t token = flat / rows.queries * rows.hidden_count + index;
               sum += shares[1 + index] * number_of(exact + token * width + number);
@@ -271,11 +178,12 @@ inline void expand_mixed(const Decoding& given, const DecodingRoom& room, int64_
 inline void absorb_output(const Decoding& given, const DecodingRoom& room, int64_t head, int64_t block) {
   const int64_t heads = given.rows.queries;
   const int64_t first = block * kRowsAtOnce, last = smaller(first + kRowsAtOnce, given.value);
-  with_type(given.values, [&](const auto* values) {
-    const int64_t available = (heads - 1 - head) * given.head_stride + given.value * given.latent;
+  with_type(given.weight, [&](const auto* weight) {
+    const auto* values = weight + head * given.head_stride() + given.nope * given.latent;
+    const int64_t available = (heads - 1 - head) * given.head_stride() + given.value * given.latent;
     const float* mixed = room.divided + head * room.latent;
-    dot(values + head * given.head_stride, given.latent, available, first, last, given.latent, mixed,
-        heads * room.latent, given.rows.batch, [&](int64_t sequence, int64_t number, float product) {
+    dot(values, given.latent, available, first, last, given.latent, mixed, heads * room.latent, given.rows.batch,
+        [&](int64_t sequence, int64_t number, float product) {
           given.output[(sequence * heads + head) * given.value + number] = product;
         });
   });
@@ -288,9 +196,13 @@ inline bool decode(const Decoding& given) {
   Problem rows = given.rows;
   rows.query = room.queries, rows.output = room.mixed, rows.sizes = room.sizes, rows.room = room.rest;
   // What is behind the last number of a latent must be 0 for whole vectors.
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t flat = 0; flat < queries; ++flat) {
     for (int64_t column = given.latent; column < room.latent; ++column) room.divided[flat * room.latent + column] = 0;
+  }
+#pragma omp for schedule(static)
+  for (int64_t column = 0; column < given.latent; ++column) {
+    invert(given.transform, column, room.divisors[column], room.offset[column]);
   }
   const int64_t column_blocks = blocks_of(given.latent, kColumnsAtOnce);
 #pragma omp for schedule(static)

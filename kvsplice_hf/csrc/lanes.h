@@ -58,6 +58,21 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
+inline float number_of(Bfloat16 half) {
+  const uint32_t bits = uint32_t{half.bits} << 16;
+  float number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
+
+// To the nearest, ties to even.
+inline Bfloat16 to_bfloat16(float number) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof bits);
+  if (number != number) return {0x7FC0};
+  return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
+
 inline Floats floats(const float* from) { return load<Floats>(from); }
 inline Floats floats(const Bfloat16* from) { return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16); }
 

@@ -1,28 +1,45 @@
-// What `kvsplice_hf.native` calls. Each function takes one structure, whose twin is declared there.
+// What `kvsplice_hf.native` calls. Each function takes one structure, whose twin is declared in
+// `kvsplice_hf.native_types`. All return 0, or 1 where there is not enough memory.
 
 #include "attend.h"
 #include "decode.h"
+#include "encode.h"
 #include "pack.h"
+#include "workspace.h"
 
 #define KVSPLICE_EXPORT extern "C" __attribute__((visibility("default")))
 
-// Numbers of working memory.
-KVSPLICE_EXPORT int64_t kvsplice_attend_room(const kvsplice::Problem* problem) { return kvsplice::room_of(*problem); }
-KVSPLICE_EXPORT int64_t kvsplice_decode_room(const kvsplice::Decoding* given) { return kvsplice::room_of(*given); }
+// Working memory of the calling thread, which the others of its parallel region share.
+template <class Given>
+float* room_for(const Given& given) {
+  thread_local kvsplice::Workspace workspace;
+  return workspace.take(kvsplice::room_of(given));
+}
 
-// All return 0, or 1 where there is not enough memory for the rows that are unpacked.
-KVSPLICE_EXPORT int kvsplice_attend(const kvsplice::Problem* problem) {
+KVSPLICE_EXPORT int kvsplice_attend(kvsplice::Problem* problem) {
+  problem->room = room_for(*problem);
+  if (problem->room == nullptr) return 1;
   int failed = 0;
 #pragma omp parallel num_threads(problem->threads) reduction(max : failed)
   failed = !kvsplice::attend(*problem);
   return failed;
 }
 
-KVSPLICE_EXPORT int kvsplice_decode(const kvsplice::Decoding* given) {
+KVSPLICE_EXPORT int kvsplice_decode(kvsplice::Decoding* given) {
+  given->room = room_for(*given);
+  if (given->room == nullptr) return 1;
   int failed = 0;
 #pragma omp parallel num_threads(given->rows.threads) reduction(max : failed)
   failed = !kvsplice::decode(*given);
   return failed;
+}
+
+KVSPLICE_EXPORT int kvsplice_encode(kvsplice::Encoding* given) {
+  given->room = room_for(*given);
+  if (given->room == nullptr) return 1;
+#pragma omp parallel num_threads(given->threads)
+  kvsplice::encode(*given);
+  return 0;
 }
 
 KVSPLICE_EXPORT int kvsplice_pack(const kvsplice::Packing* packing) {

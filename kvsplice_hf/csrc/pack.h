@@ -8,61 +8,59 @@
 
 namespace kvsplice {
 
+// A codec, and what only packing needs of it.
+struct Packer {
+  Codec codec;
+  int64_t sized;        // how many numbers the gain of a row is taken from
+  const float* sigmas;  // [sized]
+  const float* bends;   // [n]; 0 where levels are equally far apart
+};
+
 struct Packing {
   int64_t count, dim;  // rows, and numbers of each
   const float* rows;   // [count, dim]
   uint8_t* packed;     // [count, row_bytes]
-  Codec codec;
-  int64_t sized;        // how many numbers the gain of a row is taken from
-  const float* sigmas;  // [sized]
-  const float* bends;   // [dim]; 0 where levels are equally far apart
+  Packer packer;
   int64_t threads;
 };
 
 constexpr float kGainSteps = 16.0f, kGainOne = 128.0f;
 
-inline uint8_t gain_of(const Packing& packing, const float* row) {
+inline uint8_t gain_of(const Packer& packer, const float* row) {
   float sum = 0;
-  for (int64_t number = 0; number < packing.sized; ++number) {
-    const float relative = (row[number] - packing.codec.centres[number]) / packing.sigmas[number];
+  for (int64_t number = 0; number < packer.sized; ++number) {
+    const float relative = (row[number] - packer.codec.centres[number]) / packer.sigmas[number];
     sum += relative * relative;
   }
-  const float size = std::fmax(std::sqrt(sum / packing.sized), 1e-30f);
+  const float size = std::fmax(std::sqrt(sum / packer.sized), 1e-30f);
   return std::fmin(std::fmax(std::nearbyint(kGainSteps * std::log2(size) + kGainOne), 0.0f), 255.0f);
 }
 
-inline uint8_t code_of(const Packing& packing, const float* row, int64_t column, float gain) {
-  const int64_t number = packing.codec.index[column];
-  const float scale = packing.codec.scales[number] * (number < packing.sized ? gain : 1.0f);
-  const float bend = packing.bends[number];
-  float unit = (row[number] - packing.codec.centres[number]) / scale;
-  if (bend > 0) unit = std::asinh(unit * packing.codec.reaches[column]) / bend;
-  const float levels = 1 << packing.codec.widths[number];
+inline uint8_t code_of(const Packer& packer, const float* row, int64_t column, float gain) {
+  const int64_t number = packer.codec.index[column];
+  const float scale = packer.codec.scales[number] * (number < packer.sized ? gain : 1.0f);
+  const float bend = packer.bends[number];
+  float unit = (row[number] - packer.codec.centres[number]) / scale;
+  if (bend > 0) unit = std::asinh(unit * packer.codec.reaches[column]) / bend;
+  const float levels = 1 << packer.codec.widths[number];
   // Written so that what is not a number gets the lowest code.
   return std::fmin(std::fmax(std::floor((unit + 1) * (levels / 2)), 0.0f), levels - 1);
 }
 
-inline uint16_t to_bf16(float number) {
-  uint32_t bits;
-  std::memcpy(&bits, &number, sizeof bits);
-  if (number != number) return 0x7FC0;
-  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
-}
-
-inline void pack_row(const Packing& packing, const float* row, uint8_t* packed) {
-  const Codec& codec = packing.codec;
+inline void pack_row(const Packer& packer, const float* row, uint8_t* packed) {
+  const Codec& codec = packer.codec;
   std::memset(packed, 0, codec.row_bytes);
   float gain = 1.0f;
   if (codec.has_gain) {
-    packed[0] = gain_of(packing, row);
+    packed[0] = gain_of(packer, row);
     gain = codec.gains[packed[0]];
   }
   for (int64_t index = 0; index < codec.raw; ++index) {
-    const uint16_t half = to_bf16(row[codec.index[codec.coded + index]]);
+    const Bfloat16 half = to_bfloat16(row[codec.index[codec.coded + index]]);
     std::memcpy(packed + codec.has_gain + 2 * index, &half, sizeof half);
   }
   for (int64_t column = 0; column < codec.coded; ++column) {
-    const uint8_t code = code_of(packing, row, column, gain);
+    const uint8_t code = code_of(packer, row, column, gain);
     const Field* fields = codec.fields + column * kMostFields;
     for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
       const Field& field = fields[index];
@@ -75,7 +73,7 @@ inline void pack_row(const Packing& packing, const float* row, uint8_t* packed) 
 inline void pack(const Packing& packing) {
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < packing.count; ++row) {
-    pack_row(packing, packing.rows + row * packing.dim, packing.packed + row * packing.codec.row_bytes);
+    pack_row(packing.packer, packing.rows + row * packing.dim, packing.packed + row * packing.packer.codec.row_bytes);
   }
 }
 
