@@ -43,22 +43,30 @@ struct Problem {
   float* sizes;   // logarithms of sums of exponentiated scores, [B, M]
 };
 
-// Rows of a packed tile: several strips, so that summing over lanes weighs less. Rows of numbers need none of it.
-constexpr int kMostRows = 4 * kStrip;
+// Rows of a tile. Packed rows take several strips at once, so that summing over lanes weighs less; rows of numbers need
+// none of it.
+constexpr int kPackedTile = 4 * kStrip, kNumbersTile = kStrip;
+constexpr int kMostRows = kPackedTile;
 constexpr int kMostQueries = 128;  // that pass over a tile together: their weights should stay in the cache
 constexpr float kLowest = -FLT_MAX;
 
-// The parts of the working memory: queries by column with the scales folded in, [B, columns, M]; what they score on the
-// centres, [B, M]; and the sums of each part of the rows, see `Partial`.
-inline float* turned_of(const Problem& problem) { return problem.room; }
-inline float* constants_of(const Problem& problem) {
-  return problem.room + problem.batch * problem.columns * problem.queries;
+// Numbers of the queries of one sequence, as rows want them: by query, filled up with 0 to whole vectors; or for packed
+// rows by column, [columns, M], with the scales folded in.
+inline int64_t turned_size(const Problem& problem) {
+  return problem.queries * (problem.kind == kPacked ? problem.columns : round_up(problem.dim, kLanes));
 }
+
+// The parts of the working memory: queries as rows want them, for each sequence; what they score on the centres, [B,
+// M]; and the sums of each part of the rows, see `Partial`.
+inline float* turned_of(const Problem& problem, int64_t sequence) {
+  return problem.room + sequence * turned_size(problem);
+}
+inline float* constants_of(const Problem& problem) { return turned_of(problem, problem.batch); }
 inline float* partials_of(const Problem& problem) { return constants_of(problem) + problem.batch * problem.queries; }
 
 inline int64_t room_of(const Problem& problem) {
   const int64_t partial = problem.splits * (round_up(problem.mixed, kLanes) + 2);
-  return problem.batch * problem.queries * (problem.columns + 1 + partial);
+  return problem.batch * (turned_size(problem) + problem.queries * (1 + partial));
 }
 
 // Sums of one part of the rows.
@@ -132,22 +140,24 @@ inline const uint8_t* rows_of(const Problem& problem, const Tile& tile) {
   return problem.data + tile.sequence * problem.batch_stride + tile.first * problem.row_stride;
 }
 
-// Working memory of a tile: columns and spare ones, gains, weights, and weights with gains; lines of bytes.
+// Working memory of a tile: weights, and of packed rows weights with gains, gains, columns and spare ones, and lines of
+// bytes.
 struct Room {
-  float *columns, *gains, *weights, *gained;
+  float *weights, *gained, *gains, *columns;
   uint8_t* lines;
   int64_t strip_stride;
 
   static int64_t numbers(const Problem& problem) {
-    return strip(problem) * (kMostRows / kStrip) + kMostRows + 2 * kMostQueries * kMostRows +
+    if (problem.kind != kPacked) return kMostQueries * kMostRows;
+    return 2 * kMostQueries * kMostRows + kMostRows + strip(problem) * (kMostRows / kStrip) +
            round_up(problem.codec.row_bytes, 8) * kStrip / sizeof(float);
   }
 
-  Room(const Problem& problem, float* memory) : columns(memory), strip_stride(strip(problem)) {
-    gains = columns + strip_stride * (kMostRows / kStrip);
-    weights = gains + kMostRows;
+  Room(const Problem& problem, float* memory) : weights(memory), strip_stride(strip(problem)) {
     gained = weights + kMostQueries * kMostRows;
-    lines = reinterpret_cast<uint8_t*>(gained + kMostQueries * kMostRows);
+    gains = gained + kMostQueries * kMostRows;
+    columns = gains + kMostRows;
+    lines = reinterpret_cast<uint8_t*>(columns + strip_stride * (kMostRows / kStrip));
   }
 
  private:
@@ -155,73 +165,98 @@ struct Room {
   static int64_t strip(const Problem& problem) { return (problem.columns + kLanes) * kStrip; }
 };
 
-inline void unpack(const Problem& problem, const Tile& tile, const Room& room) {
-  const Codec& codec = problem.codec;
-  const uint8_t* rows = rows_of(problem, tile);
-  for (int64_t row = 0; row < tile.count; row += kStrip) {
-    float* columns = room.columns + row / kStrip * room.strip_stride;
-    bytes_to_lines(rows + row * problem.row_stride, problem.row_stride, smaller(kStrip, tile.count - row),
-                   codec.row_bytes, room.lines);
-    lines_to_columns(codec, room.lines, columns);
-    std::memset(columns + problem.columns * kStrip, 0, kLanes * kStrip * sizeof(float));
-    for (int index = 0; index < kStrip; ++index) {
-      room.gains[row + index] = codec.has_gain ? codec.gains[room.lines[index]] : 1.0f;
-    }
-  }
-}
+// Rows, what queries score on them, and what they mix of them. The queries are those from `start` on, as many as
+// `queries`; of a tile's weights, those of each query are `kMostRows` apart.
 
-// One strip of rows of numbers as columns. Missing rows repeat the last one.
-template <class Number>
-void turn(const Problem& problem, const Tile& tile, float* columns) {
-  const uint8_t* rows = rows_of(problem, tile);
-  for (int64_t row = 0; row < kStrip; row += kLanes) {
-    const Number* lines[kLanes];
-    for (int index = 0; index < kLanes; ++index) {
-      const int64_t present = smaller(row + index, tile.count - 1);
-      lines[index] = reinterpret_cast<const Number*>(rows + present * problem.row_stride);
-    }
-    for (int64_t column = 0; column < problem.columns; column += kLanes) {
-      const int64_t present = smaller(kLanes, problem.columns - column);
-      Floats block[kLanes];
-      for (int index = 0; index < kLanes; ++index) block[index] = first_floats(lines[index] + column, present);
-      transpose(block);
-      for (int index = 0; index < kLanes; ++index) store(columns + (column + index) * kStrip + row, block[index]);
-    }
-  }
-}
+struct PackedRows {
+  const Problem& problem;
+  const Tile& tile;
+  const Room& room;
 
-// The columns that are left over at the end of the values, and all of packed rows.
-inline void mix_from_columns(const Problem& problem, const Partial& partial, const Room& room, int64_t strips,
-                             int64_t start, int64_t queries, int64_t first_column) {
-  const int64_t gained = smaller(problem.codec.gained, problem.mixed);
-  in_groups<kSummedTogether>(queries, [&]<int heads>(int64_t head) {
-    auto mix = [&](int64_t first, int64_t last, const float* weights) {
-      for (int64_t column = first; column < last; column += kLanes / heads) {
-        mix_columns<heads>(room.columns + column * kStrip, room.strip_stride, strips, last - column,
-                           weights + head * kMostRows, kMostRows,
-                           partial.sums + (start + head) * partial.width + column, partial.width);
+  void read() const {
+    const Codec& codec = problem.codec;
+    const uint8_t* rows = rows_of(problem, tile);
+    for (int64_t row = 0; row < tile.count; row += kStrip) {
+      float* columns = room.columns + row / kStrip * room.strip_stride;
+      bytes_to_lines(rows + row * problem.row_stride, problem.row_stride, smaller(kStrip, tile.count - row),
+                     codec.row_bytes, room.lines);
+      lines_to_columns(codec, room.lines, columns);
+      std::memset(columns + problem.columns * kStrip, 0, kLanes * kStrip * sizeof(float));
+      for (int index = 0; index < kStrip; ++index) {
+        room.gains[row + index] = codec.has_gain ? codec.gains[room.lines[index]] : 1.0f;
       }
-    };
-    mix(first_column, gained, room.gained);
-    mix(first_column > gained ? first_column : gained, problem.mixed, room.weights);
-  });
-}
+    }
+  }
 
-// The columns in front that fill whole vectors. Returns how many.
-template <class Number>
-int64_t mix_from_rows(const Problem& problem, const Tile& tile, const Partial& partial, const Room& room, int64_t start,
-                      int64_t queries, Ahead& ahead) {
-  const Number* rows = reinterpret_cast<const Number*>(rows_of(problem, tile));
-  const int64_t stride = problem.row_stride / sizeof(Number), whole = problem.mixed / kLanes;
-  in_groups<kMixedTogether>(queries, [&]<int heads>(int64_t head) {
-    in_groups<4>(whole, [&]<int vectors>(int64_t vector) {
-      mix_rows<Number, heads, vectors>(rows + vector * kLanes, stride, tile.count, room.weights + head * kMostRows,
-                                       kMostRows, partial.sums + (start + head) * partial.width + vector * kLanes,
-                                       partial.width, ahead);
+  void score(int64_t start, int64_t queries, Ahead& ahead) const {
+    const float* query = turned_of(problem, tile.sequence) + start;
+    for (int64_t row = 0; row < round_up(tile.count, kStrip); row += kRowVectors * kLanes) {
+      const float* columns = room.columns + row / kStrip * room.strip_stride + row % kStrip;
+      in_groups<kScoredTogether>(queries, [&]<int heads>(int64_t head) {
+        score_columns<heads>(columns, problem.codec.gained, problem.columns, query + head, problem.queries,
+                             room.gains + row, room.weights + head * kMostRows + row, kMostRows, ahead);
+      });
+    }
+  }
+
+  void mix(const Partial& partial, int64_t start, int64_t queries, Ahead&) const {
+    const int64_t gained = smaller(problem.codec.gained, problem.mixed);
+    for (int64_t head = 0; gained > 0 && head < queries; ++head) {
+      for (int64_t row = head * kMostRows; row < head * kMostRows + round_up(tile.count, kStrip); row += kLanes) {
+        store(room.gained + row, floats(room.weights + row) * floats(room.gains + row - head * kMostRows));
+      }
+    }
+    in_groups<kSummedTogether>(queries, [&]<int heads>(int64_t head) {
+      auto mix = [&](int64_t first, int64_t last, const float* weights) {
+        for (int64_t column = first; column < last; column += kLanes / heads) {
+          mix_columns<heads>(room.columns + column * kStrip, room.strip_stride, blocks_of(tile.count, kStrip),
+                             last - column, weights + head * kMostRows, kMostRows,
+                             partial.sums + (start + head) * partial.width + column, partial.width);
+        }
+      };
+      mix(0, gained, room.gained);
+      mix(gained, problem.mixed, room.weights);
     });
-  });
-  return whole * kLanes;
-}
+  }
+};
+
+template <class Number>
+struct NumberRows {
+  const Problem& problem;
+  const Tile& tile;
+  const Room& room;
+
+  const Number* at(int64_t row) const {
+    return reinterpret_cast<const Number*>(rows_of(problem, tile) + smaller(row, tile.count - 1) * problem.row_stride);
+  }
+
+  void read() const {}
+
+  void score(int64_t start, int64_t queries, Ahead& ahead) const {
+    const int64_t width = round_up(problem.dim, kLanes);
+    const float* query = turned_of(problem, tile.sequence) + start * width;
+    for (int64_t row = 0; row < tile.count; row += kDotRows) {
+      const Number* some[kDotRows];
+      for (int index = 0; index < kDotRows; ++index) some[index] = at(row + index);
+      in_groups<kDotQueries>(queries, [&]<int heads>(int64_t head) {
+        dot_rows<Number, heads>(some, problem.dim, query + head * width, width, room.weights + head * kMostRows + row,
+                                kMostRows, ahead);
+      });
+    }
+  }
+
+  void mix(const Partial& partial, int64_t start, int64_t queries, Ahead& ahead) const {
+    const int64_t stride = problem.row_stride / sizeof(Number);
+    in_groups<kMixedTogether>(queries, [&]<int heads>(int64_t head) {
+      in_groups<4>(blocks_of(problem.mixed, kLanes), [&]<int vectors>(int64_t vector) {
+        const int64_t column = vector * kLanes, behind = problem.dim - column - (vectors - 1) * kLanes;
+        mix_rows<Number, heads, vectors>(at(0) + column, stride, tile.count, behind, room.weights + head * kMostRows,
+                                         kMostRows, partial.sums + (start + head) * partial.width + column,
+                                         partial.width, ahead);
+      });
+    });
+  }
+};
 
 inline void hide(const Problem& problem, const Tile& tile, float* scores) {
   const int64_t* hidden = problem.hidden + tile.sequence * problem.hidden_count;
@@ -231,38 +266,23 @@ inline void hide(const Problem& problem, const Tile& tile, float* scores) {
   }
 }
 
-inline void attend_tile(const Problem& problem, const Tile& tile, const Partial& partial, const Room& room) {
-  const Codec& codec = problem.codec;
-  const int64_t strips = blocks_of(tile.count, kStrip), padded = strips * kStrip;
+template <class Rows>
+void attend_tile(const Problem& problem, const Tile& tile, const Partial& partial, const Room& room) {
   Ahead ahead;
   ahead.next = rows_of(problem, tile) + tile.count * problem.row_stride;
   ahead.end = rows_of(problem, tile) + smaller(2 * tile.count, problem.rows - tile.first) * problem.row_stride;
-  if (problem.kind == kPacked) unpack(problem, tile, room);
-  if (problem.kind == kFloat32) turn<float>(problem, tile, room.columns);
-  if (problem.kind == kBfloat16) turn<Bfloat16>(problem, tile, room.columns);
+  const Rows rows = {problem, tile, room};
+  rows.read();
   for (int64_t start = 0; start < problem.queries; start += kMostQueries) {
     const int64_t queries = smaller(kMostQueries, problem.queries - start);
-    const float* query = turned_of(problem) + tile.sequence * problem.columns * problem.queries + start;
-    for (int64_t row = 0; row < padded; row += kRowVectors * kLanes) {
-      const float* columns = room.columns + row / kStrip * room.strip_stride + row % kStrip;
-      in_groups<kScoredTogether>(queries, [&]<int heads>(int64_t head) {
-        score_columns<heads>(columns, codec.gained, problem.columns, query + head, problem.queries, room.gains + row,
-                             room.weights + head * kMostRows + row, kMostRows, ahead);
-      });
-    }
+    rows.score(start, queries, ahead);
     for (int64_t head = 0; head < queries; ++head) {
-      float *weights = room.weights + head * kMostRows, *gained = room.gained + head * kMostRows;
+      float* weights = room.weights + head * kMostRows;
       const float* bias = problem.bias ? bias_of(problem, tile.sequence, start + head) + tile.first : nullptr;
       hide(problem, tile, weights);
-      soften(partial, start + head, weights, bias, tile.count, padded);
-      for (int64_t row = 0; codec.gained > 0 && row < padded; row += kLanes) {
-        store(gained + row, floats(weights + row) * floats(room.gains + row));
-      }
+      soften(partial, start + head, weights, bias, tile.count, round_up(tile.count, kStrip));
     }
-    int64_t mixed = 0;
-    if (problem.kind == kFloat32) mixed = mix_from_rows<float>(problem, tile, partial, room, start, queries, ahead);
-    if (problem.kind == kBfloat16) mixed = mix_from_rows<Bfloat16>(problem, tile, partial, room, start, queries, ahead);
-    if (mixed < problem.mixed) mix_from_columns(problem, partial, room, strips, start, queries, mixed);
+    rows.mix(partial, start, queries, ahead);
   }
 }
 
@@ -278,30 +298,35 @@ inline bool attend_part(const Problem& problem, int64_t sequence, int64_t split)
   float* memory = workspace.take(Room::numbers(problem));
   if (memory == nullptr) return false;
   const Room room(problem, memory);
-  for (int64_t row = 0; row < kMostRows; ++row) room.gains[row] = 1.0f;
   const int64_t each = round_up(blocks_of(problem.rows, problem.splits), kStrip);
   const int64_t last = smaller((split + 1) * each, problem.rows);
-  const int64_t most = problem.kind == kPacked ? kMostRows : kStrip;
+  const int64_t most = problem.kind == kPacked ? kPackedTile : kNumbersTile;
   for (int64_t first = split * each; first < last; first += most) {
     const Tile tile = {sequence, first, smaller(most, last - first)};
-    if (!is_hidden(problem, sequence, tile.first, tile.count)) attend_tile(problem, tile, partial, room);
+    if (is_hidden(problem, sequence, tile.first, tile.count)) continue;
+    if (problem.kind == kPacked) attend_tile<PackedRows>(problem, tile, partial, room);
+    if (problem.kind == kFloat32) attend_tile<NumberRows<float>>(problem, tile, partial, room);
+    if (problem.kind == kBfloat16) attend_tile<NumberRows<Bfloat16>>(problem, tile, partial, room);
   }
   return true;
 }
 
-// One query row, by column: against the levels of packed rows, whose scales and centres it takes over.
+// One query row as rows want it: packed ones are levels, whose scales and centres it takes over.
 inline void turn_query(const Problem& problem, int64_t sequence, int64_t query) {
   const float* from = problem.query + (sequence * problem.queries + query) * problem.dim;
-  float* to = turned_of(problem) + sequence * problem.columns * problem.queries + query;
   const float scaling = problem.scaling;
   float constant = 0;
   if (problem.kind == kPacked) {
+    float* to = turned_of(problem, sequence) + query;
     for (int64_t column = 0; column < problem.columns; ++column) {
       to[column * problem.queries] = from[problem.codec.index[column]] * problem.codec.scale(column) * scaling;
     }
     for (int64_t number = 0; number < problem.dim; ++number) constant += from[number] * problem.codec.base(number);
   } else {
-    for (int64_t column = 0; column < problem.columns; ++column) to[column * problem.queries] = from[column] * scaling;
+    const int64_t width = round_up(problem.dim, kLanes);
+    float* to = turned_of(problem, sequence) + query * width;
+    for (int64_t number = 0; number < width; ++number)
+      to[number] = number < problem.dim ? from[number] * scaling : 0.0f;
   }
   constants_of(problem)[sequence * problem.queries + query] = constant * scaling;
 }

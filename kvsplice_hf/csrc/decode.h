@@ -160,8 +160,8 @@ inline void expand_mixed(const Decoding& given, const DecodingRoom& room, int64_
   const int64_t width = given.latent + (rows.kind == kPacked ? given.rotated : 0);
   with_type(given.expand, [&](const auto* expand) {
     with_type(given.exact, [&](const auto* exact) {
-      dot(expand, given.rank, given.latent * given.rank, first, last, given.rank, room.codes, room.rank,
-          rows.batch * rows.queries, [&](int64_t flat, int64_t number, float product) {
+      dot(expand, given.rank, first, last, given.rank, room.codes, room.rank, rows.batch * rows.queries,
+          [&](int64_t flat, int64_t number, float product) {
             const float* shares = room.shares + flat * room.shared;
             float sum = product / room.divisors[number] + shares[0] * room.offset[number];
             for (int64_t index = 0; index < rows.hidden_count; ++index) {
@@ -180,9 +180,8 @@ inline void absorb_output(const Decoding& given, const DecodingRoom& room, int64
   const int64_t first = block * kRowsAtOnce, last = smaller(first + kRowsAtOnce, given.value);
   with_type(given.weight, [&](const auto* weight) {
     const auto* values = weight + head * given.head_stride() + given.nope * given.latent;
-    const int64_t available = (heads - 1 - head) * given.head_stride() + given.value * given.latent;
     const float* mixed = room.divided + head * room.latent;
-    dot(values, given.latent, available, first, last, given.latent, mixed, heads * room.latent, given.rows.batch,
+    dot(values, given.latent, first, last, given.latent, mixed, heads * room.latent, given.rows.batch,
         [&](int64_t sequence, int64_t number, float product) {
           given.output[(sequence * heads + head) * given.value + number] = product;
         });

@@ -62,8 +62,8 @@ inline void compress_latents(const Encoding& given, const EncodingRoom& room, in
   const int64_t first = block * kRowsAtOnce, last = smaller(first + kRowsAtOnce, given.rank);
   const bool to_half = given.compress.is_bfloat16 || given.latents.is_bfloat16;
   with_type(given.compress, [&](const auto* compress) {
-    dot(compress, given.latent, given.rank * given.latent, first, last, given.latent, room.latents, room.latent,
-        given.tokens, [&](int64_t token, int64_t number, float product) {
+    dot(compress, given.latent, first, last, given.latent, room.latents, room.latent, given.tokens,
+        [&](int64_t token, int64_t number, float product) {
           room.rows[token * room.dim + number] = rounded(product, to_half);
         });
   });

@@ -76,7 +76,17 @@ inline Bfloat16 to_bfloat16(float number) {
 inline Floats floats(const float* from) { return load<Floats>(from); }
 inline Floats floats(const Bfloat16* from) { return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16); }
 
-// The first `count` numbers, and 0.
+// The first `count` numbers, and 0 behind them: nothing else is read.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline Floats first_floats(const float* from, int64_t count) {
+  return count >= kLanes ? floats(from) : (Floats)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+}
+inline Floats first_floats(const Bfloat16* from, int64_t count) {
+  if (count >= kLanes) return floats(from);
+  const Halves halves = (Halves)_mm256_maskz_loadu_epi16((1u << count) - 1, from);
+  return (Floats)(__builtin_convertvector(halves, Ints) << 16);
+}
+#else
 template <class Number>
 inline Floats first_floats(const Number* from, int64_t count) {
   if (count >= kLanes) return floats(from);
@@ -84,6 +94,7 @@ inline Floats first_floats(const Number* from, int64_t count) {
   std::memcpy(numbers, from, count * sizeof(Number));
   return floats(numbers);
 }
+#endif
 
 // In two steps, because GCC 12 takes lane by lane what it should do in one.
 inline Ints from_bytes(Bytes bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, Halves), Ints); }

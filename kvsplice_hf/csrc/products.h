@@ -115,19 +115,28 @@ void mix_columns(const float* columns, int64_t strip_stride, int64_t strips, int
 
 // ---- Rows: [row][column]
 
-// Adds weighted rows to sums, `vectors` vectors of columns at a time: no lanes to be summed.
+// Adds weighted rows to sums, `vectors` vectors of columns at a time: no lanes to be summed. Of the last vector, the
+// rows have `last` numbers.
 template <class Number, int heads, int vectors>
-void mix_rows(const Number* rows, int64_t stride, int64_t count, const float* weights, int64_t weights_stride,
-              float* sums, int64_t sums_stride, Ahead& ahead) {
+void mix_rows(const Number* rows, int64_t stride, int64_t count, int64_t last, const float* weights,
+              int64_t weights_stride, float* sums, int64_t sums_stride, Ahead& ahead) {
   Floats mixed[heads][vectors] = {};
-  for (int64_t row = 0; row < count; ++row, rows += stride) {
-    ahead.ask();
-    Floats numbers[vectors];
-    for (int index = 0; index < vectors; ++index) numbers[index] = kept(floats(rows + index * kLanes));
-    for (int head = 0; head < heads; ++head) {
-      const Floats weight = all(weights[head * weights_stride + row]);
-      for (int index = 0; index < vectors; ++index) mixed[head][index] += weight * numbers[index];
+  const auto add = [&](auto read_last) {
+    for (int64_t row = 0; row < count; ++row, rows += stride) {
+      ahead.ask();
+      Floats numbers[vectors];
+      for (int index = 0; index + 1 < vectors; ++index) numbers[index] = kept(floats(rows + index * kLanes));
+      numbers[vectors - 1] = kept(read_last(rows + (vectors - 1) * kLanes));
+      for (int head = 0; head < heads; ++head) {
+        const Floats weight = all(weights[head * weights_stride + row]);
+        for (int index = 0; index < vectors; ++index) mixed[head][index] += weight * numbers[index];
+      }
     }
+  };
+  if (last >= kLanes) {
+    add([](const Number* from) { return floats(from); });
+  } else {
+    add([&](const Number* from) { return first_floats(from, last); });
   }
   for (int head = 0; head < heads; ++head) {
     for (int index = 0; index < vectors; ++index) {
@@ -137,21 +146,24 @@ void mix_rows(const Number* rows, int64_t stride, int64_t count, const float* we
   }
 }
 
-// Products of rows with queries, kDotRows rows at a time. Queries are `width` numbers, filled up with 0 to whole
-// vectors; rows are read as far, whatever is there.
+// Products of `width` numbers of kDotRows rows with queries, which are filled up with 0 to whole vectors.
 constexpr int kDotRows = 4, kDotQueries = kLanes / kDotRows;
 template <class Number, int queries>
 void dot_rows(const Number* const rows[kDotRows], int64_t width, const float* query, int64_t query_stride,
-              float* products, int64_t products_stride) {
+              float* products, int64_t products_stride, Ahead& ahead) {
   Floats sums[kLanes] = {};
-  for (int64_t column = 0; column < width; column += kLanes) {
+  const auto add = [&](int64_t column, auto read) {
+    ahead.ask();
     Floats numbers[kDotRows];
-    for (int row = 0; row < kDotRows; ++row) numbers[row] = kept(floats(rows[row] + column));
+    for (int row = 0; row < kDotRows; ++row) numbers[row] = kept(read(rows[row] + column));
     for (int index = 0; index < queries; ++index) {
       const Floats of_query = kept(floats(query + index * query_stride + column));
       for (int row = 0; row < kDotRows; ++row) sums[index * kDotRows + row] += of_query * numbers[row];
     }
-  }
+  };
+  int64_t column = 0;
+  for (; column + kLanes <= width; column += kLanes) add(column, [](const Number* from) { return floats(from); });
+  if (column < width) add(column, [&](const Number* from) { return first_floats(from, width - column); });
   alignas(64) float found[kLanes];
   store(found, lane_sums(sums));
   for (int index = 0; index < queries; ++index) {
@@ -184,7 +196,9 @@ Floats dot_rows_once(const Number* const rows[kLanes], int64_t width, const floa
       even += floats(query + column) * floats(rows[row] + column);
       odd += floats(query + column + kLanes) * floats(rows[row] + column + kLanes);
     }
-    for (; column < width; column += kLanes) even += floats(query + column) * floats(rows[row] + column);
+    for (; column < width; column += kLanes) {
+      even += floats(query + column) * first_floats(rows[row] + column, width - column);
+    }
     sums[row] = even + odd;
   }
   return lane_sums(sums);

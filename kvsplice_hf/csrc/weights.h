@@ -1,8 +1,6 @@
 // Products with weights, which come in float32 or in bf16.
 #pragma once
 
-#include <vector>
-
 #include "lanes.h"
 #include "products.h"
 
@@ -34,65 +32,49 @@ inline float number_at(const Numbers& numbers, int64_t index) {
 }
 
 // Sums of weighted rows, for columns from `first` up to `last`: [count, stride] rows, [queries, weights_stride]
-// weights.
+// weights. Whole vectors of sums are written.
 template <class Number>
 void mix(const Number* rows, int64_t stride, int64_t count, const float* weights, int64_t weights_stride,
          int64_t queries, int64_t first, int64_t last, float* sums, int64_t sums_stride) {
-  const int64_t vectors_in_all = (last - first) / kLanes, tail = first + vectors_in_all * kLanes;
+  const int64_t whole = (last - first) / kLanes, vectors_in_all = blocks_of(last - first, kLanes);
   for (int64_t query = 0; query < queries; ++query) {
-    std::memset(sums + query * sums_stride + first, 0, (last - first) * sizeof(float));
-    for (int64_t column = tail; column < last; ++column) {
-      float sum = 0;
-      for (int64_t row = 0; row < count; ++row) {
-        sum += weights[query * weights_stride + row] * number_of(rows + row * stride + column);
-      }
-      sums[query * sums_stride + column] = sum;
-    }
+    std::memset(sums + query * sums_stride + first, 0, vectors_in_all * kLanes * sizeof(float));
   }
   int64_t done = 0;
-  for (; queries == 1 && done + kStretch <= vectors_in_all; done += kStretch) {
+  for (; queries == 1 && done + kStretch <= whole; done += kStretch) {
     const int64_t column = first + done * kLanes;
     mix_rows_once(rows + column, stride, count, weights, sums + column);
   }
   Ahead none;
   in_groups<kMixedTogether>(queries, [&]<int together>(int64_t query) {
     in_groups<4>(vectors_in_all - done, [&]<int vectors>(int64_t vector) {
-      const int64_t column = first + (done + vector) * kLanes;
-      mix_rows<Number, together, vectors>(rows + column, stride, count, weights + query * weights_stride,
+      const int64_t column = first + (done + vector) * kLanes, behind = last - column - (vectors - 1) * kLanes;
+      mix_rows<Number, together, vectors>(rows + column, stride, count, behind, weights + query * weights_stride,
                                           weights_stride, sums + query * sums_stride + column, sums_stride, none);
     });
   });
 }
 
-// Products of the rows from `first` up to `last` with queries, given to `take(query, row, product)`. Whole vectors are
-// read; rows whose last vector reaches beyond the `available` numbers are copied, with 0 behind them.
+// Products of the rows from `first` up to `last` with queries, given to `take(query, row, product)`. Queries are filled
+// up with 0 to whole vectors.
 template <class Number, class Take>
-void dot(const Number* rows, int64_t stride, int64_t available, int64_t first, int64_t last, int64_t width,
-         const float* query, int64_t query_stride, int64_t queries, Take&& take) {
-  thread_local std::vector<Number> copies;
-  const int64_t whole = round_up(width, kLanes);
-  copies.resize(kLanes * whole);
-  const auto at = [&](int64_t row, int index) -> const Number* {
-    const Number* present = rows + smaller(row + index, last - 1) * stride;
-    if (present + whole <= rows + available) return present;
-    Number* copy = copies.data() + index * whole;
-    std::memcpy(copy, present, width * sizeof(Number));
-    std::memset(copy + width, 0, (whole - width) * sizeof(Number));
-    return copy;
-  };
+void dot(const Number* rows, int64_t stride, int64_t first, int64_t last, int64_t width, const float* query,
+         int64_t query_stride, int64_t queries, Take&& take) {
+  const auto at = [&](int64_t row) { return rows + smaller(row, last - 1) * stride; };
   for (int64_t row = first; queries == 1 && row < last; row += kLanes) {
     const Number* some[kLanes];
-    for (int index = 0; index < kLanes; ++index) some[index] = at(row, index);
+    for (int index = 0; index < kLanes; ++index) some[index] = at(row + index);
     const Floats products = dot_rows_once(some, width, query);
     for (int64_t present = row; present < smaller(row + kLanes, last); ++present)
       take(0, present, products[present - row]);
   }
+  Ahead none;
   for (int64_t row = first; queries > 1 && row < last; row += kDotRows) {
     const Number* some[kDotRows];
-    for (int index = 0; index < kDotRows; ++index) some[index] = at(row, index);
+    for (int index = 0; index < kDotRows; ++index) some[index] = at(row + index);
     in_groups<kDotQueries>(queries, [&]<int together>(int64_t start) {
       float products[kDotQueries * kDotRows];
-      dot_rows<Number, together>(some, width, query + start * query_stride, query_stride, products, kDotRows);
+      dot_rows<Number, together>(some, width, query + start * query_stride, query_stride, products, kDotRows, none);
       for (int index = 0; index < together; ++index) {
         for (int64_t present = row; present < smaller(row + kDotRows, last); ++present) {
           take(start + index, present, products[index * kDotRows + present - row]);
