@@ -43,7 +43,10 @@ def reads(tensor: torch.Tensor) -> bool:
 def attend_rows(
     query: torch.Tensor, rows: torch.Tensor, value_dim: int, bias: torch.Tensor | None = None, *, scaling: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of M queries over the same S rows, whose first numbers are the values. Products are taken in float32.
+    """Attention of M queries over the same S rows, whose first numbers are the values.
+
+    Sums are float32, and so are products; those of bf16 queries are taken in bf16 where the processor has the
+    instructions and the rows are packed or in bf16.
 
     Args:
         query: [B, M, n], of any float type.
@@ -164,12 +167,22 @@ def decode(step: Step) -> torch.Tensor:
     query, bias = step.query.float().contiguous(), _read_in_order(step.bias, step.rows, heads)
     sinks = None if step.sinks is None else step.sinks.float().contiguous()
     exact, positions = step.exact, step.positions
-    rows = _problem(step.rows, step.codec, batch, heads, rank + width - nope_dim, rank, bias, step.scaling)
     if exact is not None and positions is not None:
         exact, positions = exact.contiguous(), positions.contiguous()
-        rows.hidden, rows.hidden_count = positions.data_ptr(), positions.shape[1]
-    rows.threads = max(rows.threads, _threads(batch * weight.numel()))
     output = torch.empty(batch, 1, heads, step.v_dim)
+    rows = _problem(
+        step.rows,
+        step.codec,
+        batch,
+        heads,
+        rank + width - nope_dim,
+        rank,
+        bias,
+        step.scaling,
+        in_bf16=step.query.dtype is torch.bfloat16,
+        hidden=positions,
+        other_products=batch * weight.numel(),
+    )
     given = types.Decoding(
         rows=rows,
         latent=latent_dim,
@@ -232,7 +245,7 @@ def encode(
         transform=projection.transform,
         compress=types.numbers_of(projection.compress),
         kind=types.KINDS[dtype],
-        packer=types.Packer() if codec is None else types.packer(codec),
+        packer=types.packer_of(codec),
         rows=rows.data_ptr(),
         threads=_threads(tokens * rank * latent_dim),
     )
@@ -255,11 +268,11 @@ def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
     numbers = rows.detach().float().contiguous()
     packed = torch.empty(*rows.shape[:-1], codec.row_bytes, dtype=torch.uint8)
     packing = types.Packing(
-        count=rows.numel() // codec.row_dim,
+        count_=rows.numel() // codec.row_dim,
         dim=codec.row_dim,
         rows=numbers.data_ptr(),
         packed=packed.data_ptr(),
-        packer=types.packer(codec),
+        packer=types.packer_of(codec),
         threads=_threads(_PRODUCTS_PER_LOGARITHM * rows.numel()),
     )
     _run(_require_library().kvsplice_pack, packing)
@@ -283,21 +296,35 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     library = _require_library()
     batch, queries, dim = query.shape
+    in_bf16 = query.dtype is torch.bfloat16
     query, bias = query.float().contiguous(), _read_in_order(bias, rows, queries)
-    problem = _problem(rows, codec, batch, queries, dim, value_dim, bias, scaling)
     output, sizes = torch.empty(batch, queries, value_dim), torch.empty(batch, queries)
-    problem.query, problem.output, problem.sizes = query.data_ptr(), output.data_ptr(), sizes.data_ptr()
+    problem = _problem(
+        rows,
+        codec,
+        batch,
+        queries,
+        dim,
+        value_dim,
+        bias,
+        scaling,
+        in_bf16=in_bf16,
+        query=query.data_ptr(),
+        output=output.data_ptr(),
+        sizes=sizes.data_ptr(),
+    )
     _run(library.kvsplice_attend, problem)
     return output, sizes
 
 
-def _run(function: Any, given: ctypes.Structure) -> None:
+def _run(function: Any, given: Any) -> None:
+    handed = types.as_bytes(given)
     if getattr(torch.autograd.profiler, "_is_profiler_enabled", False):
         # Under a name of its own, so that a profile shows the time; without a profile the name alone would cost some.
         with torch.profiler.record_function(function.__name__.replace("_", "::", 1)):
-            failed = function(ctypes.byref(given))
+            failed = function(handed)
     else:
-        failed = function(ctypes.byref(given))
+        failed = function(handed)
     if failed:
         raise MemoryError("The C++ code got no memory to work in.")
 
@@ -311,15 +338,23 @@ def _problem(
     value_dim: int,
     bias: torch.Tensor | None,
     scaling: float,
+    *,
+    in_bf16: bool,
+    hidden: torch.Tensor | None = None,
+    other_products: int = 0,
+    query: int = 0,
+    output: int = 0,
+    sizes: int = 0,
 ) -> types.Problem:
-    """All but what is computed and where: `query`, `output` and `sizes`. Rows are [B, S, n] or [B, 1, S, n]."""
+    """Rows are [B, S, n] or [B, 1, S, n]; `other_products` are worth threads as well."""
     count = rows.shape[-2]
     if rows.stride(-1) != 1 or rows.shape[0] != batch:
         raise ConfigError(f"Got rows {list(rows.shape)} with strides {rows.stride()} for {batch} sequences of queries.")
     columns, mixed = dim, value_dim
     if codec is not None:
         columns, mixed = len(codec.column_index), codec.value_columns(value_dim)
-    threads = _threads(batch * queries * count * (columns + mixed))
+    products = batch * queries * count * (columns + mixed)
+    parts = -(-_PARTS_PER_THREAD * _threads(products) // batch)
     return types.Problem(
         batch=batch,
         queries=queries,
@@ -327,9 +362,11 @@ def _problem(
         dim=dim,
         values=value_dim,
         kind=types.KINDS[rows.dtype],
+        in_bf16=in_bf16,
         data=rows.data_ptr(),
         batch_stride=rows.stride(0) * rows.itemsize,
         row_stride=rows.stride(-2) * rows.itemsize,
+        query=query,
         scaling=scaling,
         bias=types.address(bias),
         bias_queries=1 if bias is None else bias.shape[1],
@@ -337,9 +374,13 @@ def _problem(
         bias_query_stride=0 if bias is None else bias.stride(1),
         columns=columns,
         mixed=mixed,
-        codec=types.Codec() if codec is None else types.described(codec),
-        splits=max(1, min(-(-_PARTS_PER_THREAD * threads // batch), count // _SMALLEST_PART)),
-        threads=threads,
+        codec=types.codec_of(codec),
+        splits=max(1, min(parts, count // _SMALLEST_PART)),
+        threads=max(_threads(products), _threads(other_products)),
+        hidden=types.address(hidden),
+        hidden_count=0 if hidden is None else hidden.shape[1],
+        output=output,
+        sizes=sizes,
     )
 
 

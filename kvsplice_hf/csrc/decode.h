@@ -22,8 +22,8 @@ struct Decoding {
   Transform transform;
   Numbers exact;       // latents [B, K, R], with P rotated numbers behind each where rows are packed
   const float* sinks;  // one logit per head that carries no value, [H]; or null
-  float* room;         // as many numbers as `room_of` says
   float* output;       // [B, H, V]
+  float* room;         // as many numbers as `room_of` says
 
   int64_t head_stride() const { return (nope + value) * latent; }
 };

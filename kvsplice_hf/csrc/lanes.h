@@ -76,6 +76,17 @@ inline Bfloat16 to_bfloat16(float number) {
 inline Floats floats(const float* from) { return load<Floats>(from); }
 inline Floats floats(const Bfloat16* from) { return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16); }
 
+inline void set(float& to, float number) { to = number; }
+inline void set(Bfloat16& to, float number) { to = to_bfloat16(number); }
+inline void put(float* to, Floats numbers) { store(to, numbers); }
+inline void put(Bfloat16* to, Floats numbers) {
+#if defined(__AVX512BF16__)
+  store(to, _mm512_cvtneps_pbh((__m512)numbers));
+#else
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = to_bfloat16(numbers[lane]);
+#endif
+}
+
 // The first `count` numbers, and 0 behind them: nothing else is read.
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 inline Floats first_floats(const float* from, int64_t count) {

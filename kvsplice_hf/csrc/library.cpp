@@ -16,29 +16,32 @@ float* room_for(const Given& given) {
   return workspace.take(kvsplice::room_of(given));
 }
 
-KVSPLICE_EXPORT int kvsplice_attend(kvsplice::Problem* problem) {
-  problem->room = room_for(*problem);
-  if (problem->room == nullptr) return 1;
+KVSPLICE_EXPORT int kvsplice_attend(const kvsplice::Problem* handed) {
+  kvsplice::Problem problem = *handed;
+  problem.room = room_for(problem);
+  if (problem.room == nullptr) return 1;
   int failed = 0;
-#pragma omp parallel num_threads(problem->threads) reduction(max : failed)
-  failed = !kvsplice::attend(*problem);
+#pragma omp parallel num_threads(problem.threads) reduction(max : failed)
+  failed = !kvsplice::attend(problem);
   return failed;
 }
 
-KVSPLICE_EXPORT int kvsplice_decode(kvsplice::Decoding* given) {
-  given->room = room_for(*given);
-  if (given->room == nullptr) return 1;
+KVSPLICE_EXPORT int kvsplice_decode(const kvsplice::Decoding* handed) {
+  kvsplice::Decoding given = *handed;
+  given.room = room_for(given);
+  if (given.room == nullptr) return 1;
   int failed = 0;
-#pragma omp parallel num_threads(given->rows.threads) reduction(max : failed)
-  failed = !kvsplice::decode(*given);
+#pragma omp parallel num_threads(given.rows.threads) reduction(max : failed)
+  failed = !kvsplice::decode(given);
   return failed;
 }
 
-KVSPLICE_EXPORT int kvsplice_encode(kvsplice::Encoding* given) {
-  given->room = room_for(*given);
-  if (given->room == nullptr) return 1;
-#pragma omp parallel num_threads(given->threads)
-  kvsplice::encode(*given);
+KVSPLICE_EXPORT int kvsplice_encode(const kvsplice::Encoding* handed) {
+  kvsplice::Encoding given = *handed;
+  given.room = room_for(given);
+  if (given.room == nullptr) return 1;
+#pragma omp parallel num_threads(given.threads)
+  kvsplice::encode(given);
   return 0;
 }
 

@@ -116,21 +116,21 @@ class Levels {
 };
 
 // Columns [coded + raw, kStrip] of lines.
-inline void lines_to_columns(const Codec& codec, const uint8_t* lines, float* columns) {
+template <class Number>
+void lines_to_columns(const Codec& codec, const uint8_t* lines, Number* columns) {
   Levels levels;
   for (int64_t column = 0; column < codec.coded; ++column, columns += kStrip) {
     alignas(64) uint8_t codes[kStrip];
     store(codes, codes_of(codec.fields + column * kMostFields, lines));
     levels.prepare(codec.slopes[column], codec.starts[column], codec.widths[codec.index[column]]);
-    for (int row = 0; row < kStrip; row += kLanes)
-      store(columns + row, levels.of(from_bytes(load<Bytes>(codes + row))));
+    for (int row = 0; row < kStrip; row += kLanes) put(columns + row, levels.of(from_bytes(load<Bytes>(codes + row))));
   }
   const uint8_t* line = lines + codec.has_gain * kStrip;
   for (int64_t column = 0; column < codec.raw; ++column, columns += kStrip, line += 2 * kStrip) {
     for (int row = 0; row < kStrip; row += kLanes) {
       const Ints low = from_bytes(load<Bytes>(line + row));
       const Ints high = from_bytes(load<Bytes>(line + kStrip + row));
-      store(columns + row, (Floats)((low << 16) | (high << 24)));
+      put(columns + row, (Floats)((low << 16) | (high << 24)));
     }
   }
 }

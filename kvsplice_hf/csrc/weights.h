@@ -74,7 +74,8 @@ void dot(const Number* rows, int64_t stride, int64_t first, int64_t last, int64_
     for (int index = 0; index < kDotRows; ++index) some[index] = at(row + index);
     in_groups<kDotQueries>(queries, [&]<int together>(int64_t start) {
       float products[kDotQueries * kDotRows];
-      dot_rows<Number, together>(some, width, query + start * query_stride, query_stride, products, kDotRows, none);
+      dot_rows<InFloats<Number>, together>(some, width, query + start * query_stride, query_stride, products, kDotRows,
+                                           none);
       for (int index = 0; index < together; ++index) {
         for (int64_t present = row; present < smaller(row + kDotRows, last); ++present) {
           take(start + index, present, products[index * kDotRows + present - row]);

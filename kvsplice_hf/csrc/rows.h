@@ -1,0 +1,281 @@
+// The kinds of stored rows: how each wants its queries, and how it is scored and mixed, a tile at a time.
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#include "lanes.h"
+#include "packed.h"
+#include "products.h"
+
+namespace kvsplice {
+
+enum RowKind : int64_t { kFloat32 = 0, kBfloat16 = 1, kPacked = 2 };
+
+// Strides count bytes for rows and numbers for anything else.
+struct Problem {
+  int64_t batch, queries, rows;
+  int64_t dim;     // n, numbers of a query and of an unpacked row
+  int64_t values;  // v
+  int64_t kind;
+  int64_t in_bf16;  // whether products may be taken of bf16 numbers, sums being float32
+  const uint8_t* data;
+  int64_t batch_stride, row_stride;
+  const float* query;  // [B, M, n]
+  double scaling;      // of the scores
+  const float* bias;   // [B or 1, bias_queries, S], for query row m that of m % bias_queries; or null
+  int64_t bias_queries, bias_batch_stride, bias_query_stride;
+  int64_t columns;  // n, or how many columns packed rows have
+  int64_t mixed;    // the first so many columns hold all values
+  Codec codec;      // of packed rows
+  int64_t splits, threads;
+  const int64_t* hidden;  // further rows that nobody sees, [B, hidden_count]; those beyond S count for nothing
+  int64_t hidden_count;
+  float* output;  // [B, M, v]
+  float* sizes;   // logarithms of sums of exponentiated scores, [B, M]
+  float* room;    // as many numbers as `room_of` says
+};
+
+// Sums of one part of the rows.
+struct Partial {
+  float *sums, *peak, *total;  // [M, width], [M], [M]
+  int64_t width;
+};
+
+struct Tile {
+  int64_t sequence, first, count;  // rows
+};
+
+inline const uint8_t* rows_of(const Problem& problem, const Tile& tile) {
+  return problem.data + tile.sequence * problem.batch_stride + tile.first * problem.row_stride;
+}
+
+constexpr int kMostQueries = 128;  // that pass over a tile together: their weights should stay in the cache
+
+// Each kind of rows has
+// - `kTile`, rows of a tile, and `kStride`, numbers from the weights of one query to those of the next;
+// - `turned_size`, numbers of the queries of one sequence as it wants them, and `turn`, which puts one of them there;
+// - `memory_size`, numbers of working memory for a tile, its weights included;
+// - `read`, which prepares a tile, `score`, and `mix`, for `queries` queries from `start` on.
+
+// Rows of numbers: as they lie in memory.
+template <class In>
+class NumberRows {
+ public:
+  static constexpr int kTile = kStrip, kStride = kTile + kLanes;
+
+  static int64_t turned_size(const Problem& problem) {
+    return problem.queries * width_of(problem) * sizeof(Query) / sizeof(float);
+  }
+
+  static void turn(const Problem& problem, const float* from, int64_t query, float* turned) {
+    Query* to = reinterpret_cast<Query*>(turned) + query * width_of(problem);
+    for (int64_t number = 0; number < width_of(problem); ++number) {
+      set(to[number], number < problem.dim ? from[number] : 0.0f);
+    }
+  }
+
+  static int64_t memory_size(const Problem&) { return 2 * kMostQueries * kStride; }
+
+  NumberRows(const Problem& problem, const Tile& tile, float* memory, const float* turned)
+      : weights(memory),
+        problem_(problem),
+        tile_(tile),
+        rounded_(reinterpret_cast<Query*>(memory + kMostQueries * kStride)),
+        turned_(reinterpret_cast<const Query*>(turned)) {}
+
+  void read() const {}
+
+  void score(int64_t start, int64_t queries, Ahead& ahead) const {
+    const int64_t width = width_of(problem_);
+    const Query* query = turned_ + start * width;
+    for (int64_t row = 0; row < tile_.count; row += kDotRows) {
+      const Number* some[kDotRows];
+      for (int index = 0; index < kDotRows; ++index) some[index] = at(smaller(row + index, tile_.count - 1));
+      in_groups<kDotQueries>(queries, [&]<int heads>(int64_t head) {
+        dot_rows<In, heads>(some, problem_.dim, query + head * width, width, weights + head * kStride + row, kStride,
+                            ahead);
+      });
+    }
+  }
+
+  void mix(const Partial& partial, int64_t start, int64_t queries, Ahead& ahead) const {
+    const int64_t stride = problem_.row_stride / sizeof(Number),
+                  vectors_in_all = blocks_of(problem_.mixed, In::kNumbers);
+    if constexpr (In::kInPairs) {
+      for (int64_t number = 0; number < queries * kStride; number += kLanes) {
+        put(rounded_ + number, floats(weights + number));
+      }
+    }
+    in_groups<kMixedTogether>(queries, [&]<int heads>(int64_t head) {
+      in_groups<In::kMixedVectors>(vectors_in_all, [&]<int vectors>(int64_t vector) {
+        const int64_t column = vector * In::kNumbers;
+        const int64_t behind = problem_.dim - column - (vectors - 1) * In::kNumbers;
+        float* sums = partial.sums + (start + head) * partial.width + column;
+        if constexpr (In::kInPairs) {
+          mix_row_pairs<heads, vectors>(at(0) + column, stride, tile_.count, behind, rounded_ + head * kStride, kStride,
+                                        sums, partial.width, ahead);
+        } else {
+          mix_rows<Number, heads, vectors>(at(0) + column, stride, tile_.count, behind, weights + head * kStride,
+                                           kStride, sums, partial.width, ahead);
+        }
+      });
+    });
+  }
+
+  float* const weights;  // [queries, kStride]
+
+ private:
+  using Number = typename In::Number;
+  using Query = typename In::Query;
+
+  // Filled up with 0 to whole vectors.
+  static int64_t width_of(const Problem& problem) { return round_up(problem.dim, In::kNumbers); }
+  const Number* at(int64_t row) const {
+    return reinterpret_cast<const Number*>(rows_of(problem_, tile_) + row * problem_.row_stride);
+  }
+
+  const Problem& problem_;
+  const Tile& tile_;
+  Query* rounded_;
+  const Query* turned_;
+};
+
+// Packed rows: columns of levels, whose scales and centres the queries take over. Tiles are of several strips, so that
+// summing over lanes weighs less.
+template <class In>
+class PackedRows {
+ public:
+  static constexpr int kTile = 4 * In::kNumbers / kLanes * kStrip, kStride = kTile + kLanes;
+
+  static int64_t turned_size(const Problem& problem) {
+    return problem.queries * (In::kInPairs ? pairs_of(problem) : problem.columns);
+  }
+
+  static void turn(const Problem& problem, const float* from, int64_t query, float* turned) {
+    const auto number = [&](int64_t column) {
+      return column < problem.columns ? from[problem.codec.index[column]] * problem.codec.scale(column) : 0.0f;
+    };
+    if constexpr (In::kInPairs) {
+      Query* to = reinterpret_cast<Query*>(turned) + 2 * query;
+      const int64_t gained = problem.codec.gained;
+      const auto add = [&](int64_t first, int64_t last, int64_t from_column, int64_t to_column) {
+        for (int64_t column = first; column < last; column += 2, to += 2 * problem.queries) {
+          set(to[0], column >= from_column ? number(column) : 0.0f);
+          set(to[1], column + 1 < to_column ? number(column + 1) : 0.0f);
+        }
+      };
+      add(0, gained, 0, gained);
+      add(gained / 2 * 2, problem.columns, gained, problem.columns);
+    } else {
+      for (int64_t column = 0; column < problem.columns; ++column) {
+        turned[column * problem.queries + query] = number(column);
+      }
+    }
+  }
+
+  static int64_t memory_size(const Problem& problem) {
+    return 3 * kMostQueries * kStride + kTile +
+           (strip_of(problem) * (kTile / kStrip) * sizeof(Query) + round_up(problem.codec.row_bytes, 8) * kStrip) /
+               sizeof(float);
+  }
+
+  PackedRows(const Problem& problem, const Tile& tile, float* memory, const float* turned)
+      : weights(memory), problem_(problem), tile_(tile), turned_(reinterpret_cast<const Query*>(turned)) {
+    float* next = memory + kMostQueries * kStride;
+    const auto take = [&](int64_t numbers) { return std::exchange(next, next + numbers); };
+    plain_ = reinterpret_cast<Query*>(take(kMostQueries * kStride));
+    gained_ = reinterpret_cast<Query*>(take(kMostQueries * kStride));
+    gains_ = take(kTile);
+    columns_ = reinterpret_cast<Query*>(take(strip_of(problem) * (kTile / kStrip) * sizeof(Query) / sizeof(float)));
+    lines_ = reinterpret_cast<uint8_t*>(next);
+  }
+
+  void read() const {
+    const Codec& codec = problem_.codec;
+    for (int64_t row = 0; row < tile_.count; row += kStrip) {
+      Query* columns = columns_ + row / kStrip * strip_of(problem_);
+      bytes_to_lines(rows_of(problem_, tile_) + row * problem_.row_stride, problem_.row_stride,
+                     smaller(kStrip, tile_.count - row), codec.row_bytes, lines_);
+      lines_to_columns(codec, lines_, columns);
+      std::memset(columns + problem_.columns * kStrip, 0, kLanes * kStrip * sizeof(Query));
+      for (int index = 0; index < kStrip; ++index) {
+        gains_[row + index] = codec.has_gain ? codec.gains[lines_[index]] : 1.0f;
+      }
+    }
+  }
+
+  void score(int64_t start, int64_t queries, Ahead& ahead) const {
+    constexpr int together = In::kInPairs ? kStrip : kRowVectors * kLanes;
+    for (int64_t row = 0; row < round_up(tile_.count, kStrip); row += together) {
+      const Query* columns = columns_ + row / kStrip * strip_of(problem_) + row % kStrip;
+      in_groups<kScoredTogether>(queries, [&]<int heads>(int64_t head) {
+        float* scores = weights + head * kStride + row;
+        if constexpr (In::kInPairs) {
+          score_column_pairs<heads>(columns, problem_.codec.gained, problem_.columns, turned_ + 2 * (start + head),
+                                    problem_.queries, gains_ + row, scores, kStride, ahead);
+        } else {
+          score_columns<heads>(columns, problem_.codec.gained, problem_.columns, turned_ + start + head,
+                               problem_.queries, gains_ + row, scores, kStride, ahead);
+        }
+      });
+    }
+  }
+
+  void mix(const Partial& partial, int64_t start, int64_t queries, Ahead&) const {
+    const int64_t gained = smaller(problem_.codec.gained, problem_.mixed);
+    for (int64_t head = 0; head < queries; ++head) {
+      for (int64_t row = 0; row < round_up(tile_.count, kStrip); row += kLanes) {
+        const int64_t at = head * kStride + row;
+        const Floats weight = floats(weights + at);
+        if (gained < problem_.mixed) put(plain_ + at, weight);
+        if (gained > 0) put(gained_ + at, weight * floats(gains_ + row));
+      }
+    }
+    in_groups<kSummedTogether>(queries, [&]<int heads>(int64_t head) {
+      auto mix = [&](int64_t first, int64_t last, const Query* given) {
+        for (int64_t column = first; column < last; column += kLanes / heads) {
+          mix_columns<In, heads>(columns_ + column * kStrip, strip_of(problem_), blocks_of(tile_.count, kStrip),
+                                 last - column, given + head * kStride, kStride,
+                                 partial.sums + (start + head) * partial.width + column, partial.width);
+        }
+      };
+      mix(0, gained, gained_);
+      mix(gained, problem_.mixed, plain_);
+    });
+  }
+
+  float* const weights;  // [queries, kStride]
+
+ private:
+  using Query = typename In::Query;
+
+  // `mix_columns` takes columns in blocks, the last of which may reach beyond them.
+  static int64_t strip_of(const Problem& problem) { return (problem.columns + kLanes) * kStrip; }
+  // Of columns with a gain, and of the others; see `score_column_pairs`.
+  static int64_t pairs_of(const Problem& problem) {
+    const int64_t gained = problem.codec.gained;
+    return blocks_of(gained, 2) + blocks_of(problem.columns, 2) - gained / 2;
+  }
+
+  const Problem& problem_;
+  const Tile& tile_;
+  const Query* turned_;
+  Query *plain_, *gained_, *columns_;  // weights, weights times gains
+  float* gains_;
+  uint8_t* lines_;
+};
+
+// Calls `run<Rows>()` with the kind that serves a problem.
+template <class Run>
+auto with_rows(const Problem& problem, Run&& run) {
+#if KVSPLICE_TWINS
+  if (problem.in_bf16 && problem.kind == kPacked) return run.template operator()<PackedRows<InTwins>>();
+  if (problem.in_bf16 && problem.kind == kBfloat16) return run.template operator()<NumberRows<InTwins>>();
+#endif
+  if (problem.kind == kPacked) return run.template operator()<PackedRows<InFloats<float>>>();
+  if (problem.kind == kBfloat16) return run.template operator()<NumberRows<InFloats<Bfloat16>>>();
+  return run.template operator()<NumberRows<InFloats<float>>>();
+}
+
+}  // namespace kvsplice
