@@ -2,7 +2,7 @@
 
 Both kinds of kernels serve calls without gradients and dropout that are not being compiled. The first call of each kind
 is computed in both ways; where the kernel fails, or disagrees with PyTorch, a warning says so and PyTorch serves from
-then on. `KVSPLICE_KERNELS=torch` in the environment leaves the kernels out.
+then on. `KVSPLICE_KERNELS=torch` in the environment, when the package is imported, leaves the kernels out.
 
 Legend: as in `streaming`.
 """
@@ -23,6 +23,9 @@ from kvsplice_hf.streaming import Attended, attend_packed, attend_rows
 
 logger = logging.getLogger(__name__)
 
+# Read once: a lookup in the environment takes as long as some of the calls that would ask for it.
+_WITHOUT_KERNELS = os.environ.get("KVSPLICE_KERNELS") == "torch"
+_IN_INTERPRETER = "TRITON_INTERPRET" in os.environ
 # Products of bf16 numbers of the same sign differ by about this much, relative to the largest of them.
 _TOLERANCE = 0.03
 # More query rows than these are a prefill, which matrix products serve well.
@@ -121,12 +124,12 @@ def _steps_of(codec: RowCodec | None) -> tuple[torch.Tensor, ...]:
 
 def _kernels_for(*tensors: torch.Tensor) -> Any:
     """The module whose kernels serve a call with these tensors, or None."""
-    if os.environ.get("KVSPLICE_KERNELS") == "torch" or torch.compiler.is_compiling():
+    if _WITHOUT_KERNELS or torch.compiler.is_compiling():
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return None
     device = tensors[0].device
-    if device.type != "cpu" or "TRITON_INTERPRET" in os.environ:
+    if device.type != "cpu" or _IN_INTERPRETER:
         kernels = _triton_kernels()
         return kernels if kernels is not None and kernels.kernels_available(device) else None
     return native if all(map(native.reads, tensors)) and native.kernels_available(device) else None

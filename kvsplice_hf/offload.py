@@ -11,9 +11,11 @@ def read_parameter(module: nn.Module, name: str) -> torch.Tensor:
     Accelerate loads offloaded weights only inside the forward of the module that owns them. Code that folds a weight
     into something else does not call that forward, so it would see an empty tensor on the meta device.
     """
-    # Looked up in the instance: what a module does not have takes long to be found missing, and this runs at each step.
+    # Past the lookup of attributes in modules, which is slow, and slowest for what they do not have: this runs at each
+    # step of a model, several times per layer.
     if "_hf_hook" not in vars(module) or not has_offloaded_params(module):
-        return getattr(module, name)
+        parameter = module._parameters.get(name)
+        return getattr(module, name) if parameter is None else parameter
     with align_module_device(module):
         return getattr(module, name)
 

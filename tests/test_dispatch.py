@@ -1,5 +1,6 @@
 """Kernels serve only calls that they are made for, and only as long as they agree with PyTorch."""
 
+import importlib.util
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,7 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(kernels: Any) -> Any:
         monkeypatch.setattr(dispatch, "_triton_kernels", lambda: kernels)
         monkeypatch.setattr(dispatch, "_verdicts", {})
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(dispatch, "_IN_INTERPRETER", True)
         return kernels
 
     return install
@@ -114,10 +115,23 @@ def test_calls_with_dropout_or_gradients_go_to_pytorch(kind: str, settings: dict
 
 def test_kernels_can_be_left_out(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = use(Kernels())
-    monkeypatch.setenv("KVSPLICE_KERNELS", "torch")
+    monkeypatch.setattr(dispatch, "_WITHOUT_KERNELS", True)
     for kind in KINDS:
         call(kind)
     assert kernels.calls == 0
+
+
+@pytest.mark.parametrize("value", [None, "torch", "all"])
+def test_the_environment_says_whether_they_are(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVSPLICE_KERNELS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("KVSPLICE_KERNELS", value)
+    spec = importlib.util.find_spec("kvsplice_hf.dispatch")
+    assert spec is not None
+    assert spec.loader is not None
+    another = importlib.util.module_from_spec(spec)  # as at import, beside the module that others use
+    spec.loader.exec_module(another)
+    assert another._WITHOUT_KERNELS is (value == "torch")
 
 
 def test_that_triton_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

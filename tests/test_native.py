@@ -258,7 +258,7 @@ def test_a_step_from_query_to_output_is_that_of_pytorch(
         return query.to(dtype), latent, weight.to(dtype), value_dim, visible, 0.3, logits
 
     *most, logits = arguments(torch.float32)
-    monkeypatch.setenv("KVSPLICE_KERNELS", "torch")
+    monkeypatch.setattr(dispatch, "_WITHOUT_KERNELS", True)
     expected, _ = absorbed_attention(*most, learned_sinks=logits)
     found = native.decode(_step(*arguments(dtype)))
     assert found.shape == (batch, 1, heads, value_dim)
@@ -294,7 +294,7 @@ def test_new_tokens_are_encoded_as_pytorch_encodes_them(
     latent = torch.randn(batch, 1, tokens, latent_dim).to(of_latents)
     k_rot = torch.randn(batch, 1, tokens, rope_dim).to(of_latents)
     found = native.encode(latent, k_rot, splice.weights(), splice.codec)
-    monkeypatch.setenv("KVSPLICE_KERNELS", "torch")
+    monkeypatch.setattr(dispatch, "_WITHOUT_KERNELS", True)
     expected = splice.rows(latent, k_rot)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     if kind == "numbers":
@@ -340,10 +340,10 @@ def test_a_patched_model_generates_the_same_with_and_without_it(
         return torch.stack(out.logits)
 
     monkeypatch.setattr(dispatch, "_verdicts", {})
-    monkeypatch.setenv("KVSPLICE_KERNELS", "torch")
+    monkeypatch.setattr(dispatch, "_WITHOUT_KERNELS", True)
     expected = logits()
     assert not dispatch._verdicts
-    monkeypatch.delenv("KVSPLICE_KERNELS")
+    monkeypatch.setattr(dispatch, "_WITHOUT_KERNELS", False)
     for _ in range(2):  # the first call of each kind is computed both ways
         torch.testing.assert_close(logits(), expected, atol=1e-4, rtol=0)
     assert {kind[0] for kind in dispatch._verdicts} >= {"decode", "encode"}
