@@ -164,6 +164,8 @@ def decode(step: Step) -> torch.Tensor:
     batch, heads, _, width = step.query.shape
     latent_dim, rank = projection.expand.shape
     nope_dim = weight.shape[0] // heads - step.v_dim
+    dim = rank + width - nope_dim
+    _check_step(step, dim)
     query, bias = step.query.float().contiguous(), _read_in_order(step.bias, step.rows, heads)
     sinks = None if step.sinks is None else step.sinks.float().contiguous()
     exact, positions = step.exact, step.positions
@@ -175,7 +177,7 @@ def decode(step: Step) -> torch.Tensor:
         step.codec,
         batch,
         heads,
-        rank + width - nope_dim,
+        dim,
         rank,
         bias,
         step.scaling,
@@ -200,6 +202,33 @@ def decode(step: Step) -> torch.Tensor:
     )
     _run(library.kvsplice_decode, given)
     return output
+
+
+def _check_step(step: Step, dim: int) -> None:
+    """Refuse tensors that the library would read beyond; `dim` numbers are a row."""
+    batch, heads, _, width = step.query.shape
+    latent_dim, rank = step.projection.expand.shape
+    codec, exact, positions = step.codec, step.exact, step.positions
+    row_width = dim if codec is None else codec.row_bytes
+    exact_width = latent_dim + (0 if codec is None else dim - rank)
+    fits = (
+        step.rows.shape[0] == batch
+        and step.rows.shape[-1] == row_width
+        and (codec is None or codec.row_dim == dim)
+        and step.weight.shape[0] % heads == 0
+        and step.weight.shape[1] == latent_dim
+        and rank <= dim <= rank + width
+        and (step.sinks is None or step.sinks.numel() == heads)
+    )
+    if exact is not None:
+        kept = None if positions is None else (*positions.shape, exact_width)
+        fits = fits and exact.shape == kept and positions is not None and positions.dtype is torch.int64
+    if not fits:
+        sizes = {name: list(value.shape) for name, value in step._asdict().items() if isinstance(value, torch.Tensor)}
+        raise ConfigError(
+            f"Got {sizes} with values of {step.v_dim} numbers, for a projection of {latent_dim} numbers to {rank}"
+            + ("." if codec is None else f" and a codec of rows of {codec.row_dim} numbers, {codec.row_bytes} bytes.")
+        )
 
 
 def encode(

@@ -373,6 +373,35 @@ def test_wrong_input_is_refused() -> None:
             wrong()
 
 
+def test_a_step_of_tensors_that_do_not_fit_is_refused() -> None:
+    splice = LearnedKVSplice(8, 5)
+    rows, exact = torch.zeros(2, 1, 7, 7), ExactTokens(torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.long))
+    latent = CompressedLatent(rows, splice, exact, 1, 6)
+    step = _step(torch.zeros(2, 4, 1, 6), latent, torch.zeros(28, 8), 3, None, 1.0, torch.zeros(4))
+    with torch.no_grad():
+        assert native.decode(step).shape == (2, 1, 4, 3)
+    for change in (
+        {"query": torch.zeros(1, 4, 1, 6)},
+        {"query": torch.zeros(2, 4, 1, 7)},
+        {"rows": rows[..., :6]},
+        {"rows": rows[:1]},
+        {"codec": codec_of([4], 7, 5)},
+        {"weight": torch.zeros(27, 8)},
+        {"weight": torch.zeros(28, 7)},
+        {"weight": torch.zeros(28, 8, dtype=torch.float16)},
+        {"v_dim": 9},
+        {"projection": LearnedKVSplice(8, 4).weights()},
+        {"exact": torch.zeros(2, 3, 7)},
+        {"exact": torch.zeros(2, 2, 8)},
+        {"positions": None},
+        {"positions": torch.zeros(2, 3, dtype=torch.int32)},
+        {"bias": torch.zeros(2, 1, 6)},
+        {"sinks": torch.zeros(3)},
+    ):
+        with pytest.raises(ConfigError, match="Got"):
+            native.decode(step._replace(**change))
+
+
 @pytest.fixture
 def fresh_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Nothing compiled so far."""
