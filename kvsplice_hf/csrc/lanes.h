@@ -107,8 +107,12 @@ inline Floats first_floats(const Number* from, int64_t count) {
 }
 #endif
 
+#if defined(__AVX512F__)
+inline Ints from_bytes(Bytes bytes) { return (Ints)_mm512_cvtepu8_epi32((__m128i)bytes); }
+#else
 // In two steps, because GCC 12 takes lane by lane what it should do in one.
 inline Ints from_bytes(Bytes bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, Halves), Ints); }
+#endif
 
 // exp(x) for x <= 0, to one unit in the last place or two; 0 where it would not be a normal number.
 // 2^n * e^f with |f| <= log(2) / 2, and a polynomial for e^f (the coefficients of Cephes, expf).
@@ -131,17 +135,21 @@ inline Floats exp_of_negative(Floats x) {
 // Numbers of a table of 1, 2 or 4 vectors, where a processor can look up a whole vector at once.
 #if defined(__AVX512F__)
 constexpr int kMostLookedUp = 4 * kLanes;
-inline Floats look_up(const Floats* table, int vectors, Ints index) {
+template <int vectors>
+inline Floats look_up(const Floats (&table)[4], Ints index) {
   const __m512i at = (__m512i)index;
-  if (vectors == 1) return (Floats)_mm512_permutexvar_ps(at, (__m512)table[0]);
+  if constexpr (vectors == 1) return (Floats)_mm512_permutexvar_ps(at, (__m512)table[0]);
   const __m512 low = _mm512_permutex2var_ps((__m512)table[0], at, (__m512)table[1]);
-  if (vectors == 2) return (Floats)low;
+  if constexpr (vectors == 2) return (Floats)low;
   const __m512 high = _mm512_permutex2var_ps((__m512)table[2], at, (__m512)table[3]);
   return (Floats)_mm512_mask_mov_ps(low, _mm512_test_epi32_mask(at, _mm512_set1_epi32(2 * kLanes)), high);
 }
 #else
 constexpr int kMostLookedUp = 0;
-inline Floats look_up(const Floats* table, int, Ints) { return table[0]; }
+template <int vectors>
+inline Floats look_up(const Floats (&table)[4], Ints) {
+  return table[0];
+}
 #endif
 
 // The even blocks of `block` lanes of two vectors, each of one followed by that of the other; and the odd ones.

@@ -37,6 +37,37 @@ typedef uint8_t Line __attribute__((vector_size(kStrip)));
 typedef uint16_t Pairs __attribute__((vector_size(kStrip)));
 typedef uint64_t Words __attribute__((vector_size(kStrip)));
 
+// The bytes of up to `kStrip` rows as one line per byte of a row, [bytes up to a multiple of kLinesAtOnce, kStrip].
+// Lines of missing rows repeat the last one.
+constexpr int kLinesAtOnce = 16;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
+  for (int64_t byte = 0; byte < row_bytes; byte += kLinesAtOnce) {
+    // The last row may end where the memory does.
+    const __mmask16 present = (1u << smaller(kLinesAtOnce, row_bytes - byte)) - 1;
+    const auto at = [&](int64_t row) {
+      return _mm_maskz_loadu_epi8(present, rows + smaller(row, count - 1) * stride + byte);
+    };
+    // Blocks of sixteen by sixteen bytes, four side by side.
+    __m512i block[16];
+    for (int row = 0; row < 16; ++row) {
+      const __m256i front = _mm256_inserti32x4(_mm256_castsi128_si256(at(row)), at(row + 16), 1);
+      const __m256i behind = _mm256_inserti32x4(_mm256_castsi128_si256(at(row + 32)), at(row + 48), 1);
+      block[row] = _mm512_inserti64x4(_mm512_castsi256_si512(front), behind, 1);
+    }
+    // Of a byte's place in its block, eight bits for row and column, each round turns the first into the last.
+    for (int round = 0; round < 4; ++round) {
+      __m512i next[16];
+      for (int row = 0; row < 8; ++row) {
+        next[2 * row] = _mm512_unpacklo_epi8(block[row], block[row + 8]);
+        next[2 * row + 1] = _mm512_unpackhi_epi8(block[row], block[row + 8]);
+      }
+      std::memcpy(block, next, sizeof block);
+    }
+    for (int index = 0; index < 16; ++index) store(lines + (byte + index) * kStrip, block[index]);
+  }
+}
+#else
 // Swap, in all lanes, the bits of `low` under `mask << shift` with those of `high` under `mask`.
 inline void exchange(Words& low, Words& high, int shift, uint64_t mask) {
   const Words differing = ((low >> shift) ^ high) & mask;
@@ -44,8 +75,6 @@ inline void exchange(Words& low, Words& high, int shift, uint64_t mask) {
   low ^= differing << shift;
 }
 
-// The bytes of up to `kStrip` rows as one line per byte of a row, [bytes up to a multiple of 8, kStrip]. Lines of
-// missing rows repeat the last one.
 inline void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
   alignas(64) uint64_t words[8][8];
   for (int64_t byte = 0; byte < row_bytes; byte += 8) {
@@ -69,6 +98,7 @@ inline void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, i
     for (int index = 0; index < 8; ++index) store(lines + (byte + index) * kStrip, block[index]);
   }
 }
+#endif
 
 // The codes of one column.
 inline Line codes_of(const Field* fields, const uint8_t* lines) {
@@ -105,9 +135,27 @@ class Levels {
     }
   }
 
-  Floats of(Ints codes) const { return vectors_ ? look_up(table_, vectors_, codes) : computed(codes); }
+  // The levels of kStrip codes.
+  template <class Number>
+  void write(const uint8_t* codes, Number* to) const {
+    switch (vectors_) {
+      case 1:
+        return looked_up<1>(codes, to);
+      case 2:
+        return looked_up<2>(codes, to);
+      case 4:
+        return looked_up<4>(codes, to);
+    }
+    for (int row = 0; row < kStrip; row += kLanes) put(to + row, computed(from_bytes(load<Bytes>(codes + row))));
+  }
 
  private:
+  template <int vectors, class Number>
+  void looked_up(const uint8_t* codes, Number* to) const {
+    for (int row = 0; row < kStrip; row += kLanes) {
+      put(to + row, look_up<vectors>(table_, from_bytes(load<Bytes>(codes + row))));
+    }
+  }
   Floats computed(Ints codes) const { return sinh_of(__builtin_convertvector(codes, Floats) * slope_ + start_); }
 
   float slope_ = 0, start_ = 0;  // no slope is 0
@@ -123,7 +171,7 @@ void lines_to_columns(const Codec& codec, const uint8_t* lines, Number* columns)
     alignas(64) uint8_t codes[kStrip];
     store(codes, codes_of(codec.fields + column * kMostFields, lines));
     levels.prepare(codec.slopes[column], codec.starts[column], codec.widths[codec.index[column]]);
-    for (int row = 0; row < kStrip; row += kLanes) put(columns + row, levels.of(from_bytes(load<Bytes>(codes + row))));
+    levels.write(codes, columns);
   }
   const uint8_t* line = lines + codec.has_gain * kStrip;
   for (int64_t column = 0; column < codec.raw; ++column, columns += kStrip, line += 2 * kStrip) {

@@ -176,7 +176,8 @@ class PackedRows {
 
   static int64_t memory_size(const Problem& problem) {
     return 3 * kMostQueries * kStride + kTile +
-           (strip_of(problem) * (kTile / kStrip) * sizeof(Query) + round_up(problem.codec.row_bytes, 8) * kStrip) /
+           (strip_of(problem) * (kTile / kStrip) * sizeof(Query) +
+            round_up(problem.codec.row_bytes, kLinesAtOnce) * kStrip) /
                sizeof(float);
   }
 
