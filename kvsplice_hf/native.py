@@ -212,7 +212,7 @@ def _check_step(step: Step, dim: int) -> None:
     row_width = dim if codec is None else codec.row_bytes
     exact_width = latent_dim + (0 if codec is None else dim - rank)
     fits = (
-        step.rows.shape[0] == batch
+        step.query.shape[2] == 1
         and step.rows.shape[-1] == row_width
         and (codec is None or codec.row_dim == dim)
         and step.weight.shape[0] % heads == 0
@@ -221,8 +221,8 @@ def _check_step(step: Step, dim: int) -> None:
         and (step.sinks is None or step.sinks.numel() == heads)
     )
     if exact is not None:
-        kept = None if positions is None else (*positions.shape, exact_width)
-        fits = fits and exact.shape == kept and positions is not None and positions.dtype is torch.int64
+        kept = None if positions is None or positions.dtype is not torch.int64 else positions.shape
+        fits = fits and kept is not None and kept[0] == batch and exact.shape == (*kept, exact_width)
     if not fits:
         sizes = {name: list(value.shape) for name, value in step._asdict().items() if isinstance(value, torch.Tensor)}
         raise ConfigError(

@@ -141,8 +141,8 @@ class Encoding(NamedTuple):
     room: int = 0
 
 
-NO_CODEC = Codec(*[0] * len(Codec._fields))
-NO_PACKER = Packer(NO_CODEC, 0, 0, 0)
+_NO_CODEC = Codec(*[0] * len(Codec._fields))
+_NO_PACKER = Packer(_NO_CODEC, 0, 0, 0)
 _NO_NUMBERS = Numbers(0, 0)
 
 
@@ -195,7 +195,7 @@ def numbers_of(tensor: torch.Tensor | None) -> Numbers:
 def codec_of(codec: RowCodec | None) -> Codec:
     """The tables of a codec, or none."""
     if codec is None:
-        return NO_CODEC
+        return _NO_CODEC
     has_gain = len(codec.sigmas) > 0
     coded = len(codec.column_starts)
     return Codec(
@@ -219,7 +219,7 @@ def codec_of(codec: RowCodec | None) -> Codec:
 def packer_of(codec: RowCodec | None) -> Packer:
     """The tables of a codec, those for packing included; or none."""
     if codec is None:
-        return NO_PACKER
+        return _NO_PACKER
     return Packer(codec_of(codec), len(codec.sigmas), codec.sigmas.data_ptr(), codec._bends.data_ptr())
 
 

@@ -393,6 +393,8 @@ def test_a_step_of_tensors_that_do_not_fit_is_refused() -> None:
         {"projection": LearnedKVSplice(8, 4).weights()},
         {"exact": torch.zeros(2, 3, 7)},
         {"exact": torch.zeros(2, 2, 8)},
+        {"query": torch.zeros(2, 4, 2, 6)},
+        {"exact": torch.zeros(1, 3, 8), "positions": torch.zeros(1, 3, dtype=torch.long)},
         {"positions": None},
         {"positions": torch.zeros(2, 3, dtype=torch.int32)},
         {"bias": torch.zeros(2, 1, 6)},

@@ -43,14 +43,8 @@ inline float rounded(float number, bool to_half) { return to_half ? number_of(to
 
 // One number of the latents of all tokens.
 inline void transform_column(const Encoding& given, const EncodingRoom& room, int64_t column) {
-  const Transform& transform = given.transform;
-  float scale = 1.0f, shift;
-  if (transform.is_merged()) {
-    shift = -number_at(transform.offset, column);
-  } else {
-    scale = softplus(number_at(transform.scale, column));
-    shift = number_at(transform.shift, column);
-  }
+  float scale, shift;
+  read(given.transform, column, scale, shift);
   for (int64_t token = 0; token < given.tokens; ++token) {
     const float number = number_at(given.latents, token * given.latent + column) * scale + shift;
     room.latents[token * room.latent + column] = rounded(number, given.compress.is_bfloat16);

@@ -194,16 +194,4 @@ inline Floats lane_sums(const Floats* vectors) {
   }
 }
 
-// Turns `kLanes` rows into as many columns, in place.
-template <int block = kLanes / 2>
-inline void transpose(Floats* rows) {
-  for (int index = 0; index < kLanes; ++index) {
-    if (index & block) continue;
-    const Floats one = rows[index], other = rows[index + block];
-    rows[index] = Blocks<block>::even(one, other);
-    rows[index + block] = Blocks<block>::odd(one, other);
-  }
-  if constexpr (block > 1) transpose<block / 2>(rows);
-}
-
 }  // namespace kvsplice

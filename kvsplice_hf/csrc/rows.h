@@ -1,4 +1,6 @@
 // The kinds of stored rows: how each wants its queries, and how it is scored and mixed, a tile at a time.
+//
+// Legend: as in attend.h.
 #pragma once
 
 #include <cstring>

@@ -18,15 +18,22 @@ struct Transform {
 
 inline float softplus(float number) { return number > 20.0f ? number : std::log1p(std::exp(number)); }
 
+// What encoding multiplies by and adds.
+inline void read(const Transform& transform, int64_t column, float& scale, float& shift) {
+  if (transform.is_merged()) {
+    scale = 1.0f;
+    shift = -number_at(transform.offset, column);
+  } else {
+    scale = softplus(number_at(transform.scale, column));
+    shift = number_at(transform.shift, column);
+  }
+}
+
 // What decoding divides by and adds.
 inline void invert(const Transform& transform, int64_t column, float& divisor, float& offset) {
-  if (transform.is_merged()) {
-    divisor = 1.0f;
-    offset = number_at(transform.offset, column);
-  } else {
-    divisor = softplus(number_at(transform.scale, column));
-    offset = -number_at(transform.shift, column) / divisor;
-  }
+  float shift;
+  read(transform, column, divisor, shift);
+  offset = -shift / divisor;
 }
 
 }  // namespace kvsplice
