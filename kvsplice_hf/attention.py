@@ -2,7 +2,8 @@
 
 Three places in the forward of an MLA module can be reached without rewriting it: just before it (a hook, where the
 cache and the mask are seen), `expand_kv` (an attribute of the instance), and the attention function (looked up by
-name). All functions here are module-level, so that patched models can be copied and pickled.
+name). A fourth, just after it, only checks that the second was reached. All functions here are module-level, so that
+patched models can be copied and pickled, and what belongs to a call is not kept on a module (`call`).
 """
 
 import functools
@@ -14,13 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvsplice_hf import upstream
 from kvsplice_hf.absorbed import absorbed_attention
 from kvsplice_hf.cache import CompressedLatent, RowGeometry, SplicedLayerMixin, splice_cache_layer
+from kvsplice_hf.call import (
+    STATE_ARGUMENT,
+    Call,
+    PatchIdentity,
+    current_state,
+    enter_call,
+    leave_call,
+    note_expansion,
+    running_call,
+)
 from kvsplice_hf.errors import CacheMismatchError, FoldingError, UnsupportedError
 from kvsplice_hf.offload import read_parameter
 from kvsplice_hf.paged import PagedLatent, paged_rows
@@ -35,37 +44,43 @@ SITE_ATTRIBUTE = "_kvsplice_site"
 
 
 class PatchedSite:
-    """State of one patched attention module, kept on it as a plain attribute.
+    """What the patch knows of one attention module, kept on it as a plain attribute. Nothing of it belongs to a call.
 
     Args:
+        name: path of the module in the model that was patched, for messages.
+        patch: tells this patch from others; the same for all modules of a model.
         owner: the attention module whose latent this one reads: itself, unless it reuses an earlier layer's.
         stores_latent: whether the module writes to the cache.
         geometry: sizes of the rows.
         num_heads: H.
         mode: "auto", "absorbed" or "expanded".
+        arguments: how its forward takes its arguments.
     """
 
-    def __init__(self, owner: Any, stores_latent: bool, geometry: RowGeometry, num_heads: int, mode: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        patch: PatchIdentity,
+        owner: Any,
+        stores_latent: bool,
+        geometry: RowGeometry,
+        num_heads: int,
+        mode: str,
+        arguments: upstream.ForwardArguments,
+    ) -> None:
+        self.name = name
+        self.patch = patch
         self.owner = owner
         self.stores_latent = stores_latent
         self.geometry = geometry
         self.num_heads = num_heads
         self.mode = mode
-        self.hook: RemovableHandle | None = None
-        # Told of each round trip without a cache, latent and decoded latent, while somebody listens.
-        self.on_round_trip: Callable[[torch.Tensor, torch.Tensor], None] | None = None
-        # False while `splice_disabled` lets the model run as if it were not patched.
-        self.enabled = True
-        # Mask of the call that is running. The module's hook sets it right before the forward that reads it, also when
-        # gradient checkpointing runs the forward again, so it cannot be another call's.
-        self.attention_mask: torch.Tensor | None = None
+        self.arguments = arguments
+        self.hooks: list[RemovableHandle] = []
 
     @property
     def splice(self) -> LearnedKVSplice:
         return self.owner.kvsplice
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "attention_mask": None, "on_round_trip": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -77,11 +92,8 @@ def register_attention() -> None:
     """Make our attention functions, and the masks they need, known to transformers under names of ours."""
     for base in WRAPPED_ATTENTION:
         name = _NAME_PREFIX + base
-        if name in ALL_ATTENTION_FUNCTIONS:
-            continue
-        AttentionInterface.register(name, functools.partial(_kvsplice_attention, base=base))
-        # Without a mask of the same name a module gets no mask at all, and no error.
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        if not upstream.is_attention_function(name):
+            upstream.register_attention_function(name, functools.partial(_kvsplice_attention, base=base), base)
 
 
 def wrapped_name(base: str) -> str | None:
@@ -91,50 +103,76 @@ def wrapped_name(base: str) -> str | None:
     return _NAME_PREFIX + base if base in WRAPPED_ATTENTION else None
 
 
-def bind_cache_and_mask(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook of a patched attention module: splice its cache layer, and note the mask.
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def carry_state(identity: PatchIdentity, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a decoder with patched layers: hand them its state where gradient checkpointing is on."""
+    if not decoder.training or not torch.is_grad_enabled() or STATE_ARGUMENT in kwargs:
+        return None
+    if not any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
+        return None
+    return args, {**kwargs, STATE_ARGUMENT: current_state(identity)}
+
+
+def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
+    """Forward pre-hook of a patched attention module: splice its cache layer, and note what belongs to the call.
 
     Returns:
-        Other arguments for the forward in continuous batching, where the cache does not come as `past_key_values`.
+        Other arguments for the forward where that is necessary: in continuous batching, and under gradient
+        checkpointing.
 
     Raises:
         CacheMismatchError: the cache cannot hold spliced rows.
     """
     site: PatchedSite = getattr(module, SITE_ATTRIBUTE)
-    site.attention_mask = kwargs.get("attention_mask")
-    rows = paged_rows(kwargs) if site.enabled else None
+    carried = STATE_ARGUMENT in kwargs
+    state = kwargs[STATE_ARGUMENT] if carried else current_state(site.patch)
+    if carried:
+        kwargs = {name: value for name, value in kwargs.items() if name != STATE_ARGUMENT}
+    mask = site.arguments.get("attention_mask", args, kwargs)
+    hidden_states = site.arguments.get("hidden_states", args, kwargs)
+    new_tokens = None if hidden_states is None else hidden_states.shape[1]
+    rows = paged_rows(kwargs) if state.enabled else None
     if rows is not None:
-        return args, {**kwargs, "past_key_values": rows}
-    cache = kwargs.get("past_key_values")
-    if cache is None or not site.stores_latent:
-        return None
-    if not site.enabled:
+        enter_call(Call(module, state, None, new_tokens, reads_cache=True))
+        return site.arguments.replaced(site.arguments.cache, rows, args, kwargs)
+    cache = upstream.find_cache(args, kwargs)
+    if cache is None:
+        _require_no_other_cache(site, upstream.other_cache(site.arguments, args, kwargs))
+    elif not state.enabled:
         _require_stock_layer(cache, module.layer_idx)
-        return None
-    if _is_training(site, cache, module.layer_idx):
-        return args, {**kwargs, "past_key_values": None}
-    if not isinstance(cache, Cache):
+    elif site.stores_latent:
+        layer = splice_cache_layer(cache, module.layer_idx, site.geometry, site.splice)
+        layer.attention_mask = mask
+    enter_call(Call(module, state, mask, new_tokens, reads_cache=cache is not None))
+    return (args, kwargs) if carried else None
+
+
+def leave_attention(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of a patched attention module: codes that were stored must have been read.
+
+    Raises:
+        UpstreamChangedError: the forward did without `expand_kv`.
+    """
+    if not leave_call(module):
+        raise upstream.changed(_title(module), "its forward ended without a call of `expand_kv`.")
+
+
+def _title(module: Any) -> str:
+    return f"{getattr(module, SITE_ATTRIBUTE).name} ({type(module).__name__})"
+
+
+def _require_no_other_cache(site: PatchedSite, cache: Any) -> None:
+    if cache is not None:
         raise CacheMismatchError(
-            f"The patched model got a cache of type {type(cache).__name__}; it needs a transformers `Cache`: pass "
-            "nothing, a DynamicCache, a StaticCache, or KVSpliceCache(model)."
+            f"The patched module {site.name} got a cache of type {type(cache).__name__}; it needs a transformers "
+            "`Cache`: pass nothing, a DynamicCache, a StaticCache, or KVSpliceCache(model)."
         )
-    layer = splice_cache_layer(cache, module.layer_idx, site.geometry, site.splice)
-    layer.attention_mask = site.attention_mask
-    return None
 
 
-def _is_training(site: PatchedSite, cache: Any, layer_idx: int) -> bool:
-    """Whether an empty cache has been made for nothing: stored rows have no gradient, and training reads none again."""
-    if not torch.is_grad_enabled() or not isinstance(cache, Cache) or cache.get_seq_length(layer_idx):
-        return False
-    return site.owner.training and any(parameter.requires_grad for parameter in site.splice.parameters())
-
-
-def _require_stock_layer(cache: Any, layer_idx: int) -> None:
-    layers = cache.layers if isinstance(cache, Cache) else []
-    if layer_idx < len(layers) and isinstance(layers[layer_idx], SplicedLayerMixin):
+def _require_stock_layer(cache: Cache, layer_idx: int) -> None:
+    if layer_idx < len(cache.layers) and isinstance(cache.layers[layer_idx], SplicedLayerMixin):
         raise CacheMismatchError(
             f"Cache layer {layer_idx} is spliced, but the model runs with the splice disabled. Give it a cache of "
             "its own: pass nothing, or DynamicCache(config=model.config)."
@@ -146,29 +184,82 @@ def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | Page
 
     Given rows from a cache, decode them, or pass them on for absorbed attention. Given a plain latent (no cache:
     training, perplexity), encode and decode it, so that the numbers are the same with and without a cache.
+
+    Raises:
+        UpstreamChangedError: a plain latent came where rows should have come, or past the hook before the forward.
     """
     site: PatchedSite = getattr(self, SITE_ATTRIBUTE)
+    note_expansion()
     if isinstance(kv_nope, PagedLatent):  # taken apart in the attention function, which comes back here
         return kv_nope, kv_nope
-    if not site.enabled:
-        latent = kv_nope
-    elif isinstance(kv_nope, CompressedLatent):
-        if _attend_absorbed(self, site, kv_nope):
+    if isinstance(kv_nope, CompressedLatent):
+        if not _needs_round_trip(self, kv_nope) and _attend_absorbed(self, site, kv_nope):
             return kv_nope, kv_nope
-        latent, k_rot = kv_nope.latent(), kv_nope.k_rot
+        latent, k_rot = _decoded(self, site, kv_nope)
     else:
-        latent, k_rot = _round_trip(site, kv_nope, k_rot)
+        call = _call_without_cache(self, kv_nope)
+        latent = kv_nope
+        if call.state.enabled:
+            latent, k_rot = _round_trip(self, site, call, kv_nope, k_rot)
     return type(self).expand_kv(self, latent, k_rot)
 
 
-def _round_trip(site: PatchedSite, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _call_without_cache(module: Any, latent: torch.Tensor) -> Call:
+    """The running call, which has handed a plain latent [B, 1, T, R] to `expand_kv`, and may do so."""
+    call = running_call(module)
+    if call is None:
+        raise upstream.changed(
+            _title(module),
+            "`expand_kv` was reached past the hook before the forward of the module, which sees the cache. Call the "
+            "module itself, not its `forward`.",
+        )
+    if not call.state.enabled:
+        return call
+    if call.reads_cache:
+        raise upstream.changed(
+            _title(module), "it got a cache with codes, but handed a plain latent to `expand_kv` instead of them."
+        )
+    if call.new_tokens is not None and latent.shape[2] != call.new_tokens:
+        raise upstream.changed(
+            _title(module),
+            f"{latent.shape[2]} plain latents reached `expand_kv` in a call with {call.new_tokens} new tokens and no "
+            "cache among its arguments: the past lies in a cache that the patch did not see.",
+        )
+    return call
+
+
+def _needs_round_trip(module: Any, rows: CompressedLatent) -> bool:
+    """Whether the new tokens have to be decoded: packed rows have no gradients, and somebody may want to see them."""
+    call = running_call(module)
+    listened = call is not None and call.state.on_round_trip is not None
+    return rows.fresh is not None and (rows.is_packed or listened)
+
+
+def _decoded(module: Any, site: PatchedSite, rows: CompressedLatent) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [B, 1, S, R] and rotated keys [B, 1, S, P] of all rows.
+
+    Where gradients are wanted, those of the new tokens go through the same round trip as without a cache: rows that are
+    packed have none.
+    """
+    if rows.fresh is None:
+        return rows.latent(), rows.k_rot
+    call = running_call(module)
+    fresh = site.splice.round_trip(*rows.fresh)
+    if call is not None and call.state.on_round_trip is not None:
+        call.state.on_round_trip(module, rows.fresh[0], fresh[0])
+    return rows.with_new(*fresh)
+
+
+def _round_trip(
+    module: Any, site: PatchedSite, call: Call, latent: torch.Tensor, k_rot: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     decoded, rotated = site.splice.round_trip(latent, k_rot)
-    if site.on_round_trip is not None:
-        site.on_round_trip(latent, decoded)
+    if call.state.on_round_trip is not None:
+        call.state.on_round_trip(module, latent, decoded)
     if site.geometry.sink_tokens == 0:
         return decoded, rotated
     count, tokens = site.geometry.sink_tokens, latent.shape[2]
-    exact = exact_in_full_sequence(site.attention_mask, tokens, count, latent.device)[:, None, :, None]
+    exact = exact_in_full_sequence(call.mask, tokens, count, latent.device)[:, None, :, None]
     return torch.where(exact, latent, decoded), torch.where(exact.to(k_rot.device), k_rot, rotated)
 
 
@@ -310,10 +401,10 @@ def _sdpa(
     instead holds the scores of all pairs of tokens, and takes several times as long. Zeros behind the shorter ones
     change nothing: they add nothing to a score, and what they make of the output is cut off.
     """
-    attend, value_dim = ALL_ATTENTION_FUNCTIONS["sdpa"], value.shape[-1]
+    attend, value_dim = upstream.attention_function("sdpa"), value.shape[-1]
     missing = key.shape[-1] - value_dim
-    site: PatchedSite | None = getattr(module, SITE_ATTRIBUTE, None)
-    as_stock = site is None or not site.enabled  # to the last bit
+    call = running_call(module)
+    as_stock = call is None or not call.state.enabled  # to the last bit
     if as_stock or missing == 0 or query.device.type != "cpu" or query.shape[2] == 1:
         return attend(module, query, key, value, mask, **kwargs)
     query, key = (F.pad(states, (0, max(-missing, 0))) for states in (query, key))

@@ -25,6 +25,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from kvsplice_hf import upstream
 from kvsplice_hf.errors import CacheMismatchError
 from kvsplice_hf.projection import LearnedKVSplice
 from kvsplice_hf.sinks import ExactTokens, empty_exact_tokens, fill_exact_tokens, overlay_exact
@@ -71,6 +72,7 @@ class CompressedLatent:
         new_tokens: T, how many of the rows belong to the current call.
         first_row: row of the first new token, an integer, or a tensor in a static cache.
         dtype: of the latents; by default that of the rows, which are then not packed.
+        fresh: the new tokens' latents and rotated keys as they came, where gradients of them are wanted; else None.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class CompressedLatent:
         new_tokens: int,
         first_row: int | torch.Tensor,
         dtype: torch.dtype | None = None,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self.dtype = rows.dtype if dtype is None else dtype
         self._numbers: torch.Tensor | None = None
@@ -89,6 +92,7 @@ class CompressedLatent:
         self.exact = exact
         self.new_tokens = new_tokens
         self.first_row = first_row
+        self.fresh = fresh
 
     @property
     def numbers(self) -> torch.Tensor:
@@ -126,6 +130,22 @@ class CompressedLatent:
             return latent
         return overlay_exact(latent, self._exact_part(slice(self.splice.latent_dim)))
 
+    def with_new(self, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All latents [B, 1, S, R] and rotated keys [B, 1, S, P], those of the new tokens as given.
+
+        Args:
+            latent, k_rot: of the new tokens, after their round trip: [B, 1, T, R] and [B, 1, T, P].
+        """
+        past = slice(self.rows.shape[2] - self.new_tokens)
+        latent = torch.cat([self.splice.decode(self.codes[:, :, past]), latent], dim=2)
+        k_rot = torch.cat([self.numbers[:, :, past, self.splice.rank :], k_rot], dim=2)
+        if self.exact is None:
+            return latent, k_rot
+        latent = overlay_exact(latent, self._exact_part(slice(self.splice.latent_dim)))
+        if self.is_packed:
+            k_rot = overlay_exact(k_rot, self._exact_part(slice(self.splice.latent_dim, None)))
+        return latent, k_rot
+
     def _exact_part(self, columns: slice) -> ExactTokens:
         assert self.exact is not None
         return ExactTokens(self.exact.latents[..., columns], self.exact.positions)
@@ -134,7 +154,24 @@ class CompressedLatent:
         """The same on another device (accelerate moves shared latents between layer groups)."""
         exact = None if self.exact is None else self.exact.to(device, non_blocking)
         rows = self.rows.to(device, non_blocking=non_blocking)
-        return CompressedLatent(rows, self.splice, exact, self.new_tokens, self.first_row, self.dtype)
+        fresh = self.fresh
+        if fresh is not None:
+            fresh = fresh[0].to(device, non_blocking=non_blocking), fresh[1].to(device, non_blocking=non_blocking)
+        return CompressedLatent(rows, self.splice, exact, self.new_tokens, self.first_row, self.dtype, fresh)
+
+    def __getattr__(self, name: str) -> Any:
+        # Nothing of a tensor but what is above: code that goes on as if it had keys has not asked for them.
+        raise upstream.changed(
+            "an attention module", f"`{name}` of compressed codes was asked for, as if they were a tensor."
+        )
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise upstream.changed(
+            "an attention module",
+            f"compressed codes came to {getattr(function, '__name__', function)}, and not to the attention function "
+            "registered under the name in the config.",
+        )
 
     def __repr__(self) -> str:
         return f"CompressedLatent(rows={tuple(self.rows.shape)}, rank={self.splice.rank})"
@@ -214,6 +251,7 @@ class SplicedLayerMixin(_StockLayer):
         Raises:
             CacheMismatchError: the shapes are not those of this layer's latents.
         """
+        upstream.check_update_arguments(args, kwargs)
         self._check_shapes(key_states, value_states)
         rows = self.splice.rows(key_states, value_states)
         if not self.is_initialized:
@@ -225,8 +263,13 @@ class SplicedLayerMixin(_StockLayer):
         self.attention_mask = None
         if isinstance(first_row, int):  # rows may have left a sliding window at the front
             first_row = min(first_row, all_rows.shape[2] - rows.shape[2])
-        latent = CompressedLatent(all_rows, self.splice, exact, rows.shape[2], first_row, key_states.dtype)
+        fresh = (key_states, value_states) if self._wants_gradients(key_states, value_states) else None
+        latent = CompressedLatent(all_rows, self.splice, exact, rows.shape[2], first_row, key_states.dtype, fresh)
         return latent, latent if latent.is_packed else latent.k_rot
+
+    def _wants_gradients(self, *states: torch.Tensor) -> bool:
+        """Whether what is computed from new tokens may be differentiated. (Static caches are not for training.)"""
+        return False
 
     def _check_shapes(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         found = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
@@ -275,7 +318,10 @@ class SplicedLayerMixin(_StockLayer):
 
 
 class _DynamicMixin(SplicedLayerMixin):
-    """What the layers that grow have in common: they can be cropped and their batch can be changed."""
+    """What growing layers have in common: they can be cropped and trained with, and their batch can be changed."""
+
+    def _wants_gradients(self, *states: torch.Tensor) -> bool:
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (*states, *self.splice.parameters()))
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
@@ -408,6 +454,11 @@ class _StaticMixin(SplicedLayerMixin):
             for mine, new in zip(self.exact, exact, strict=True):
                 mine.copy_(new)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.exact is not None:
+            self._set_exact(self.exact.shifted(0, self.cumulative_length))
+
     def reset(self) -> None:
         super().reset()
         if self.exact is not None:
@@ -535,6 +586,5 @@ def _spliced_like(stock: Any, geometry: RowGeometry, splice: LearnedKVSplice) ->
     if isinstance(stock, DynamicSlidingWindowLayer):
         arguments["sliding_window"] = stock.sliding_window
     layer = _SPLICED_TYPES[kind](geometry, splice, **arguments)
-    if getattr(stock, "record_past", False):  # assisted decoding asks for it before the first forward
-        layer.activate_past_recording()
+    upstream.carry_layer_settings(stock, layer)
     return layer

@@ -4,7 +4,9 @@
 KVSpliceError
 ├── ConfigError            (also a ValueError)    a setting that cannot work, with the value and the allowed range
 ├── NotMLAError            (also a TypeError)     no Multi-head Latent Attention to patch in this model
-├── TransformersTooOldError                       the installed transformers does not cache latents for this model
+├── TransformersTooOldError (also an ImportError) the installed transformers does not cache latents for this model
+├── UpstreamChangedError   (also a RuntimeError and an AttributeError)  a module of transformers does not do what the
+│                                                 patch relies on: a release newer than this package, as a rule
 ├── CalibrationError       (also a RuntimeError)  calibration text or statistics that nothing can be fitted to
 ├── PatchStateError        (also a RuntimeError)  patched twice, or not patched where that is needed
 ├── UnsupportedError       (also a RuntimeError)  a feature that cannot run on a patched model
@@ -28,8 +30,16 @@ class NotMLAError(KVSpliceError, TypeError):
     """The model has no Multi-head Latent Attention layer that follows the convention of transformers."""
 
 
-class TransformersTooOldError(KVSpliceError):
+class TransformersTooOldError(KVSpliceError, ImportError):
     """The installed transformers caches expanded keys and values for this model, so there is no latent to splice."""
+
+
+class UpstreamChangedError(KVSpliceError, RuntimeError, AttributeError):
+    """A module of transformers does not do what the patch relies on, so that the cache would not be compressed.
+
+    Also an `AttributeError`, for it is raised where foreign code looks for something in our codes that only a tensor
+    has.
+    """
 
 
 class CalibrationError(KVSpliceError, RuntimeError):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patching import splice_disabled
+from kvsplice_hf.upstream import cache_argument, cache_of
 
 
 _CITATION = "Kullback and Leibler, On Information and Sufficiency, 1951."
@@ -158,8 +159,8 @@ def _log_probabilities(model: nn.Module, ids: torch.Tensor, chunk: int | None) -
     step = chunk or ids.shape[1]
     cache = None
     for start in range(0, ids.shape[1], step):
-        output = model(ids[:, start : start + step], past_key_values=cache, use_cache=chunk is not None)
-        cache = output.past_key_values if chunk is not None else None
+        output = model(ids[:, start : start + step], use_cache=chunk is not None, **cache_argument(cache))
+        cache = cache_of(output) if chunk is not None else None
         yield start, F.log_softmax(output.logits.float(), dim=-1)
 
 

@@ -27,21 +27,15 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
+from kvsplice_hf import upstream
 from kvsplice_hf.cache import CompressedLatent, RowGeometry
+from kvsplice_hf.call import current_state
 from kvsplice_hf.errors import CacheMismatchError, UnsupportedError
 from kvsplice_hf.projection import LearnedKVSplice
 from kvsplice_hf.sinks import ExactTokens
+from kvsplice_hf.upstream import MIN_TRANSFORMERS_PAGED
 
 
-try:
-    from transformers.generation.configuration_utils import ContinuousBatchingConfig
-    from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION
-    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager as _Manager
-except ImportError:  # older paged caches are built otherwise
-    _Manager = None  # type: ignore[assignment, misc]
-
-# The release whose paged cache this was written for; named in an error.
-MIN_TRANSFORMERS_PAGED = "5.23.0"
 _ROWS_ATTRIBUTE = "_kvsplice_rows"
 # Stored tokens of one group of decoding requests: bounds the rows that are unpacked and scored at once.
 _MAX_GROUP_TOKENS = 1 << 17
@@ -135,7 +129,7 @@ class PagedLatent:
 
 
 class PagedRows:
-    """The spliced rows of all layers in one paged cache. Stands in for `past_key_values` in the attention modules.
+    """The spliced rows of all layers in one paged cache. Stands in for the cache in the attention modules.
 
     Args:
         cache: transformers' `PagedAttentionCache`, with blocks of at least `_block_bytes`.
@@ -143,7 +137,7 @@ class PagedRows:
     """
 
     def __init__(self, cache: Any, sites: Sequence[tuple[Any, Any]]) -> None:
-        allocator = cache.cache_allocators[FULL_ATTENTION]
+        allocator = cache.cache_allocators[upstream.FULL_ATTENTION]
         blocks = cache.cache_tensor.view(-1, allocator.bytes_per_block)
         self._index, self._tokens = allocator.index, allocator.tokens_per_page
         self._stride = allocator.block_physical_stride  # between blocks, in the units of transformers' indices
@@ -174,6 +168,7 @@ class PagedRows:
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[PagedLatent, PagedLatent]:
         """Encode and store the new tokens: latents [1, 1, Q, R] and rotated keys [1, 1, Q, P]."""
+        upstream.check_update_arguments(args, kwargs)
         pages, batch = self._layers[layer_idx], self._batch
         assert batch is not None
         rows = pages.splice.rows(key_states, value_states)[0, 0]
@@ -198,7 +193,9 @@ class PagedRows:
         early: list[int] = []
         groups: list[_Group] = []
         # The one transfer to the host per forward pass; the shapes of all that follows depend on it.
-        for requests in _grouped(kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"][FULL_ATTENTION].tolist()):
+        for requests in _grouped(
+            kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"][upstream.FULL_ATTENTION].tolist()
+        ):
             groups.append(_make_group(requests, blocks, offsets))
             for request in requests:
                 past = request.keys - request.queries
@@ -249,12 +246,15 @@ def _make_group(requests: list[_Request], blocks: torch.Tensor, offsets: torch.T
 
 
 def paged_rows(kwargs: dict[str, Any]) -> PagedRows | None:
-    """What an attention module is to get as `past_key_values`: spliced pages in continuous batching, else None.
+    """What an attention module is to get as its cache: spliced pages in continuous batching, else None.
 
     Args:
         kwargs: the keyword arguments of the attention module.
     """
-    rows = getattr(kwargs.get("cache"), _ROWS_ATTRIBUTE, None)
+    if "read_index" not in kwargs:  # as in each call but those of continuous batching
+        return None
+    found = (vars(value).get(_ROWS_ATTRIBUTE) for value in kwargs.values() if hasattr(value, "__dict__"))
+    rows = next((rows for rows in found if rows is not None), None)
     return None if rows is None else rows.bound(kwargs)
 
 
@@ -279,7 +279,7 @@ def init_continuous_batching(
         UnsupportedError: the model, the patch or the settings do not allow it.
     """
     _require_supported(model, sites)
-    persistent = getattr(model, "_cached_continuous_batching_manager", None)
+    persistent = upstream.persistent_manager(model)
     if isinstance(persistent, SplicedBatchingManager):
         return persistent
     generation_config = copy.deepcopy(generation_config or model.generation_config)
@@ -292,13 +292,13 @@ def _require_supported(model: Any, sites: Sequence[tuple[Any, Any]]) -> None:
     problem = None
     count = model.config.get_text_config().num_hidden_layers
     others = sorted(set(range(count)) - {site.layer_idx for site, _ in sites})
-    if _Manager is None:
+    if upstream.ContinuousBatchingManager is None:
         problem = f"it needs transformers>={MIN_TRANSFORMERS_PAGED}"
     elif others:
         problem = f"layers {others} are not patched MLA layers that store a latent of their own"
     elif any(site.indexer_head_dim or site.sliding_window is not None for site, _ in sites):
         problem = "the paged cache has no room for the keys of a sparse-attention indexer, and no spliced window"
-    elif not all(state.enabled for _, state in sites):
+    elif not all(current_state(state.patch).enabled for _, state in sites):
         problem = "the splice is disabled (splice_disabled), and stock MLA models do not run there"
     elif not all(str(site.module.config._attn_implementation).startswith("kvsplice_") for site, _ in sites):
         problem = (
@@ -332,7 +332,7 @@ class _Overlay:
         return getattr(self._base, name)
 
 
-class SplicedBatchingManager(_Manager if _Manager is not None else object):  # type: ignore[misc]
+class SplicedBatchingManager(upstream.ContinuousBatchingManager or object):  # type: ignore[misc]
     """The manager of transformers, with a cache whose blocks have the size of spliced rows.
 
     Args:
@@ -355,7 +355,7 @@ class SplicedBatchingManager(_Manager if _Manager is not None else object):  # t
         self.model: Any = model
         self._sites = sites
         super().__init__(
-            model, generation_config, continuous_batching_config or ContinuousBatchingConfig(), workload_hints
+            model, generation_config, continuous_batching_config or upstream.ContinuousBatchingConfig(), workload_hints
         )
         settings = self.continuous_batching_config
         compiled = settings.varlen_compile_config is not None or settings.decode_compile_config is not None

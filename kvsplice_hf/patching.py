@@ -10,15 +10,19 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from kvsplice_hf import upstream
 from kvsplice_hf.attention import (
     SITE_ATTRIBUTE,
     WRAPPED_ATTENTION,
     PatchedSite,
-    bind_cache_and_mask,
+    carry_state,
+    enter_attention,
     expand_spliced_kv,
     foldable_weight,
+    leave_attention,
     register_attention,
     unfoldable_message,
     wrapped_name,
@@ -29,6 +33,7 @@ from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
 from kvsplice_hf.calibration.collect import predicts
 from kvsplice_hf.calibration.fit import LayerFit, write_fit_
 from kvsplice_hf.calibration.holdout import divergence, log_probabilities
+from kvsplice_hf.call import Listener, PatchIdentity, SpliceState, current_state, state_of_thread
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
 from kvsplice_hf.offload import execution_device
@@ -42,8 +47,6 @@ logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _PATCH_ATTRIBUTE = "_kvsplice_patch"
-# `generate_batch` and the context manager of transformers go through it.
-_BATCHING_METHOD = "init_continuous_batching"
 
 
 @dataclass
@@ -54,11 +57,15 @@ class ModelPatch:
         config: the settings in force.
         attention: name of the attention function before the patch, by path of the attention module.
         keys_to_ignore_on_save: `_keys_to_ignore_on_save` before the patch, by path of the submodel.
+        identity: tells this patch from others.
+        decoder_hooks: on the decoders that hold the patched layers.
     """
 
     config: KVSpliceConfig
     attention: dict[str, str] = field(default_factory=dict)
     keys_to_ignore_on_save: dict[str, Any] = field(default_factory=dict)
+    identity: PatchIdentity = field(default_factory=PatchIdentity)
+    decoder_hooks: list[RemovableHandle] = field(default_factory=list)
 
 
 def patch_model_with_kvsplice(
@@ -104,6 +111,7 @@ def patch_model_with_kvsplice(
     Raises:
         NotMLAError: no MLA layer was found, or `layer_pattern` names none.
         TransformersTooOldError: the installed transformers does not cache latents for this model.
+        UpstreamChangedError: the installed transformers runs this model in a way that this package does not know.
         PatchStateError: the model is already patched.
         ConfigError: a setting is out of range, or does not fit the model.
         FoldingError: `attention="absorbed"` and a `kv_b_proj` that cannot be folded.
@@ -141,9 +149,16 @@ def _sites_to_patch(model: nn.Module, config: KVSpliceConfig) -> list[MLASite]:
         raise PatchStateError(
             "The model is already patched with KVSplice. For other settings, call unpatch_model(model) first."
         )
+    upstream.warn_if_newer_than_tested()
     sites = _select_sites(find_mla_sites(model, config.layer_pattern), config)
+    for site in sites:
+        _read_forward(site, config)
     _check_attention(sites, config)
     return sites
+
+
+def _read_forward(site: MLASite, config: KVSpliceConfig) -> upstream.ForwardArguments:
+    return upstream.read_forward(site.name, site.module, needs_attention_by_name=config.attention != "expanded")
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -164,11 +179,12 @@ def unpatch_model(model: ModelT) -> ModelT:
     for module in root.modules():
         if SITE_ATTRIBUTE in vars(module):
             _restore_module(module)
+    for hook in patch.decoder_hooks:
+        hook.remove()
     for path, keys in patch.keys_to_ignore_on_save.items():
         root.get_submodule(path)._keys_to_ignore_on_save = keys
-    vars(root).pop(_BATCHING_METHOD, None)
-    if "_cached_continuous_batching_manager" in vars(root):  # a persistent one, with pages of our rows
-        root.destroy_cached_continuous_batching_manager()
+    vars(root).pop(upstream.BATCHING_METHOD, None)
+    upstream.drop_persistent_manager(root)  # it has pages of our rows
     delattr(root, _PATCH_ATTRIBUTE)
     return model
 
@@ -177,8 +193,9 @@ def unpatch_model(model: ModelT) -> ModelT:
 def splice_disabled(model: nn.Module) -> Iterator[None]:
     """Within this context the patched model computes exactly what the unpatched one would, on the same weights.
 
-    For comparing the two without a second copy in memory. A cache belongs to one of the two: a spliced one cannot be
-    continued inside the context, nor a stock one outside.
+    For comparing the two without a second copy in memory. It holds for the thread that enters it and not for others,
+    which may run the spliced model at the same time; a thread that is started inside runs the spliced model as well. A
+    cache belongs to one of the two: a spliced one cannot be continued inside the context, nor a stock one outside.
 
     Raises:
         PatchStateError: the model is not patched.
@@ -187,16 +204,21 @@ def splice_disabled(model: nn.Module) -> Iterator[None]:
         >>> with splice_disabled(model):
         ...     original = model(input_ids, use_cache=False).logits
     """
-    root, _ = find_patch(model)
-    sites = [vars(module)[SITE_ATTRIBUTE] for module in root.modules() if SITE_ATTRIBUTE in vars(module)]
-    before = [site.enabled for site in sites]
-    for site in sites:
-        site.enabled = False
-    try:
+    identity = find_patch(model)[1].identity
+    with state_of_thread(identity, replace(current_state(identity), enabled=False)):
         yield
-    finally:
-        for site, enabled in zip(sites, before, strict=True):
-            site.enabled = enabled
+
+
+@contextlib.contextmanager
+def told_of_round_trips(model: nn.Module, listener: Listener) -> Iterator[None]:
+    """Within this context, in this thread, `listener` is told of each round trip: module, latent, decoded latent.
+
+    Raises:
+        PatchStateError: the model is not patched.
+    """
+    identity = find_patch(model)[1].identity
+    with state_of_thread(identity, SpliceState(on_round_trip=listener)):
+        yield
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -364,9 +386,17 @@ def _apply(model: nn.Module, sites: list[MLASite], splices: dict[int, LearnedKVS
         if site.stores_latent:
             module.kvsplice = splices[site.layer_idx]
         state = PatchedSite(
-            owner.module, site.stores_latent, _geometry(owner, config), site.num_heads, config.attention
+            site.name,
+            patch.identity,
+            owner.module,
+            site.stores_latent,
+            _geometry(owner, config),
+            site.num_heads,
+            config.attention,
+            _read_forward(site, config),
         )
-        state.hook = module.register_forward_pre_hook(bind_cache_and_mask, with_kwargs=True)
+        state.hooks.append(module.register_forward_pre_hook(enter_attention, with_kwargs=True))
+        state.hooks.append(module.register_forward_hook(leave_attention))
         setattr(module, SITE_ATTRIBUTE, state)
         # A partial, not a bound method: pickle would look a method up by name on the module, and find the stock one.
         module.expand_kv = functools.partial(expand_spliced_kv, module)
@@ -375,17 +405,33 @@ def _apply(model: nn.Module, sites: list[MLASite], splices: dict[int, LearnedKVS
         if config.attention != "expanded" and name is not None:
             module.config._attn_implementation_internal = name
             patch.attention[site.name] = base
+    for decoder in _decoders(model, sites):
+        hook = functools.partial(carry_state, patch.identity)
+        patch.decoder_hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
     _ignore_on_save(model, patch)
-    if hasattr(model, _BATCHING_METHOD):
-        setattr(model, _BATCHING_METHOD, functools.partial(_init_continuous_batching, model))
+    if hasattr(model, upstream.BATCHING_METHOD):
+        setattr(model, upstream.BATCHING_METHOD, functools.partial(_init_continuous_batching, model))
     setattr(model, _PATCH_ATTRIBUTE, patch)
 
 
 def _restore_module(module: Any) -> None:
-    vars(module).pop(SITE_ATTRIBUTE).hook.remove()
+    for hook in vars(module).pop(SITE_ATTRIBUTE).hooks:
+        hook.remove()
     del module.expand_kv
     if "kvsplice" in module._modules:
         del module.kvsplice
+
+
+def _decoders(model: nn.Module, sites: list[MLASite]) -> list[nn.Module]:
+    """The innermost models of transformers around the sites: what runs their layers one after the other."""
+    modules = [(path, module) for path, module in model.named_modules() if _is_pretrained(module)]
+    found = {}
+    for site in sites:
+        around = [(len(path), module) for path, module in modules if not path or site.name.startswith(f"{path}.")]
+        if around:
+            decoder = max(around, key=lambda item: item[0])[1]
+            found[id(decoder)] = decoder
+    return list(found.values())
 
 
 def _ignore_on_save(model: nn.Module, patch: ModelPatch) -> None:

@@ -32,7 +32,7 @@ class ExactTokens(NamedTuple):
         """Which slots hold a token among the first `length` rows: bool [B, K]."""
         return (self.positions >= 0) & (self.positions < length)
 
-    def shifted(self, dropped: int, length: int) -> "ExactTokens":
+    def shifted(self, dropped: int, length: int | torch.Tensor) -> "ExactTokens":
         """The same tokens after `dropped` rows went from the front and rows from `length` on went from the end."""
         filled = self.positions != UNFILLED
         positions = torch.where(filled, self.positions - dropped, UNFILLED)

@@ -8,21 +8,16 @@ dropped on some layers).
 Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `N` qk_nope_head_dim, `V` v_head_dim, `H` heads.
 """
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from kvsplice_hf.errors import ConfigError, NotMLAError, TransformersTooOldError
 from kvsplice_hf.offload import execution_device
+from kvsplice_hf.upstream import INSTALLED, MIN_TRANSFORMERS, MIN_TRANSFORMERS_DSA, require_latent_cache
 
-
-# Transformers caches latents since 5.15.0; the models with a sparse-attention indexer do since 5.18.0.
-MIN_TRANSFORMERS = "5.15.0"
-MIN_TRANSFORMERS_DSA = "5.18.0"
 
 _SIZE_ATTRIBUTES = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "layer_idx")
 
@@ -82,7 +77,7 @@ def find_mla_sites(model: nn.Module, layer_pattern: str | None = None) -> list[M
     if not found:
         _raise_not_mla(model, root, layer_pattern)
     for name, module in found:
-        _require_latent_cache(name, module)
+        require_latent_cache(name, module)
     indices = [module.layer_idx for _, module in found]
     duplicates = sorted({index for index in indices if indices.count(index) > 1})
     if duplicates:
@@ -151,7 +146,7 @@ def _raise_not_mla(model: nn.Module, root: nn.Module, layer_pattern: str | None)
         )
     if latent:
         raise TransformersTooOldError(
-            f"{', '.join(classes)} has latents but no `expand_kv`: transformers {transformers.__version__} caches "
+            f"{', '.join(classes)} has latents but no `expand_kv`: transformers {INSTALLED} caches "
             f"expanded keys and values here. Install transformers>={MIN_TRANSFORMERS} "
             f"(>={MIN_TRANSFORMERS_DSA} for models with a sparse-attention indexer)."
         )
@@ -161,22 +156,6 @@ def _raise_not_mla(model: nn.Module, root: nn.Module, layer_pattern: str | None)
         f"`kv_b_proj` and `kv_lora_rank`). Attention classes seen: {', '.join(classes) or 'none'}. Ordinary multi-head "
         "or grouped-query models store no latent and cannot be patched."
     )
-
-
-def _require_latent_cache(name: str, module: Any) -> None:
-    """Refuse modules that expand first and cache afterwards, as sparse-attention models did before 5.18.
-
-    `co_names` lists attribute names in the order in which the forward first uses them, so the order of the two calls
-    can be read off without running the model.
-    """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    names = code.co_names if code is not None else ()
-    if "update" in names and "expand_kv" in names and names.index("update") > names.index("expand_kv"):
-        raise TransformersTooOldError(
-            f"{name} ({type(module).__name__}) caches expanded keys and values in transformers "
-            f"{transformers.__version__}; it caches latents, which can be spliced, since {MIN_TRANSFORMERS_DSA}. "
-            f"Install transformers>={MIN_TRANSFORMERS_DSA}."
-        )
 
 
 def _make_site(name: str, module: Any, earlier: list[MLASite]) -> MLASite:

@@ -52,6 +52,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, cache_nbytes, patch_model_with_kvsplice
 from kvsplice_hf.demo import load_original_demo_model
 from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.upstream import cache_argument
 
 
 matplotlib.use("Agg")
@@ -294,7 +295,7 @@ def step(model: PreTrainedModel, filled: Filled, tokens: torch.Tensor | None = N
     if mask is not None and filled.padding is not None:
         positions = torch.arange(mask.shape[1] - tokens.shape[1], mask.shape[1], device=mask.device)
         padding["position_ids"] = (positions - filled.padding[:, None]).clamp_min(0)
-    model(tokens, past_key_values=filled.cache, use_cache=True, logits_to_keep=1, **padding)
+    model(tokens, **cache_argument(filled.cache), use_cache=True, logits_to_keep=1, **padding)
     filled.length += grow
 
 
@@ -599,8 +600,8 @@ def run_generate(
     cache: Row = {}
     if recipe.make_cache is not _dynamic_cache:  # which is what `generate` makes by itself
         # Compiled, the static cache would be another benchmark.
-        cache = {"disable_compile": True}
-        cache["past_key_values"] = recipe.make_cache(text_config(model), prompt.shape[1] + new_tokens)
+        made = recipe.make_cache(text_config(model), prompt.shape[1] + new_tokens)
+        cache = {"disable_compile": True, **cache_argument(made)}
     model.generate(
         prompt,
         attention_mask=mask,

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import cache_nbytes, splice_disabled
+from kvsplice_hf.upstream import cache_argument, cache_of
 
 
 matplotlib.use("Agg")
@@ -78,10 +79,10 @@ def trial(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> dict
     prefilled = time.perf_counter()
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, **cache_argument(cache_of(output)), use_cache=True)
     synchronise()
     end = time.perf_counter()
-    cache_bytes = cache_nbytes(output.past_key_values)
+    cache_bytes = cache_nbytes(cache_of(output))
     return {
         "prefill_s": prefilled - start,
         "decode_s": (end - prefilled) / new_tokens,

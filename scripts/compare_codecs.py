@@ -41,6 +41,7 @@ from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvs
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patching import patched_sites
 from kvsplice_hf.sites import find_mla_sites
+from kvsplice_hf.upstream import cache_argument
 
 
 matplotlib.use("Agg")
@@ -241,7 +242,7 @@ class Comparison:
         """Logits of a window [T] through a cache of transformers, [T, vocabulary]."""
         cache = backend.make_cache(self.model.config)
         chunks = window[None].to(self.model.device).split(self.chunk, dim=1)
-        return torch.cat([self.model(ids, past_key_values=cache, use_cache=True).logits[0] for ids in chunks])
+        return torch.cat([self.model(ids, **cache_argument(cache), use_cache=True).logits[0] for ids in chunks])
 
     def texts(self, forward: Forward, label: str, windows: int = sys.maxsize) -> dict[str, Row]:
         """Scores on so many windows of each text."""

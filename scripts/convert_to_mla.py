@@ -30,6 +30,7 @@ from kvsplice_hf import cache_nbytes
 from kvsplice_hf.convert import convert_to_mla
 from kvsplice_hf.demo import load_original_demo_model
 from kvsplice_hf.text import load_texts, spread_evenly, token_windows
+from kvsplice_hf.upstream import cache_argument
 
 
 _CACHE_TOKENS = 64
@@ -121,7 +122,7 @@ def bytes_per_token(model: PreTrainedModel) -> float:
     """What the cache of all layers holds per token, measured."""
     cache = DynamicCache(config=model.config)
     ids = torch.zeros(1, _CACHE_TOKENS, dtype=torch.long, device=model.device)
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
     return cache_nbytes(cache) / _CACHE_TOKENS
 
 

@@ -23,6 +23,7 @@ from kvsplice_hf import cache_nbytes, get_kv_cache_size, splice_disabled
 from kvsplice_hf.demo import demo_folder
 from kvsplice_hf.evaluation import score_windows
 from kvsplice_hf.text import load_texts, token_windows
+from kvsplice_hf.upstream import cache_argument, cache_of
 
 
 @dataclass
@@ -49,7 +50,7 @@ def answer(model: PreTrainedModel, tokenizer: Any, args: Arguments) -> dict[str,
     settings = {"max_new_tokens": args.new_tokens, "do_sample": False, "return_dict_in_generate": True}
     output = model.generate(**inputs, **settings, pad_token_id=tokenizer.eos_token_id)
     text = tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return {"text": text, "cache_bytes": cache_nbytes(output.past_key_values)}
+    return {"text": text, "cache_bytes": cache_nbytes(cache_of(output))}
 
 
 @torch.no_grad()
@@ -69,7 +70,7 @@ def decode_speed(model: PreTrainedModel, ids: torch.Tensor, steps: int) -> float
     for step in range(steps + 1):
         if step == 1:
             start = time.perf_counter()
-        output = model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
+        output = model(output.logits[:, -1:].argmax(-1), **cache_argument(cache_of(output)), use_cache=True)
     if ids.is_cuda:
         torch.cuda.synchronize()
     return steps / (time.perf_counter() - start)

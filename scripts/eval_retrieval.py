@@ -37,6 +37,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 from kvsplice_hf import get_kv_cache_size, splice_disabled
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.text import load_texts
+from kvsplice_hf.upstream import cache_argument, cache_of
 
 
 matplotlib.use("Agg")
@@ -243,8 +244,8 @@ def score(model: nn.Module, prompt: Prompt, chunk: int) -> Verdict:
     asked = prompt.length - prompt.answer - 1
     cache = None
     for part in ids[:, :asked].split(chunk, dim=1):
-        cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-    logits = model(ids[:, asked:-1], past_key_values=cache, use_cache=True).logits[0].float()
+        cache = cache_of(model(part, **cache_argument(cache), use_cache=True, logits_to_keep=1))
+    logits = model(ids[:, asked:-1], **cache_argument(cache), use_cache=True).logits[0].float()
     key = ids[0, asked + 1 :]
     logprobs = logits.log_softmax(-1).gather(-1, key[:, None])
     return Verdict(bool((logits.argmax(-1) == key).all()), logprobs.mean().item())

@@ -31,6 +31,7 @@ from kvsplice_hf.training import (
     freeze_all_but_kvsplice,
     print_trainable_parameters,
 )
+from kvsplice_hf.upstream import cache_of
 
 
 matplotlib.use("Agg")
@@ -135,7 +136,7 @@ def measure(model: PreTrainedModel, tokenizer: Any, args: Arguments) -> dict[str
 def bytes_per_token(model: PreTrainedModel, tokens: int) -> float:
     """Bytes of a real cache over its tokens and layers."""
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
     return cache_nbytes(cache) / tokens / len(cache.layers)
 
 

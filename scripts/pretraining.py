@@ -24,6 +24,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from kvsplice_hf import ConfigError, cache_nbytes
 from kvsplice_hf.gpt2_mla import GPT2MLAConfig, GPT2MLAForCausalLM
 from kvsplice_hf.training.spam import AdamWSPAM
+from kvsplice_hf.upstream import cache_of
 
 
 logger = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ def cache_bytes_per_token(model: Any, tokens: int) -> float:
     """Bytes of a real cache of all layers, of a copy of the model in bf16, over its tokens."""
     copied = copy.deepcopy(model).to(torch.bfloat16).eval()
     ids = torch.zeros(1, tokens, dtype=torch.long, device=copied.device)
-    return cache_nbytes(copied(ids, use_cache=True, logits_to_keep=1).past_key_values) / tokens
+    return cache_nbytes(cache_of(copied(ids, use_cache=True, logits_to_keep=1))) / tokens
 
 
 def measurements(model: Any, blocks: Blocks, block_size: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from kvsplice_hf.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_kvsplice, sav
 from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, NotMLAError, PatchStateError, UnsupportedError
 from kvsplice_hf.patching import find_patch, is_patched, patch_model_with_kvsplice
+from kvsplice_hf.upstream import cache_argument, cache_of
 
 
 NAME = "deepseek_v3"
@@ -46,7 +47,7 @@ def outputs(model: nn.Module, name: str = NAME) -> torch.Tensor:
     """Logits (of a bare model: hidden states) at the real positions; the last token is decoded from the cache."""
     ids, mask = tiny_batch(name)
     first = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
-    last = model(ids[:, -1:], attention_mask=mask, past_key_values=first.past_key_values)
+    last = model(ids[:, -1:], attention_mask=mask, **cache_argument(cache_of(first)))
     return torch.cat([first[0], last[0]], dim=1)[mask.bool()]
 
 

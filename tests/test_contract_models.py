@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from kvsplice_hf import KVSpliceConfig, cache_nbytes, get_kv_cache_size, patch_model_with_kvsplice
 from kvsplice_hf.cache import SplicedLayerMixin
+from kvsplice_hf.upstream import cache_argument, cache_of
 
 
 # Logits are up to 8 in absolute value.
@@ -49,8 +50,8 @@ def cached_logits(
     positions, parts = positions_of(mask), []
     for start, end in [(0, PREFILL), *((end - 1, end) for end in range(PREFILL + 1, ids.shape[1] + 1))]:
         inputs = {"input_ids": ids[:, start:end], "position_ids": positions[:, start:end]}
-        output = model(**inputs, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(**inputs, attention_mask=mask[:, :end], **cache_argument(cache), use_cache=True)
+        cache = cache_of(output)
         parts.append(output.logits)
     return torch.cat(parts, dim=1)[mask.bool()], cache
 
@@ -169,8 +170,8 @@ def test_attention_weights_of_eager_models_are_those_of_the_expanded_path(name: 
         patch_model_with_kvsplice(model, config)
         ids, mask = tiny_batch(name)
         with torch.no_grad():
-            cache = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
-            return model(ids[:, -1:], attention_mask=mask, past_key_values=cache, output_attentions=True).attentions
+            cache = cache_of(model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True))
+            return model(ids[:, -1:], attention_mask=mask, **cache_argument(cache), output_attentions=True).attentions
 
     for absorbed, expanded in zip(weights("absorbed"), weights("expanded"), strict=True):
         torch.testing.assert_close(absorbed, expanded, atol=FP32_TOLERANCE, rtol=0)

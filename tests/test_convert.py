@@ -23,6 +23,7 @@ from kvsplice_hf.convert.sampling import activations, capture_inputs, draw_pairs
 from kvsplice_hf.convert.source import read_source
 from kvsplice_hf.convert.target import CONSTANT
 from kvsplice_hf.errors import ConfigError, UnsupportedError
+from kvsplice_hf.upstream import cache_argument
 
 
 VOCABULARY = 97
@@ -131,7 +132,7 @@ def test_with_every_rotation_kept_the_logits_are_the_same(name: str) -> None:
     assert_same(logits(converted, ids, use_cache=False), expected)
 
     cache = DynamicCache(config=converted.config)
-    steps = [logits(converted, part, past_key_values=cache) for part in ids.split([17, 1, 22], dim=1)]
+    steps = [logits(converted, part, **cache_argument(cache)) for part in ids.split([17, 1, 22], dim=1)]
     assert_same(torch.cat(steps, 1), expected)
 
     mask = torch.ones_like(ids)
@@ -182,7 +183,7 @@ def test_the_constant_channel_makes_the_norm_a_constant(gqa: PreTrainedModel) ->
     seen: list[torch.Tensor] = []
     hook = attention.kv_a_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     cache = DynamicCache(config=converted.config)
-    logits(converted, tokens(), past_key_values=cache)
+    logits(converted, tokens(), **cache_argument(cache))
     hook.remove()
     assert torch.all(seen[0][..., -1] >= CONSTANT)
     root_mean_square = seen[0].double().square().mean(-1).sqrt()
@@ -361,7 +362,7 @@ def test_frequencies_may_be_read_at_unequal_lengths(gqa: PreTrainedModel) -> Non
 def test_a_narrower_latent_narrows_the_cache(gqa: PreTrainedModel, rank: int) -> None:
     converted = convert_to_mla(gqa, rope_dim=12, kv_lora_rank=rank, calibration=tokens())
     cache = DynamicCache(config=converted.config)
-    logits(converted, tokens(), past_key_values=cache)
+    logits(converted, tokens(), **cache_argument(cache))
     assert cache.layers[0].keys.shape[-1] == converted.config.kv_lora_rank == rank
     assert cache.layers[0].values.shape[-1] == 12
 

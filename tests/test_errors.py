@@ -27,6 +27,7 @@ from kvsplice_hf import (
     patch_model_with_kvsplice,
     save_kvsplice,
 )
+from kvsplice_hf.upstream import cache_argument, cache_of
 
 
 NAME = "deepseek_v3"
@@ -164,7 +165,7 @@ def run(model: PreTrainedModel, cache: Any) -> Any:
     length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     with torch.no_grad():
         full = torch.cat([torch.ones(ids.shape[0], int(length), dtype=mask.dtype), mask], dim=1)
-        return model(ids, attention_mask=full, past_key_values=cache, use_cache=True).past_key_values
+        return cache_of(model(ids, attention_mask=full, **cache_argument(cache), use_cache=True))
 
 
 def with_foreign_cache() -> None:
@@ -246,7 +247,7 @@ USE: dict[str, Case] = {
 
 def run_attention_with_list() -> None:
     model = patched()
-    model.model.layers[0].self_attn(hidden_states=torch.zeros(1, 3, 64), attention_mask=None, past_key_values=[])
+    model.model.layers[0].self_attn(hidden_states=torch.zeros(1, 3, 64), attention_mask=None, **cache_argument([]))
 
 
 @pytest.mark.parametrize("name", ["axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4"])
@@ -269,8 +270,8 @@ def test_a_packed_projection_runs_expanded_and_gives_the_same_with_and_without_a
     ids, mask = tiny_batch(NAME)
     with torch.no_grad():
         whole = model(ids, attention_mask=mask, use_cache=False).logits[:, -1]
-        cache = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
-        last = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits[:, -1]
+        cache = cache_of(model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True))
+        last = model(ids[:, -1:], attention_mask=mask, **cache_argument(cache)).logits[:, -1]
     torch.testing.assert_close(last, whole, atol=2e-5, rtol=0)
 
 

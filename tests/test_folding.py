@@ -29,6 +29,7 @@ from kvsplice_hf.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from kvsplice_hf.errors import TrainingError
 from kvsplice_hf.folding import merge_kvsplice, unmerge_kvsplice
 from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.upstream import cache_argument, cache_of
 
 
 NAME = "deepseek_v3"
@@ -261,7 +262,7 @@ def test_compiled_models_trace_without_graph_breaks() -> None:
     @torch.no_grad()
     def logits(run: Any) -> torch.Tensor:
         first = run(ids[:, :-1], use_cache=True)
-        return torch.cat([first.logits, run(ids[:, -1:], past_key_values=first.past_key_values).logits], dim=1)
+        return torch.cat([first.logits, run(ids[:, -1:], **cache_argument(cache_of(first))).logits], dim=1)
 
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from kvsplice_hf import KVSpliceCache, KVSpliceConfig, patch_model_with_kvsplice
 from kvsplice_hf.cache import SplicedLayerMixin
+from kvsplice_hf.upstream import cache_argument, cache_of
 
 
 FULL_RANK = KVSpliceConfig(compression_ratio=1.0, sink_tokens=2)
@@ -94,9 +95,9 @@ def test_two_turns_on_one_cache_generate_the_stock_tokens(name: str, kind: str) 
 
     def two_turns(model: PreTrainedModel, cache: Any) -> torch.Tensor:
         first, _ = tiny_batch(name, batch=1, pad=0)
-        said = model.generate(first, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        said = model.generate(first, **cache_argument(cache), max_new_tokens=5, do_sample=False)
         second = torch.cat([said, first[:, :4]], dim=1)
-        return model.generate(second, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        return model.generate(second, **cache_argument(cache), max_new_tokens=5, do_sample=False)
 
     stock, patched = build(name), patch_model_with_kvsplice(build(name), FULL_RANK)
     stock_kind = "DynamicCache(config)" if kind == "KVSpliceCache" else kind
@@ -132,7 +133,7 @@ def test_the_cache_that_generate_returns_is_spliced(cache_implementation: str | 
     output = patched.generate(
         ids, attention_mask=mask, max_new_tokens=3, return_dict_in_generate=True, do_sample=False, **settings
     )
-    layers = output.past_key_values.layers
+    layers = cache_of(output).layers
     assert layers
     assert all(isinstance(layer, SplicedLayerMixin) for layer in layers)
 

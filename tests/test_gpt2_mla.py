@@ -53,6 +53,7 @@ from kvsplice_hf.gpt2_mla import (
 )
 from kvsplice_hf.sites import find_mla_sites
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
+from kvsplice_hf.upstream import cache_argument
 
 
 ROOT = Path(__file__).parent.parent
@@ -495,7 +496,7 @@ def test_caches_of_gpt2_124m_shapes_take_36_and_6_and_3_mebibytes_at_1024_tokens
     ids = torch.zeros(1, 1024, dtype=torch.long)
     for model, mebibytes in models:
         cache = DynamicCache(config=model.config)
-        model.half().eval()(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model.half().eval()(ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
         assert cache.get_seq_length() == 1024
         assert 12 * cache_nbytes(cache) == mebibytes * 2**20
 

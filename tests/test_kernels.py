@@ -33,6 +33,7 @@ pytest.importorskip("triton", reason="the kernels need triton, which is not inst
 
 from kvsplice_hf import kernels  # noqa: E402
 from kvsplice_hf.kernels import attend_packed, attend_rows, encode_pack, kernels_available  # noqa: E402
+from kvsplice_hf.upstream import cache_argument, cache_of
 
 
 LOWEST = torch.finfo(torch.float32).min
@@ -412,8 +413,8 @@ def test_a_patched_model_decodes_on_the_kernels(device: str, packed: bool, monke
 
     @torch.no_grad()
     def decoded() -> torch.Tensor:
-        cache = model(ids[:2, :9], use_cache=True).past_key_values
-        return torch.stack([model(ids[:2, i : i + 1], past_key_values=cache).logits for i in (9, 10)])
+        cache = cache_of(model(ids[:2, :9], use_cache=True))
+        return torch.stack([model(ids[:2, i : i + 1], **cache_argument(cache)).logits for i in (9, 10)])
 
     monkeypatch.setattr(dispatch, "_verdicts", {})
     monkeypatch.setattr(dispatch, "_triton_kernels", lambda: None)

@@ -21,6 +21,7 @@ from kvsplice_hf import (
     splice_disabled,
     unpatch_model,
 )
+from kvsplice_hf.upstream import cache_argument, cache_of
 
 
 NAME = "deepseek_v3"
@@ -38,7 +39,7 @@ def logits(model: PreTrainedModel, use_cache: bool = False, name: str = NAME) ->
         output = model(ids[:, :half], attention_mask=mask[:, :half], use_cache=True)
         parts = [output.logits]
         for end in range(half + 1, ids.shape[1] + 1):
-            output = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=output.past_key_values)
+            output = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], **cache_argument(cache_of(output)))
             parts.append(output.logits)
     return torch.cat(parts, dim=1)[mask.bool()]
 
@@ -213,9 +214,9 @@ def test_a_disabled_splice_gives_the_stock_logits_bit_exactly(name: str) -> None
 def test_a_spliced_cache_cannot_be_continued_with_the_splice_disabled() -> None:
     model = patch_model_with_kvsplice(build(NAME), HALF_RANK)
     ids, _ = tiny_batch(NAME, pad=0)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = cache_of(model(ids, use_cache=True))
     with splice_disabled(model), pytest.raises(CacheMismatchError, match="spliced"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **cache_argument(cache))
 
 
 @pytest.mark.parametrize("init", ["svd", "orthogonal", "identity"])

@@ -21,6 +21,7 @@ from kvsplice_hf import (
     save_kvsplice,
     unpatch_model,
 )
+from kvsplice_hf.upstream import cache_argument
 
 
 SINKS = 2
@@ -135,9 +136,9 @@ def test_a_second_turn_goes_on_where_the_first_ended() -> None:
     model, (ids, _) = packed("deepseek_v3"), batch_for("deepseek_v3")
     cache, whole = DynamicCache(), DynamicCache()
     with torch.no_grad():
-        model(ids[:, :6], past_key_values=cache)
-        second = model(ids[:, 6:], past_key_values=cache).logits
-        expected = model(ids, past_key_values=whole).logits[:, 6:]
+        model(ids[:, :6], **cache_argument(cache))
+        second = model(ids[:, 6:], **cache_argument(cache)).logits
+        expected = model(ids, **cache_argument(whole)).logits[:, 6:]
     torch.testing.assert_close(second, expected, atol=1e-3, rtol=0)
     assert torch.equal(cache.layers[0].keys, whole.layers[0].keys)
 

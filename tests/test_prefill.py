@@ -1,6 +1,5 @@
 """Prefill on a CPU: PyTorch's fused attention, which the head sizes of MLA shut out, computes the same."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, splice_disabled
-from kvsplice_hf.attention import SITE_ATTRIBUTE, _sdpa
+from kvsplice_hf.attention import _sdpa
+from kvsplice_hf.call import Call, SpliceState, enter_call
 
 
 B, H, T = 2, 3, 11
@@ -33,7 +33,7 @@ class Operators(TorchDispatchMode):
 def module(enabled: bool = True) -> nn.Module:
     patched = nn.Module()
     patched.is_causal = True
-    setattr(patched, SITE_ATTRIBUTE, SimpleNamespace(enabled=enabled))
+    enter_call(Call(patched, SpliceState(enabled=enabled), mask=None, new_tokens=None, reads_cache=False))
     return patched
 
 

@@ -44,6 +44,7 @@ from kvsplice_hf.folding import merge_kvsplice, unmerge_kvsplice
 from kvsplice_hf.patching import patched_sites
 from kvsplice_hf.projection import LearnedKVSplice
 from kvsplice_hf.pruning import effective_scales, plan_pruning, prune_kvsplice, pruning_candidates
+from kvsplice_hf.upstream import cache_argument
 
 
 NAME = "deepseek_v3"
@@ -228,12 +229,12 @@ def test_a_cache_filled_before_pruning_is_refused_and_an_empty_one_is_resized(
         arguments["max_cache_len"] = 16
     used, empty = (KVSpliceCache(model) if make is KVSpliceCache else make(**arguments) for _ in range(2))
     with torch.no_grad():
-        model(ids, past_key_values=used)
+        model(ids, **cache_argument(used))
         prune_kvsplice(model)
         with pytest.raises(CacheMismatchError, match="another splice"):
-            model(ids[:, :1], past_key_values=used)
+            model(ids[:, :1], **cache_argument(used))
         expected = model(ids, use_cache=True).logits
-        torch.testing.assert_close(model(ids, past_key_values=empty).logits, expected, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(model(ids, **cache_argument(empty)).logits, expected, atol=TOLERANCE, rtol=0)
 
 
 @recipes

@@ -21,6 +21,7 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 from kvsplice_hf import patch_model_with_kvsplice, unpatch_model
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.text import load_texts
+from kvsplice_hf.upstream import CACHE_NAME, cache_argument
 
 
 ROOT = Path(__file__).parent.parent
@@ -97,13 +98,13 @@ class CopyingModel(nn.Module):
     device = torch.device("cpu")
 
     def forward(
-        self, ids: torch.Tensor, past_key_values: list[int] | None, use_cache: bool, logits_to_keep: int = 0
+        self, ids: torch.Tensor, use_cache: bool, logits_to_keep: int = 0, **cache: list[int] | None
     ) -> SimpleNamespace:
-        past = past_key_values or []
+        past = cache[CACHE_NAME] or []
         seen = past + ids[0].tolist()
         rows = [self.next_token(seen[: end + 1]) for end in range(len(past), len(seen))][-logits_to_keep:]
         logits = 10.0 * nn.functional.one_hot(torch.tensor([rows]), 256)
-        return SimpleNamespace(logits=logits, past_key_values=seen)
+        return SimpleNamespace(logits=logits, **cache_argument(seen))
 
     def next_token(self, seen: list[int]) -> int:
         def matching(end: int) -> int:

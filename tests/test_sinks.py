@@ -16,6 +16,7 @@ from kvsplice_hf.sinks import (
     fill_exact_tokens,
     overlay_exact,
 )
+from kvsplice_hf.upstream import cache_argument
 
 
 TOKENS, R = 12, 3
@@ -71,7 +72,7 @@ def of_transformers(attention: str) -> MaskMaker:
             config=config,
             inputs_embeds=torch.zeros(len(pads), stop - start, 1),
             attention_mask=real(pads, stop).long(),
-            past_key_values=cache,
+            **cache_argument(cache),
             position_ids=torch.arange(start, stop)[None],
         )
 

@@ -22,6 +22,7 @@ from kvsplice_hf import (
 from kvsplice_hf.absorbed import absorbed_attention
 from kvsplice_hf.cache import CompressedLatent
 from kvsplice_hf.streaming import attend_packed, attend_rows
+from kvsplice_hf.upstream import cache_argument
 
 
 B, H, T, R, P = 2, 3, 2, 12, 6
@@ -153,10 +154,10 @@ def test_a_packed_static_cache_compiles_without_graph_breaks_and_only_once_for_a
         cache.early_initialization(1, 1, 1, torch.float32, torch.device("cpu"))
         mask = torch.ones(1, 16, dtype=torch.long)
         with torch.no_grad():
-            logits = [model(ids[:1, :5], past_key_values=cache, attention_mask=mask[:, :5]).logits[:, -1]]
+            logits = [model(ids[:1, :5], **cache_argument(cache), attention_mask=mask[:, :5]).logits[:, -1]]
             for step in range(5, 10):
                 position = torch.tensor([[step]])
-                out = forward(ids[:1, step : step + 1], past_key_values=cache, position_ids=position)
+                out = forward(ids[:1, step : step + 1], **cache_argument(cache), position_ids=position)
                 logits.append(out.logits[:, -1])
         return torch.stack(logits)
 

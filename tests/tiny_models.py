@@ -223,6 +223,37 @@ _MODELS = (
         supports_sdpa=False,
     ),
     TinyModel(
+        "hy_v4_vl",
+        "HYV4VLForConditionalGeneration",
+        "HYV4VLConfig",
+        {
+            "text_config": _BASE
+            | _MOE
+            | _DSA
+            | {
+                "num_hidden_layers": 3,
+                "hc_mult": 2,
+                "indexer_types": ["full", "shared", "full"],
+                "mlp_layer_types": ["dense", "sparse", "dense"],
+                # Time, height and width share the rotated pairs.
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "out_hidden_size": 64,
+                "max_image_size": 32,
+            },
+            "image_token_id": _PLACEHOLDERS["image_token_id"],
+            "video_token_id": _PLACEHOLDERS["video_token_id"],
+        },
+        mla_layers=(0, 1, 2),
+        is_dsa=True,
+        supports_sdpa=False,
+    ),
+    TinyModel(
         "kimi_linear",
         "KimiLinearForCausalLM",
         "KimiLinearConfig",

@@ -16,10 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvsplice_hf import upstream
 from kvsplice_hf.absorbed import split_weight
 from kvsplice_hf.attention import WRAPPED_ATTENTION, attend_expanded
 from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
@@ -94,9 +92,8 @@ class ReaderRecorder:
 def _register() -> None:
     for base in WRAPPED_ATTENTION:
         name = _NAME_PREFIX + base
-        if name not in ALL_ATTENTION_FUNCTIONS:
-            AttentionInterface.register(name, _RecordingAttention(base))
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+        if not upstream.is_attention_function(name):
+            upstream.register_attention_function(name, _RecordingAttention(base), base)
 
 
 class _RecordingAttention:

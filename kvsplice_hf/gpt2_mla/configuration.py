@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.upstream import CACHE_NAME
 
 
 KV_LATENTS = ("shared", "separate", "separate_mlp")
@@ -52,7 +53,7 @@ class GPT2MLAConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2_mla"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE_NAME]
     attribute_map = {
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",

@@ -19,7 +19,6 @@ from torch import nn
 from transformers import GenerationMixin, GPT2LMHeadModel, initialization
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -34,6 +33,7 @@ from kvsplice_hf.gpt2_mla.configuration import GPT2MLAConfig
 from kvsplice_hf.gpt2_mla.conversion import convert_gpt2
 from kvsplice_hf.gpt2_mla.splicing import build_in_splice, has_built_in_splice
 from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.upstream import cache_argument, cache_of, causal_mask, given_cache, output_with_cache
 
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -120,11 +120,14 @@ class GPT2MLAAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_embeddings: Angles | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of hidden states [B, T, D] over themselves and what is cached.
+
+        The cache comes as `cache`, or as `past_key_values` with transformers up to 5.23.
 
         Returns:
             [B, T, D], and the attention weights [B, H, T, S] where the attention function gives them.
@@ -136,8 +139,9 @@ class GPT2MLAAttention(nn.Module):
             q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
             q_rot, k_rot = apply_rotary_pos_emb(q_rot, k_rot, *position_embeddings)
             query = torch.cat([q_nope, q_rot], dim=-1)
-        if past_key_values is not None:
-            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
+        cache = given_cache(cache, past_key_values)
+        if cache is not None:
+            latent, k_rot = cache.update(latent, k_rot, self.layer_idx)
         key, value = self.expand_kv(latent, k_rot)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attn_pdrop if self.training else 0.0
@@ -296,30 +300,35 @@ class GPT2MLAModel(GPT2MLAPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of `input_ids` [B, T] or `inputs_embeds` [B, T, D].
 
+        The cache may be given as `cache` or as `past_key_values`; the output calls it as the installed release of
+        transformers does.
+
         Raises:
-            ValueError: both are given, or neither.
+            ValueError: both inputs are given, or neither; or two caches.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either `input_ids` or `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = given_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
-        mask = create_causal_mask(
+        mask = causal_mask(
+            cache,
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
         )
         hidden_states, angles = self._embed(inputs_embeds, position_ids)
@@ -327,15 +336,14 @@ class GPT2MLAModel(GPT2MLAPreTrainedModel):
             hidden_states = block(
                 hidden_states,
                 attention_mask=mask,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_ids=position_ids,
                 position_embeddings=angles,
+                **cache_argument(cache),  # under the name that gradient checkpointing looks for
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
-        )
+        hidden_states = self.ln_f(hidden_states)
+        return output_with_cache(BaseModelOutputWithPast, cache if use_cache else None, last_hidden_state=hidden_states)
 
     def _embed(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, Angles | None]:
         """Input of the first block [B, T, D], and the angles by which keys and queries are rotated, if they are."""
@@ -390,11 +398,12 @@ class GPT2MLAForCausalLM(GPT2MLAPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of `input_ids` [B, T] or `inputs_embeds` [B, T, D], and the loss of `labels` [B, T].
@@ -406,9 +415,9 @@ class GPT2MLAForCausalLM(GPT2MLAPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **cache_argument(given_cache(cache, past_key_values)),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -416,10 +425,11 @@ class GPT2MLAForCausalLM(GPT2MLAPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return output_with_cache(
+            CausalLMOutputWithPast,
+            cache_of(outputs),
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kvsplice_hf.patching import patched_sites
+from kvsplice_hf.patching import told_of_round_trips
 
 
 # An attention module, a latent of it, and what its code decodes to.
@@ -56,23 +56,9 @@ def divergence_from(
 @contextlib.contextmanager
 def recorded_round_trips(model: nn.Module) -> Iterator[list[RoundTrip]]:
     """Within this context, what goes in and comes out of each splice: (attention module, latent, decoded latent)."""
-    sites = [(site.module, patched) for site, patched in patched_sites(model)]
     records: list[RoundTrip] = []
-    for module, patched in sites:
-        patched.on_round_trip = _Recorder(module, records)
-    try:
+    with told_of_round_trips(model, lambda *round_trip: records.append(round_trip)):
         yield records
-    finally:
-        for _, patched in sites:
-            patched.on_round_trip = None
-
-
-class _Recorder:
-    def __init__(self, module: Any, records: list[RoundTrip]) -> None:
-        self.module, self.records = module, records
-
-    def __call__(self, latent: torch.Tensor, decoded: torch.Tensor) -> None:
-        self.records.append((self.module, latent, decoded))
 
 
 def reconstruction_error(records: list[RoundTrip]) -> torch.Tensor:
