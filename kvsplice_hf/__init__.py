@@ -19,6 +19,7 @@ from kvsplice_hf.errors import (
     TrainingError,
     TransformersTooOldError,
     UnsupportedError,
+    UpstreamChangedError,
 )
 from kvsplice_hf.folding import merge_kvsplice, unmerge_kvsplice
 from kvsplice_hf.model_cache import KVCacheSize, KVSpliceCache, cache_nbytes, get_kv_cache_size
@@ -48,6 +49,7 @@ __all__ = [
     "TrainingError",
     "TransformersTooOldError",
     "UnsupportedError",
+    "UpstreamChangedError",
     "__version__",
     "cache_nbytes",
     "calibrate",

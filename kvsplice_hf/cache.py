@@ -332,6 +332,7 @@ class _DynamicMixin(SplicedLayerMixin):
 
     def reset(self) -> None:
         super().reset()
+        upstream.drop_rows(self)
         self.exact = None
 
     def crop(self, tokens_to_remove: int) -> None:

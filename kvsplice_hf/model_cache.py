@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, StaticLayer
+from transformers.utils import ModelOutput
 
 from kvsplice_hf.attention import SITE_ATTRIBUTE
 from kvsplice_hf.cache import splice_cache_layer
+from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patching import find_patch, patched_sites
 from kvsplice_hf.sites import MLASite, find_mla_sites
+from kvsplice_hf.upstream import cache_of
 
 
 class KVSpliceCache(DynamicCache):
@@ -81,14 +84,24 @@ def _site_bytes(site: MLASite, seq_len: int, spliced: bool) -> int:
     return rows * geometry.nbytes(site.dtype) + itemsize * indexer + exact
 
 
-def cache_nbytes(cache: Cache, allocated: bool = False) -> int:
+def cache_nbytes(cache: Cache | ModelOutput, allocated: bool = False) -> int:
     """Bytes of all tensors of a cache, measured; stock caches of any kind as well as spliced ones.
 
     Args:
-        cache: the cache to measure.
+        cache: the cache to measure, or the output of a model or of `generate` that holds it.
         allocated: count all memory held (spare capacity of growing buffers, unfilled rows of static ones) instead of
             what the stored tokens occupy.
+
+    Raises:
+        ConfigError: there is no cache in what was given.
     """
+    found = cache if isinstance(cache, Cache) else cache_of(cache)
+    if not isinstance(found, Cache):
+        raise ConfigError(
+            f"There is no cache in this {type(cache).__name__}. Give a `Cache`, or the output of a model called with "
+            "`use_cache=True` or of `generate(..., return_dict_in_generate=True)`."
+        )
+    cache = found
     if allocated:
         storages = {storage.data_ptr(): storage.nbytes() for storage in _storages(cache)}
         return sum(storages.values())

@@ -17,6 +17,7 @@ What is relied on, and since when:
 | the attention function is looked up by `config._attn_implementation` in `ALL_ATTENTION_FUNCTIONS` | all |
 | a name without a mask function of its own gets no mask | all |
 | continuous batching hands over its pages as `cache`, with `read_index` and `write_index` | 5.23 on |
+| growing cache layers let go of their rows on `reset` (before: zeros, and go on behind them) | 5.18 on |
 | static cache layers can be cropped; those with a window keep whether they can in `_is_croppable` | 5.24 on |
 
 `docs/following_transformers.md` tells what to do when a new release comes out.
@@ -59,12 +60,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_caus
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 
-try:
+ContinuousBatchingManager: Any = None  # the paged cache of older releases is built otherwise
+if Version(INSTALLED) >= Version(MIN_TRANSFORMERS_PAGED):
     from transformers.generation.configuration_utils import ContinuousBatchingConfig as ContinuousBatchingConfig
     from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION as FULL_ATTENTION
-    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-except ImportError:  # the paged cache of older releases is built otherwise
-    ContinuousBatchingManager = None  # type: ignore[assignment, misc]
 
 # `generate_batch` and the context manager of continuous batching go through this method of a model.
 BATCHING_METHOD = "init_continuous_batching"
@@ -205,10 +204,14 @@ def _forwards(cls: type) -> Iterator[Any]:
 
 
 def _names_used(cls: type) -> tuple[str, ...]:
-    """Names in the order in which the forward first uses them, in the first of its bases that calls `expand_kv`."""
-    codes = (getattr(forward, "__code__", None) for forward in _forwards(cls))
-    used = [code.co_names for code in codes if code is not None]
-    return next((names for names in used if "expand_kv" in names), used[0] if used else ())
+    """Names in the order in which the forward first uses them; that of a base, where the forward hands over to it."""
+    names: tuple[str, ...] = ()
+    for forward in _forwards(cls):
+        code = getattr(forward, "__code__", None)
+        names = code.co_names if code is not None else ()
+        if "expand_kv" in names or "forward" not in names:
+            break
+    return names
 
 
 def _parameters(cls: type) -> tuple[str, ...]:
@@ -311,6 +314,15 @@ def carry_layer_settings(stock: Any, layer: Any) -> None:
             setattr(layer, name, vars(stock)[name])
     if getattr(stock, "record_past", False):  # assisted decoding asks for it before the first forward
         layer.activate_past_recording()
+
+
+def drop_rows(layer: Any) -> None:
+    """Finish the `reset` of a growing layer where the installed release has kept its rows."""
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+    if getattr(layer, "is_indexer_initialized", False):
+        layer.indexer_keys = None
+        layer.is_indexer_initialized = False
 
 
 # ------------------------------------------------------------------------------------------ attention functions

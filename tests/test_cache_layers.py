@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import build
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicIndexedLayer,
@@ -77,10 +77,28 @@ KINDS = {
         SplicedStaticSlidingWindowLayer,
         {"max_cache_len": CAPACITY, "sliding_window": WINDOW},
     ),
+    "static_wide_window": Kind(
+        StaticSlidingWindowLayer,
+        SplicedStaticSlidingWindowLayer,
+        {"max_cache_len": CAPACITY, "sliding_window": CAPACITY},
+    ),
 }
 GROWING = ("dynamic", "indexed")
 DYNAMIC = ("dynamic", "indexed", "window", "recording_window")
-STATIC = ("static", "static_indexed", "static_window")
+STATIC = ("static", "static_indexed", "static_window", "static_wide_window")
+# Since 5.24; a window must not have closed over what it is to give back.
+CROPPABLE = (*DYNAMIC, *(name for name in STATIC if name != "static_window" and hasattr(StaticLayer, "crop")))
+
+
+def stock_reset_empties() -> bool:
+    """Whether a stock layer that grows is empty after `reset`: not before 5.18."""
+    layer = DynamicLayer()
+    layer.update(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 3))
+    layer.reset()
+    return layer.get_seq_length() == 0
+
+
+STOCK_RESET_EMPTIES = stock_reset_empties()
 
 
 @dataclass(frozen=True)
@@ -177,7 +195,8 @@ class Twins:
         self.length += count
 
         expected = torch.where(values[..., -1:] == 1, keys, self.splice(keys))
-        torch.testing.assert_close(found.latent(), expected, atol=TOLERANCE, rtol=0)
+        filled = slice(min(self.length, keys.shape[2]))  # what a crop left behind them in a static layer is nobody's
+        torch.testing.assert_close(found.latent()[:, :, filled], expected[:, :, filled], atol=TOLERANCE, rtol=0)
         torch.testing.assert_close(found.k_rot, values[..., :-1], atol=TOLERANCE, rtol=0)
         assert torch.equal(found_k_rot, found.k_rot)
         assert found.new_tokens == count
@@ -220,6 +239,8 @@ class Twins:
         self.pads = self.pads[index]
 
     def reset(self) -> None:
+        if not STOCK_RESET_EMPTIES and isinstance(self.stock, DynamicLayer):
+            pytest.skip("the stock layer of this release is not empty after a reset")
         self._on_both(lambda layer: layer.reset())
         self.length = 0
         self.check_lengths()
@@ -274,23 +295,31 @@ ANY_LAYER: dict[str, Program] = {
     "copied": (("copy",), ("feed", 1, 1), ("copy",), ("feed", 5, 1), ("copy",), ("feed", 3, 3)),
     "saved": (("save",), ("feed", 1, 1), ("save",), ("feed", 5, 1), ("save",), ("feed", 3, 3)),
 }
-DYNAMIC_ONLY: dict[str, Program] = {
+CROPS: dict[str, Program] = {
     "cropped": (("feed", 4, 4), ("crop", 2), ("feed", 4, 2)),
     "cropped_by_nothing": (("feed", 4, 4), ("crop", 0), ("feed", 2, 1)),
     "cropped_within_the_sinks": (("feed", 3, 3), ("crop", 2), ("feed", 1, 1), ("crop", 1), ("feed", 5, 2)),
     "cropped_to_nothing": (("feed", 4, 2), ("crop", 4), ("feed", 5, 1)),
     "cropped_beyond_the_window": (("feed", 9, 9), ("crop", 3), ("feed", 2, 1), ("crop", 2), ("feed", 4, 4)),
     "speculated": (("feed", 2, 2), *(("feed", 4, 4), ("crop", 3), ("feed", 1, 1), ("crop", 0)) * 4),
+    "cropped_after_a_copy": (("feed", 4, 4), ("copy",), ("crop", 3), ("save",), ("feed", 6, 1)),
+}
+DYNAMIC_ONLY: dict[str, Program] = {
     "repeated": (("feed", 3, 3), ("repeat", 2), ("feed", 4, 1), ("reorder", 5, 4, 3, 0, 0, 2), ("feed", 1, 1)),
     "selected": (("feed", 3, 3), ("select", 2, 0), ("feed", 4, 1), ("select", 1), ("feed", 5, 3)),
     "repeated_in_the_sinks": (("feed", 1, 1), ("repeat", 2), ("select", 4, 0, 5), ("feed", 7, 1)),
-    "cropped_after_a_copy": (("feed", 4, 4), ("copy",), ("crop", 3), ("save",), ("feed", 6, 1)),
 }
+
+
+def programs(kind: str) -> dict[str, Program]:
+    return ANY_LAYER | (CROPS if kind in CROPPABLE else {}) | (DYNAMIC_ONLY if kind in DYNAMIC else {})
+
+
 CASES = [
     pytest.param(KINDS[kind], variant, program, id=f"{kind}-{variant_name}-{name}")
     for kind in KINDS
     for variant_name, variant in VARIANTS.items()
-    for name, program in (ANY_LAYER if kind in STATIC else ANY_LAYER | DYNAMIC_ONLY).items()
+    for name, program in programs(kind).items()
 ]
 
 
@@ -307,8 +336,8 @@ def test_a_spliced_layer_holds_what_the_stock_layer_holds_after_any_operations(k
     kind, draw = KINDS[kind_name], random.Random(seed)
     twins = Twins(kind, draw.choice(list(VARIANTS.values())))
     operations = ["feed", "feed", "feed", "reorder", "reset", "offload", "copy", "save"]
-    if not kind.is_static:
-        operations += ["crop", "crop", "repeat", "select"]
+    operations += ["crop", "crop"] if kind_name in CROPPABLE else []
+    operations += [] if kind.is_static else ["repeat", "select"]
     for _ in range(25):
         operation = draw.choice(operations)
         rows, stored = len(twins.pads), twins.length
@@ -319,7 +348,7 @@ def test_a_spliced_layer_holds_what_the_stock_layer_holds_after_any_operations(k
         elif stored == 0 and operation in ("crop", "repeat", "select", "reorder"):
             continue  # stock layers do not change the batch of a layer that is empty
         elif operation == "crop":
-            arguments = [draw.randint(0, twins.stock.keys.shape[-2])]
+            arguments = [draw.randint(0, min(stored, twins.stock.keys.shape[-2]))]
         elif operation == "repeat":
             arguments = [2 if rows <= 3 else 1]
         elif operation == "select":
@@ -547,6 +576,8 @@ def test_an_empty_stock_layer_is_replaced_by_the_spliced_one_of_its_kind(kind_na
     used = kind.stock(**kind.kwargs)
     used.update(*tokens(3))
     used.reset()
+    if not STOCK_RESET_EMPTIES and not kind.is_static:
+        used = kind.stock(**kind.kwargs)
     recording = kind.stock(**kind.kwargs)
     if kind.records_past:
         recording.activate_past_recording()
@@ -602,6 +633,7 @@ def test_a_stock_layer_with_tokens_is_refused_and_left_alone(kind: Kind) -> None
     assert cache.layers == [stock]
 
 
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this release has no fp8 cache")
 def test_a_quantised_layer_is_refused_although_it_is_a_dynamic_one() -> None:
     cache = QuantizedCache(backend="fp8", config=build("deepseek_v3").config)
     assert isinstance(cache.layers[0], DynamicLayer)
