@@ -163,11 +163,23 @@ def read_settings(path: Path, kinds: Iterable[type]) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or holds a setting that none of the dataclasses has.
     """
-    values = read_yaml(path)
+    values = {_current_name(name, kinds): value for name, value in read_yaml(path).items()}
     unknown = sorted(map(str, set(values) - names_of_settings(kinds)))
     if unknown:
         raise ConfigError(f"--config {path} holds {', '.join(unknown)}, which no setting of this script is called.")
     return values
+
+
+# Names that transformers has given up, in releases that know the new one.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+def _current_name(name: str, kinds: Iterable[type]) -> str:
+    new = _RENAMED.get(name, name)
+    return new if new in names_of_settings(kinds) else name
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

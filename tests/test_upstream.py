@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 import kvsplice_hf
 from kvsplice_hf import (
     CacheMismatchError,
+    KVSpliceCache,
     KVSpliceConfig,
     TransformersTooOldError,
     UpstreamChangedError,
@@ -34,6 +35,9 @@ from kvsplice_hf import (
     upstream,
 )
 from kvsplice_hf.cache import CompressedLatent, SplicedLayerMixin
+from kvsplice_hf.evaluation import score_windows
+from kvsplice_hf.gpt2_mla import GPT2MLAConfig, GPT2MLAForCausalLM
+from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 
@@ -332,6 +336,59 @@ def test_hooks_and_state_are_gone_after_unpatching(patched: PreTrainedModel) -> 
         assert not module._forward_hooks
 
 
+# ------------------------------------------------------------------------------------- deprecations of our own
+
+
+def calibrate_and_patch(folder: Path) -> None:
+    model = build(NAME)
+    patch_model_with_kvsplice(model, bits=4, calibration=torch.randint(8, 128, (32, 64)))
+
+
+def score(folder: Path) -> None:
+    score_windows(patch_model_with_kvsplice(build(NAME), HALF), torch.randint(8, 128, (2, 24)), chunk=8, progress=False)
+
+
+def generate_on_a_cache(folder: Path) -> None:
+    model = patch_model_with_kvsplice(build(NAME), HALF)
+    ids, mask = tiny_batch(NAME)
+    model.generate(ids, attention_mask=mask, **cache_argument(KVSpliceCache(model)), max_new_tokens=3, pad_token_id=0)
+    cache_nbytes(generated(model))
+
+
+def run_gpt2_mla(folder: Path) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "kv_lora_rank": 16, "n_positions": 32}
+    model = GPT2MLAForCausalLM(GPT2MLAConfig(**sizes, kvsplice={"compression_ratio": 0.5})).eval()
+    ids = torch.randint(0, 64, (1, 8))
+    model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    model(ids, labels=ids).loss.backward()
+    model.save_pretrained(folder)
+    GPT2MLAForCausalLM.from_pretrained(folder)
+
+
+def fine_tune(folder: Path) -> None:
+    rows = [{"input_ids": ids} for ids in torch.randint(8, 128, (4, 16))]
+    model = freeze_all_but_kvsplice(patch_model_with_kvsplice(build(NAME), HALF))
+    settings = {"max_steps": 2, "save_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    KVSpliceTrainer(model, KVSpliceTrainingArguments(str(folder), **settings), train_dataset=rows).train()
+
+
+OWN_CALLS = [calibrate_and_patch, score, generate_on_a_cache, run_gpt2_mla, fine_tune]
+
+
+@pytest.mark.parametrize("call", OWN_CALLS, ids=lambda call: call.__name__)
+def test_no_deprecation_warning_of_transformers_comes_from_our_own_calls(
+    call: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    # `warning_once` of transformers says a thing once per process, by logging.
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda self, message, *args: said.append(str(message)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(tmp_path)
+    said += [str(item.message) for item in caught]
+    assert [message for message in said if "deprecated" in message.lower()] == []
+
+
 # ------------------------------------------------------------------------------------------------- releases
 
 
@@ -399,11 +456,13 @@ def test_only_one_room_knows_the_internals_of_transformers() -> None:
     assert found == {"gpt2_mla/modeling.py: transformers.modeling_utils"}
 
 
-def test_only_one_room_spells_the_names_of_the_cache_argument() -> None:
-    # As the keyword of a call or as a string. A forward of ours has parameters of these names.
+def test_only_one_room_spells_the_old_name_of_the_cache_argument() -> None:
+    # As the keyword of a call, a string or an attribute, in scripts too: transformers warns of it. (A forward of ours
+    # has a parameter of that name.)
+    scripts = PACKAGE.parent / "scripts"
     found = [
-        f"{path.relative_to(PACKAGE)}:{node.lineno}"
-        for path in PACKAGE.rglob("*.py")
+        f"{path.name}:{node.lineno}"
+        for path in (*PACKAGE.rglob("*.py"), *scripts.glob("*.py"))
         if path.name != "upstream.py"
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if (isinstance(node, ast.Constant) and node.value == "past_key_values")
