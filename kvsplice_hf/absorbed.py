@@ -183,8 +183,8 @@ def _four_dimensional(
     all_seen = queries == 1 and isinstance(latent.first_row, int)
     if mask is None and all_seen and (sliding_window is None or keys <= sliding_window):
         return None
-    q_index = (torch.arange(queries, device=device) + latent.first_row)[:, None]
-    k_index = torch.arange(keys, device=device)[None]
+    q_index = (torch.arange(queries, dtype=torch.int64, device=device) + latent.first_row)[:, None]
+    k_index = torch.arange(keys, dtype=torch.int64, device=device)[None]
     visible = k_index <= q_index
     if sliding_window is not None:
         visible = visible & (k_index > q_index - sliding_window)
@@ -205,7 +205,8 @@ def _hide(bias: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
     # The lowest finite number, not -inf: a padding query that sees no key must not turn into NaN.
     lowest = torch.finfo(torch.float32).min
     if bias is None:
-        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, lowest)
+        nothing = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        return nothing.masked_fill_(hidden, lowest)
     return bias.masked_fill(hidden, lowest)
 
 

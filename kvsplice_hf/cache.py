@@ -203,6 +203,9 @@ class SplicedLayerMixin(_StockLayer):
         super().__init__(**stock_kwargs)
         self.geometry = geometry
         self.splice = splice
+        # Of the splice that the stored rows were made with; see `LearnedKVSplice.identity`. Empty: not known, because
+        # the layer was made inside `torch.compile`, which cannot look into parameters.
+        self.identity = "" if torch.compiler.is_compiling() else splice.identity
         self.exact: ExactTokens | None = None
         # Set by the attention module's hook just before its forward: `update` does not get to see the mask.
         self.attention_mask: torch.Tensor | None = None
@@ -545,11 +548,7 @@ def splice_cache_layer(
         )
     stock: Any = cache.layers[layer_idx]
     if isinstance(stock, SplicedLayerMixin) and (stock.geometry == geometry or not _is_empty(stock)):
-        if stock.geometry != geometry:
-            raise CacheMismatchError(
-                f"Cache layer {layer_idx} holds rows of {stock.geometry}; the model has {geometry}. The cache was "
-                "filled by a model with another splice. Start from an empty cache, or from KVSpliceCache(model)."
-            )
+        _require_same_splice(stock, layer_idx, geometry, splice)
         stock.splice = splice
         return stock
     if not isinstance(stock, SplicedLayerMixin):
@@ -557,6 +556,24 @@ def splice_cache_layer(
     layer = _spliced_like(stock, geometry, splice)
     cache.layers[layer_idx] = layer
     return layer
+
+
+def _require_same_splice(stock: Any, layer_idx: int, geometry: RowGeometry, splice: LearnedKVSplice) -> None:
+    """Refuse to go on with rows that another splice has made: decoded by this one they would be other latents."""
+    if stock.geometry != geometry:
+        raise CacheMismatchError(
+            f"Cache layer {layer_idx} holds rows of {stock.geometry}; the model has {geometry}. The cache was "
+            "filled by a model with another splice. Start from an empty cache, or from KVSpliceCache(model)."
+        )
+    if torch.compiler.is_compiling() or stock.identity == splice.identity:
+        return
+    if stock.identity and not _is_empty(stock):
+        raise CacheMismatchError(
+            f"Cache layer {layer_idx} holds {int(stock.get_seq_length())} tokens coded by another splice (its "
+            f"parameters had the digest {stock.identity[:12]}, now it is {splice.identity[:12]}): another one was "
+            "loaded, or it was trained. Start from an empty cache, or from KVSpliceCache(model)."
+        )
+    stock.identity = splice.identity
 
 
 def _is_empty(layer: CacheLayerMixin) -> bool:

@@ -14,10 +14,11 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from kvsplice_hf.attention import PatchedSite
 from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
-from kvsplice_hf.offload import execution_device
+from kvsplice_hf.offload import execution_device, read_all, write_all
 from kvsplice_hf.patching import find_patch, is_patched, patch_with_splices, patched_sites
 from kvsplice_hf.projection import LearnedKVSplice
 from kvsplice_hf.sharding import spread_like, whole
@@ -36,7 +37,7 @@ class _Saved(NamedTuple):
     """What a folder of `save_kvsplice` holds. `layers`: the sizes of each, as `_describe_layer` writes them."""
 
     config: KVSpliceConfig
-    layers: dict[int, dict[str, int]]
+    layers: dict[int, dict[str, Any]]
     tensors: dict[str, torch.Tensor]
 
 
@@ -58,9 +59,9 @@ def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: b
     tensors: dict[str, torch.Tensor] = {}
     layers: dict[str, dict[str, int]] = {}
     for site, patched in sites:
-        state = patched.splice.state_dict()
+        state = read_all(patched.splice)
         tensors |= {_key(site.layer_idx, name): whole(tensor).contiguous().cpu() for name, tensor in state.items()}
-        layers[str(site.layer_idx)] = _describe_layer(site, patched.geometry.rank, config)
+        layers[str(site.layer_idx)] = _describe_layer(site, patched, config)
     if not is_main_process:
         return directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -81,8 +82,9 @@ def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: b
     return directory
 
 
-def _describe_layer(site: MLASite, rank: int, config: KVSpliceConfig) -> dict[str, int]:
-    sizes = {"kv_lora_rank": site.kv_lora_rank, "rank": rank}
+def _describe_layer(site: MLASite, patched: PatchedSite, config: KVSpliceConfig) -> dict[str, Any]:
+    rank = patched.geometry.rank
+    sizes: dict[str, Any] = {"kv_lora_rank": site.kv_lora_rank, "rank": rank}
     if not config.is_packed and config.rank_for(site.kv_lora_rank, site.name) != rank:
         sizes["pruned_from"] = config.rank_for(site.kv_lora_rank, site.name)
     return sizes
@@ -150,14 +152,18 @@ def _set_parameters(
     splice: LearnedKVSplice, tensors: dict[str, torch.Tensor], layer_idx: int, codec: RowCodec | None
 ) -> None:
     before = splice.codec
-    splice.codec = None if codec is None else codec.to(splice.compress.weight.device)
+    device = execution_device(splice.compress)
+    splice.codec = None if codec is None else codec.to(device)
     if before is not None and splice.codec is not None:
         if torch.equal(before.widths, splice.codec.widths):  # an optimiser may hold its parameters
             splice.codec = before
         else:
             splice.codec.train_steps(before.scales.requires_grad)
-    state = splice.state_dict()
-    splice.load_state_dict({name: spread_like(tensors[_key(layer_idx, name)], old) for name, old in state.items()})
+    if splice.is_merged:  # what is folded would go on with the parameters of before
+        splice.unmerge()
+    held = splice.state_dict()
+    write_all(splice, {name: spread_like(tensors[_key(layer_idx, name)], old) for name, old in held.items()})
+    splice.forget_identity()
 
 
 def _codec(tensors: dict[str, torch.Tensor], layer_idx: int, directory: Path) -> RowCodec | None:
@@ -308,7 +314,7 @@ def _read_config(path: Path, description: dict[str, Any]) -> KVSpliceConfig:
         raise CheckpointError(f"{path} holds settings that cannot be used: {error}") from error
 
 
-def _read_layers(path: Path, description: dict[str, Any]) -> dict[int, dict[str, int]]:
+def _read_layers(path: Path, description: dict[str, Any]) -> dict[int, dict[str, Any]]:
     try:
         layers = {int(layer_idx): dict(sizes) for layer_idx, sizes in description["layers"].items()}
     except (AttributeError, TypeError, ValueError) as error:

@@ -58,9 +58,13 @@ class Field(NamedTuple):
     place: int
 
 
+# Of the table `column_fields`.
+NUMBERS_PER_COLUMN = len(_FIELDS) * len(Field._fields)
+
+
 def unit_levels(width: int) -> torch.Tensor:
     """The 2^width levels of a coordinate with scale 1, ascending within (-1, 1), float32."""
-    grid = (2 * torch.arange(2**width, dtype=torch.float64) + 1) / 2**width - 1
+    grid = (2 * torch.arange(2**width, dtype=torch.float64, device="cpu") + 1) / 2**width - 1
     bend = BEND[width]
     return (grid if bend == 0 else torch.sinh(bend * grid) / math.sinh(bend)).float()
 
@@ -123,7 +127,7 @@ class RowCodec(nn.Module):
         widths = self.widths.long()
         self.row_bytes = row_bytes(widths, len(self.sigmas))
         small = torch.where(widths == 16, 0, widths)
-        ungained = torch.arange(len(widths), device=widths.device) >= len(self.sigmas)
+        ungained = torch.arange(len(widths), dtype=torch.int64, device=widths.device) >= len(self.sigmas)
         order = torch.argsort(100 * ungained - small, stable=True)
         order = order[small[order] > 0]
         for field in _FIELDS:
@@ -133,9 +137,11 @@ class RowCodec(nn.Module):
             self.register_buffer(f"_coordinates{field}", coordinates, persistent=False)
             self.register_buffer(f"_shifts{field}", shifts.to(torch.uint8), persistent=False)
         self.register_buffer("_raw", (widths == 16).nonzero()[:, 0], persistent=False)
-        bends = torch.tensor([BEND.get(int(width), 0.0) for width in widths], device=widths.device)
+        bend_of = [BEND.get(width, 0.0) for width in widths.tolist()]
+        bends = torch.tensor(bend_of, dtype=torch.float32, device=widths.device)
         self.register_buffer("_bends", bends, persistent=False)
-        levels = torch.cat([torch.zeros(1), *(unit_levels(width) for width in range(1, 9))]).to(widths.device)
+        nothing = torch.zeros(1, dtype=torch.float32, device="cpu")
+        levels = torch.cat([nothing, *(unit_levels(width) for width in range(1, 9))]).to(widths.device)
         self.register_buffer("_levels", levels, persistent=False)
         # The levels of width b start behind those of all smaller widths: 1 + 2 + 4 + ... = 2^b - 1.
         self.register_buffer("_first_level", torch.where(small > 0, 2**small - 1, 0), persistent=False)
@@ -146,7 +152,8 @@ class RowCodec(nn.Module):
         widths = self.widths[order].long()
         bends, reaches = self._bends[order], _reaches(self._bends[order])
         # sinh(slope * code + start) / reach is the level; two levels without a bend are the sinh of something as well.
-        last = torch.where(bends > 0, bends * (1 - 0.5**widths), math.asinh(0.5))
+        # (An integer tensor with a Python number of another kind would take the dtype that is the default just now.)
+        last = torch.where(bends > 0, bends * (1 - 0.5 ** widths.float()), math.asinh(0.5))
         self.register_buffer("column_slopes", 2 * last / (2**widths - 1), persistent=False)
         self.register_buffer("column_starts", -last, persistent=False)
         self.register_buffer("column_reaches", reaches, persistent=False)
@@ -247,9 +254,8 @@ class RowCodec(nn.Module):
         bends = torch.where(bent, self._bends, 1.0)
         # The inverse of the bend, so that cells are of equal size where levels are equally far apart.
         unit = torch.where(bent, torch.asinh(unit * torch.sinh(bends)) / bends, unit)
-        widths = torch.where(self.widths == 16, 0, self.widths).to(torch.int32)
-        count = 2.0**widths
-        return ((unit + 1) * (count / 2)).floor().clamp(min=torch.zeros(()).to(count), max=count - 1).to(torch.uint8)
+        count = 2.0 ** torch.where(self.widths == 16, 0, self.widths).float()
+        return ((unit + 1) * (count / 2)).floor().clamp(min=count.new_zeros(()), max=count - 1).to(torch.uint8)
 
     def dequantise(self, codes: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
         """The levels [..., n] of codes uint8 [..., n], float32; coordinates of width 16 come out as their centre."""
@@ -299,7 +305,7 @@ class RowCodec(nn.Module):
         Raises:
             ConfigError: the bytes are not those of one row of this codec.
         """
-        rows = torch.empty(*packed.shape[:-1], self.row_dim, device=packed.device)
+        rows = torch.empty(*packed.shape[:-1], self.row_dim, dtype=torch.float32, device=packed.device)
         pairs = zip(self._flat(packed).split(_AT_ONCE), rows.view(-1, self.row_dim).split(_AT_ONCE), strict=True)
         for stored, out in pairs:
             columns, gains = self.read_columns(stored[None])

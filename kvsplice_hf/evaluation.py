@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.offload import input_device
 from kvsplice_hf.patching import splice_disabled
 from kvsplice_hf.upstream import cache_argument, cache_of
 
@@ -138,7 +139,7 @@ def score_windows(
     scores = WindowScores(window=windows.shape[1])
     bar = tqdm(total=len(windows), desc="windows" if chunk else "windows, no cache", disable=not progress)
     for batch in windows.split(batch_size):
-        batch = batch.to(next(model.parameters()).device)
+        batch = batch.to(input_device(model))
         with splice_disabled(model):
             original = list(_log_probabilities(model, batch, chunk))
         spliced = _log_probabilities(model, batch, chunk)

@@ -548,22 +548,22 @@ def _tables_of(codec: RowCodec) -> _Tables:
 def _make_tables(codec: RowCodec, device: torch.device) -> _Tables:
     widths = codec.widths.cpu().int()
     small = torch.where(widths == 16, 0, widths)
-    layout = torch.zeros(7, codec.row_dim, dtype=torch.int32)
+    layout = torch.zeros(7, codec.row_dim, dtype=torch.int32, device="cpu")
     layout[_WIDTH.value] = widths
     layout[_FIRST_LEVEL.value] = torch.where(small > 0, 2**small - 1, 0)
     start = int(len(codec.sigmas) > 0)
     raw = codec._raw.cpu()
-    layout[_RAW.value, raw] = start + 2 * torch.arange(len(raw), dtype=torch.int32)
+    layout[_RAW.value, raw] = start + 2 * torch.arange(len(raw), dtype=torch.int32, device="cpu")
     start += 2 * len(raw)
     for field, entry in _FIELDS.items():
         members = codec._plane(field)[0].cpu()
         size = -(-len(members) * field // 8)
-        index = torch.arange(len(members), dtype=torch.int32)
+        index = torch.arange(len(members), dtype=torch.int32, device="cpu")
         # Byte j of a plane of m holds the fields j, j + m, j + 2 m and so on.
         slot = index // max(size, 1)
         layout[entry.value, members] = 8 * (start + index - slot * size) + slot * field
         start += size
-    gains = torch.exp2((torch.arange(256, device=device).float() - 128) / 16)
+    gains = torch.exp2((torch.arange(256, dtype=torch.float32, device=device) - 128) / 16)
     stretches = torch.sinh(torch.where(codec._bends > 0, codec._bends, 1.0))
     return _Tables(layout.to(device), gains, stretches, _planes(widths))
 
@@ -758,7 +758,7 @@ def _attend(
     count, device = rows.shape[1], query.device
     if batch * queries * count == 0:
         return query.new_zeros(batch, queries, value_dim, dtype=torch.float32), torch.full(
-            (batch, queries), float("-inf"), device=device
+            (batch, queries), float("-inf"), dtype=torch.float32, device=device
         )
     # The interpreter computes wrong numbers in bf16 and slow ones in fp16.
     dtype = torch.float32 if interpreted() else dtype
@@ -766,8 +766,8 @@ def _attend(
     blocks = _choose_blocks(queries, sum(pieces), dtype, codec is not None, device)
     programs = triton.cdiv(queries, blocks.queries) * batch
     splits = _choose_splits(count, programs, blocks.rows, device) if splits is None else splits
-    mixed = torch.empty(batch, queries, splits, value_dim, device=device)
-    lse = torch.empty(batch, queries, splits, device=device)
+    mixed = torch.empty(batch, queries, splits, value_dim, dtype=torch.float32, device=device)
+    lse = torch.empty(batch, queries, splits, dtype=torch.float32, device=device)
     with _on(device):
         _attend_kernel[(triton.cdiv(queries, blocks.queries), batch, splits)](
             query.detach().contiguous(),

@@ -35,9 +35,9 @@ def kernels_available(device: torch.device | str) -> bool:
 
 
 def reads(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has an address, a dtype that the library knows, and anything in it."""
+    """Whether a tensor lies in the memory of the CPU, has a dtype that the library knows, and anything in it."""
     has_address = type(tensor) in (torch.Tensor, nn.Parameter)  # not sharded, fake or wrapped
-    return has_address and tensor.dtype in types.KINDS and tensor.numel() > 0
+    return has_address and tensor.is_cpu and tensor.dtype in types.KINDS and tensor.numel() > 0
 
 
 def attend_rows(
@@ -112,7 +112,9 @@ class Projection(NamedTuple):
 
     @property
     def transform(self) -> types.Transform:
-        return types.Transform(*map(types.numbers_of, (self.scale, self.shift, self.offset)))
+        count = self.expand.shape[0]
+        scale, shift, offset = (types.numbers_of(tensor, count) for tensor in (self.scale, self.shift, self.offset))
+        return types.Transform(scale, shift, offset)
 
 
 class Step(NamedTuple):
@@ -171,7 +173,7 @@ def decode(step: Step) -> torch.Tensor:
     exact, positions = step.exact, step.positions
     if exact is not None and positions is not None:
         exact, positions = exact.contiguous(), positions.contiguous()
-    output = torch.empty(batch, 1, heads, step.v_dim)
+    output = _room(batch, 1, heads, step.v_dim)
     rows = _problem(
         step.rows,
         step.codec,
@@ -192,16 +194,21 @@ def decode(step: Step) -> torch.Tensor:
         rotated=width - nope_dim,
         nope=nope_dim,
         value=step.v_dim,
-        query=query.data_ptr(),
-        weight=types.numbers_of(weight),
-        expand=types.numbers_of(projection.expand),
+        query=types.address(query, torch.float32, batch * heads * width),
+        weight=types.numbers_of(weight, heads * (nope_dim + step.v_dim) * latent_dim),
+        expand=types.numbers_of(projection.expand, latent_dim * rank),
         transform=projection.transform,
-        exact=types.numbers_of(exact),
-        sinks=types.address(sinks),
-        output=output.data_ptr(),
+        exact=types.numbers_of(exact, 0 if exact is None else exact.numel()),  # its sizes are checked above
+        sinks=types.address(sinks, torch.float32, heads),
+        output=types.address(output, torch.float32, batch * heads * step.v_dim),
     )
     _run(library.kvsplice_decode, given)
     return output
+
+
+def _room(*sizes: int) -> torch.Tensor:
+    """Where the library writes float32 numbers."""
+    return torch.empty(*sizes, dtype=torch.float32, device="cpu")
 
 
 def _check_step(step: Step, dim: int) -> None:
@@ -213,7 +220,11 @@ def _check_step(step: Step, dim: int) -> None:
     exact_width = latent_dim + (0 if codec is None else dim - rank)
     fits = (
         step.query.shape[2] == 1
+        and batch > 0
+        and step.rows.shape[-2] > 0
         and step.rows.shape[-1] == row_width
+        and step.rows.dtype is (torch.uint8 if codec is not None else step.rows.dtype)
+        and (codec is not None or step.rows.dtype in (torch.float32, torch.bfloat16))
         and (codec is None or codec.row_dim == dim)
         and step.weight.shape[0] % heads == 0
         and step.weight.shape[1] == latent_dim
@@ -253,7 +264,7 @@ def encode(
     library = _require_library()
     latent, k_rot, projection = latent.contiguous(), k_rot.contiguous(), projection.contiguous()
     rank, latent_dim = projection.compress.shape
-    dim = rank + k_rot.shape[-1]
+    dim, tokens = rank + k_rot.shape[-1], latent.numel() // latent_dim
     found, needed = (latent.shape[-1], latent.shape[:-1]), (latent_dim, k_rot.shape[:-1])
     if found != needed or (codec is not None and codec.row_dim != dim):
         raise ConfigError(
@@ -262,20 +273,19 @@ def encode(
             + ("." if codec is None else f" and a codec of rows of {codec.row_dim} numbers.")
         )
     width, dtype = (dim, latent.dtype) if codec is None else (codec.row_bytes, torch.uint8)
-    rows = torch.empty(*latent.shape[:-1], width, dtype=dtype)
-    tokens = latent.numel() // latent_dim
+    rows = torch.empty(*latent.shape[:-1], width, dtype=dtype, device="cpu")
     given = types.Encoding(
         tokens=tokens,
         latent=latent_dim,
         rank=rank,
         rotated=k_rot.shape[-1],
-        latents=types.numbers_of(latent),
-        rotations=types.numbers_of(k_rot),
+        latents=types.numbers_of(latent, tokens * latent_dim),
+        rotations=types.numbers_of(k_rot, tokens * (dim - rank)),
         transform=projection.transform,
-        compress=types.numbers_of(projection.compress),
+        compress=types.numbers_of(projection.compress, rank * latent_dim),
         kind=types.KINDS[dtype],
         packer=types.packer_of(codec),
-        rows=rows.data_ptr(),
+        rows=types.address(rows, dtype, tokens * width),
         threads=_threads(tokens * rank * latent_dim),
     )
     _run(library.kvsplice_encode, given)
@@ -295,12 +305,13 @@ def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
     if rows.shape[-1] != codec.row_dim:
         raise ConfigError(f"Got rows of {rows.shape[-1]} numbers; this codec packs rows of {codec.row_dim}.")
     numbers = rows.detach().float().contiguous()
-    packed = torch.empty(*rows.shape[:-1], codec.row_bytes, dtype=torch.uint8)
+    count = rows.numel() // codec.row_dim
+    packed = torch.empty(*rows.shape[:-1], codec.row_bytes, dtype=torch.uint8, device="cpu")
     packing = types.Packing(
-        count_=rows.numel() // codec.row_dim,
+        count_=count,
         dim=codec.row_dim,
-        rows=numbers.data_ptr(),
-        packed=packed.data_ptr(),
+        rows=types.address(numbers, torch.float32, count * codec.row_dim),
+        packed=types.address(packed, torch.uint8, count * codec.row_bytes),
         packer=types.packer_of(codec),
         threads=_threads(_PRODUCTS_PER_LOGARITHM * rows.numel()),
     )
@@ -325,9 +336,13 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     library = _require_library()
     batch, queries, dim = query.shape
+    if value_dim > dim:
+        raise ConfigError(f"Got {value_dim} values in rows of {dim} numbers.")
+    if batch * queries * rows.shape[-2] == 0:  # nothing to attend to, or nobody
+        return _room(batch, queries, value_dim).zero_(), _room(batch, queries).fill_(float("-inf"))
     in_bf16 = query.dtype is torch.bfloat16
     query, bias = query.float().contiguous(), _read_in_order(bias, rows, queries)
-    output, sizes = torch.empty(batch, queries, value_dim), torch.empty(batch, queries)
+    output, sizes = _room(batch, queries, value_dim), _room(batch, queries)
     problem = _problem(
         rows,
         codec,
@@ -338,9 +353,9 @@ def _attend(
         bias,
         scaling,
         in_bf16=in_bf16,
-        query=query.data_ptr(),
-        output=output.data_ptr(),
-        sizes=sizes.data_ptr(),
+        query=types.address(query, torch.float32, batch * queries * dim),
+        output=types.address(output, torch.float32, batch * queries * value_dim),
+        sizes=types.address(sizes, torch.float32, batch * queries),
     )
     _run(library.kvsplice_attend, problem)
     return output, sizes
@@ -377,8 +392,13 @@ def _problem(
 ) -> types.Problem:
     """Rows are [B, S, n] or [B, 1, S, n]; `other_products` are worth threads as well."""
     count = rows.shape[-2]
-    if rows.stride(-1) != 1 or rows.shape[0] != batch:
-        raise ConfigError(f"Got rows {list(rows.shape)} with strides {rows.stride()} for {batch} sequences of queries.")
+    one_head = rows.dim() == 3 or (rows.dim() == 4 and rows.shape[1] == 1)
+    side_by_side = rows.stride(-1) == 1 or rows.shape[-1] == 1
+    if not (one_head and side_by_side and rows.is_cpu and rows.shape[0] == batch):
+        raise ConfigError(
+            f"Got rows {list(rows.shape)} on {rows.device} with strides {rows.stride()} for {batch} sequences of "
+            "queries; the library reads rows of numbers side by side in the memory of the CPU."
+        )
     columns, mixed = dim, value_dim
     if codec is not None:
         columns, mixed = len(codec.column_index), codec.value_columns(value_dim)
@@ -397,7 +417,7 @@ def _problem(
         row_stride=rows.stride(-2) * rows.itemsize,
         query=query,
         scaling=scaling,
-        bias=types.address(bias),
+        bias=0 if bias is None else bias.data_ptr(),  # float32, with strides; see `_read_in_order`
         bias_queries=1 if bias is None else bias.shape[1],
         bias_batch_stride=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
         bias_query_stride=0 if bias is None else bias.stride(1),
@@ -406,7 +426,7 @@ def _problem(
         codec=types.codec_of(codec),
         splits=max(1, min(parts, count // _SMALLEST_PART)),
         threads=max(_threads(products), _threads(other_products)),
-        hidden=types.address(hidden),
+        hidden=types.address(hidden, torch.int64, 0 if hidden is None else batch * hidden.shape[1]),
         hidden_count=0 if hidden is None else hidden.shape[1],
         output=output,
         sizes=sizes,
@@ -429,5 +449,7 @@ def _read_in_order(bias: torch.Tensor | None, rows: torch.Tensor, queries: int) 
         raise ConfigError(f"Got a bias {list(bias.shape)} for rows {list(rows.shape)}; it must be [B or 1, T, S].")
     if queries % bias.shape[1]:
         raise ConfigError(f"Got a bias for {bias.shape[1]} tokens and {queries} queries; these must be a multiple.")
+    if not bias.is_cpu:
+        raise ConfigError(f"Got a bias on {bias.device}; the library reads the memory of the CPU.")
     bias = bias.float()
     return bias if bias.stride(-1) == 1 else bias.contiguous()

@@ -6,12 +6,14 @@ table, which takes several times as long where what it looks up has left the pro
 """
 
 import functools
+import operator
 import struct
-from typing import Any, NamedTuple, get_type_hints
+import weakref
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import torch
 
-from kvsplice_hf.codec import RowCodec, gain_factors
+from kvsplice_hf.codec import NUMBERS_PER_COLUMN, RowCodec, gain_factors
 from kvsplice_hf.errors import ConfigError
 
 
@@ -172,57 +174,125 @@ def _format(kind: Any) -> str:
     return "".join(map(_format, get_type_hints(kind).values()))
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """Where a contiguous tensor begins; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def numbers_of(tensor: torch.Tensor | None) -> Numbers:
-    """A contiguous tensor of numbers, or none.
+def address(tensor: torch.Tensor | None, dtype: torch.dtype, count: int) -> int:
+    """Where a tensor begins of which the library reads `count` values of a dtype, one after the other; 0 for none.
 
     Raises:
-        ConfigError: a dtype that the library does not read.
+        ConfigError: it is anything else.
+    """
+    if tensor is None:
+        return 0
+    if tensor.dtype is not dtype or not _lies_ready(tensor, count):
+        _refuse(tensor, f"{count} values of {dtype}")
+    return tensor.data_ptr()
+
+
+def numbers_of(tensor: torch.Tensor | None, count: int) -> Numbers:
+    """A tensor of which the library reads `count` numbers, float32 or bfloat16, one after the other; or none.
+
+    Raises:
+        ConfigError: it is anything else.
     """
     if tensor is None:
         return _NO_NUMBERS
-    if tensor.dtype is torch.float32:
-        return Numbers(tensor.data_ptr(), 0)
-    if tensor.dtype is torch.bfloat16:
-        return Numbers(tensor.data_ptr(), 1)
-    raise ConfigError(f"Got {tensor.dtype}; the library reads float32 and bfloat16.")
+    if tensor.dtype not in _NUMBERS or not _lies_ready(tensor, count):
+        _refuse(tensor, f"{count} numbers, float32 or bfloat16")
+    return Numbers(tensor.data_ptr(), int(tensor.dtype is torch.bfloat16))
 
 
-def codec_of(codec: RowCodec | None) -> Codec:
-    """The tables of a codec, or none."""
-    if codec is None:
-        return _NO_CODEC
-    has_gain = len(codec.sigmas) > 0
-    coded = len(codec.column_starts)
-    return Codec(
-        coded=coded,
-        raw=len(codec.column_index) - coded,
-        gained=codec.gained_columns if has_gain else 0,
-        has_gain=has_gain,
-        row_bytes=codec.row_bytes,
-        fields=codec.column_fields.data_ptr(),
-        slopes=codec.column_slopes.data_ptr(),
-        starts=codec.column_starts.data_ptr(),
-        reaches=codec.column_reaches.data_ptr(),
-        gains=_gains().data_ptr(),
-        index_=codec.column_index.data_ptr(),
-        scales=codec.scales.data_ptr(),
-        centres=codec.centres.data_ptr(),
-        widths=codec.widths.data_ptr(),
+_NUMBERS = (torch.float32, torch.bfloat16)
+
+
+def _lies_ready(tensor: torch.Tensor, count: int) -> bool:
+    return tensor.is_cpu and tensor.numel() == count and tensor.is_contiguous()
+
+
+def _refuse(tensor: torch.Tensor, needed: str) -> NoReturn:
+    raise ConfigError(
+        f"Got {tensor.dtype} {list(tensor.shape)} on {tensor.device} with strides {tensor.stride()}; the library reads "
+        f"{needed}, side by side in the memory of the CPU."
     )
 
 
+class _Tables(NamedTuple):
+    """The tables of a codec that were looked at, and what they are to the library."""
+
+    tensors: tuple[torch.Tensor, ...]
+    addresses: tuple[int, ...]
+    packer: Packer
+
+
+# By codec. What lies at an address is checked once, and again when there is another tensor or it lies elsewhere.
+_tables: "weakref.WeakKeyDictionary[RowCodec, _Tables]" = weakref.WeakKeyDictionary()
+# Buffers of a codec that the library reads, and what they are. (Scales and centres may be parameters.)
+_TABLES = {
+    "column_fields": torch.int32,
+    "column_slopes": torch.float32,
+    "column_starts": torch.float32,
+    "column_reaches": torch.float32,
+    "column_index": torch.int64,
+    "scales": torch.float32,
+    "centres": torch.float32,
+    "widths": torch.uint8,
+    "sigmas": torch.float32,
+    "_bends": torch.float32,
+}
+
+
+def codec_of(codec: RowCodec | None) -> Codec:
+    """The tables of a codec, or none.
+
+    Raises:
+        ConfigError: they are not what a codec makes.
+    """
+    return _NO_CODEC if codec is None else packer_of(codec).codec
+
+
 def packer_of(codec: RowCodec | None) -> Packer:
-    """The tables of a codec, those for packing included; or none."""
+    """The tables of a codec, those for packing included; or none.
+
+    Raises:
+        ConfigError: they are not what a codec makes.
+    """
     if codec is None:
         return _NO_PACKER
-    return Packer(codec_of(codec), len(codec.sigmas), codec.sigmas.data_ptr(), codec._bends.data_ptr())
+    # Past the lookup of attributes in modules, which is slow.
+    held = {**codec._buffers, **codec._parameters}
+    tensors: Any = tuple([held[name] for name in _TABLES])
+    addresses = tuple([tensor.data_ptr() for tensor in tensors])
+    known = _tables.get(codec)
+    if known is None or known.addresses != addresses or any(map(operator.is_not, known.tensors, tensors)):
+        known = _tables[codec] = _Tables(tensors, addresses, _look_at(codec, dict(zip(_TABLES, tensors, strict=True))))
+    return known.packer
+
+
+def _look_at(codec: RowCodec, tables: dict[str, torch.Tensor]) -> Packer:
+    coded, columns, size = len(tables["column_starts"]), len(tables["column_index"]), len(tables["widths"])
+    sized = len(tables["sigmas"])
+    counts = {"column_fields": coded * NUMBERS_PER_COLUMN, "column_index": columns, "sigmas": sized}
+    counts |= dict.fromkeys(("column_slopes", "column_starts", "column_reaches"), coded)
+    counts |= dict.fromkeys(("scales", "centres", "widths", "_bends"), size)
+    at = {name: address(tensor, _TABLES[name], counts[name]) for name, tensor in tables.items()}
+    seen = Codec(
+        coded=coded,
+        raw=columns - coded,
+        gained=codec.gained_columns if sized else 0,
+        has_gain=sized > 0,
+        row_bytes=codec.row_bytes,
+        fields=at["column_fields"],
+        slopes=at["column_slopes"],
+        starts=at["column_starts"],
+        reaches=at["column_reaches"],
+        gains=address(_gains(), torch.float32, 256),
+        index_=at["column_index"],
+        scales=at["scales"],
+        centres=at["centres"],
+        widths=at["widths"],
+    )
+    return Packer(seen, sized, at["sigmas"], at["_bends"])
 
 
 @functools.cache
 def _gains() -> torch.Tensor:
-    return gain_factors(torch.arange(256))
+    with torch.inference_mode(False):
+        return gain_factors(torch.arange(256, dtype=torch.uint8, device="cpu"))

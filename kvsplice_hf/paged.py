@@ -48,6 +48,7 @@ class _LayerPages(NamedTuple):
         rows: [blocks, tokens per page, bytes of a row].
         exact: [blocks, K, bytes of an exact token].
         dtype: of the latents.
+        identity: of the splice when the pages were made.
     """
 
     rows: torch.Tensor
@@ -55,6 +56,7 @@ class _LayerPages(NamedTuple):
     dtype: torch.dtype
     geometry: RowGeometry
     splice: LearnedKVSplice
+    identity: str
 
 
 class _Group(NamedTuple):
@@ -122,7 +124,9 @@ class PagedLatent:
         if pages.geometry.sink_tokens:
             # Slots behind the end of a short request need no care: the mask hides their places.
             latents = pages.exact[group.blocks[:, 0]].view(pages.dtype)
-            positions = torch.arange(latents.shape[1], device=latents.device).expand(latents.shape[0], -1)
+            positions = torch.arange(latents.shape[1], dtype=torch.int64, device=latents.device).expand(
+                latents.shape[0], -1
+            )
             exact = ExactTokens(latents, positions)
         new_tokens = group.queries.shape[1]
         return CompressedLatent(rows[:, None], pages.splice, exact, new_tokens, rows.shape[1] - new_tokens, pages.dtype)
@@ -154,6 +158,7 @@ class PagedRows:
                 site.dtype,
                 state.geometry,
                 state.splice,
+                state.splice.identity,
             )
             start = end
 
@@ -161,8 +166,17 @@ class PagedRows:
         """These rows, ready for one forward pass, given the keyword arguments of an attention module in it."""
         # The read indices may hold the same numbers in two passes, but not be the same list while this one is kept.
         if self._batch is None or self._batch.source is not kwargs["read_index"]:
+            self._require_same_splices()
             self._batch = self._read(kwargs)
         return self
+
+    def _require_same_splices(self) -> None:
+        changed = [index for index, pages in self._layers.items() if pages.splice.identity != pages.identity]
+        if changed:
+            raise CacheMismatchError(
+                f"The splice of layers {changed} has been changed since this manager of continuous batching was made: "
+                "its pages hold rows of the old one. Stop the manager and make a new one."
+            )
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -231,14 +245,15 @@ def _grouped(query_bounds: list[int], key_bounds: list[int]) -> Iterator[list[_R
 def _make_group(requests: list[_Request], blocks: torch.Tensor, offsets: torch.Tensor) -> _Group:
     """Requests with equally many new tokens; `blocks` and `offsets` of all stored tokens of the batch, [all keys]."""
     device = blocks.device
-    first_query, _, first_key, keys = torch.tensor(requests, device=device).unbind(-1)
+    first_query, _, first_key, keys = torch.tensor(requests, dtype=torch.int64, device=device).unbind(-1)
     queries, longest = requests[0].queries, max(request.keys for request in requests)
-    column = torch.arange(longest, device=device)
+    column = torch.arange(longest, dtype=torch.int64, device=device)
     # Past its end a shorter request repeats its last token, which is masked there.
     places = first_key[:, None] + column.minimum(keys[:, None] - 1)
-    position = keys[:, None] - queries + torch.arange(queries, device=device)  # [B, T]
+    new = torch.arange(queries, dtype=torch.int64, device=device)
+    position = keys[:, None] - queries + new  # [B, T]
     return _Group(
-        queries=first_query[:, None] + torch.arange(queries, device=device),
+        queries=first_query[:, None] + new,
         blocks=blocks[places],
         offsets=offsets[places],
         visible=(column <= position[..., None])[:, None],
@@ -281,11 +296,17 @@ def init_continuous_batching(
     _require_supported(model, sites)
     persistent = upstream.persistent_manager(model)
     if isinstance(persistent, SplicedBatchingManager):
-        return persistent
+        if persistent.identities == _identities(sites):
+            return persistent
+        upstream.drop_persistent_manager(model)  # its pages hold prefixes coded by another splice
     generation_config = copy.deepcopy(generation_config or model.generation_config)
     if generation_config.eos_token_id is None:
         generation_config.eos_token_id = -1  # how the manager spells "none"
     return SplicedBatchingManager(model, sites, generation_config, continuous_batching_config, workload_hints)
+
+
+def _identities(sites: Sequence[tuple[Any, Any]]) -> list[str]:
+    return [state.splice.identity for _, state in sites]
 
 
 def _require_supported(model: Any, sites: Sequence[tuple[Any, Any]]) -> None:
@@ -354,6 +375,7 @@ class SplicedBatchingManager(upstream.ContinuousBatchingManager or object):  # t
     ) -> None:
         self.model: Any = model
         self._sites = sites
+        self.identities = _identities(sites)
         super().__init__(
             model, generation_config, continuous_batching_config or upstream.ContinuousBatchingConfig(), workload_hints
         )

@@ -8,6 +8,8 @@ a merged splice keeps `A`, `D` and `mu` instead of computing them from its param
 Legend: `B` batch, `T` tokens, `R` kv_lora_rank, `r` spliced rank.
 """
 
+import hashlib
+import math
 from typing import Any
 
 import torch
@@ -16,13 +18,33 @@ from torch import nn
 
 from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.dispatch import encode, pack
-from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, TrainingError
+from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, TrainingError, UnsupportedError
 from kvsplice_hf.native import Projection
-from kvsplice_hf.offload import read_parameter
+from kvsplice_hf.offload import read_all, read_parameter
 
 
 # A, D and mu of a merged splice. Buffers, so that they move, are cast and are copied with it; not saved.
 _FOLDED = ("_folded_compress", "_folded_expand", "_folded_offset")
+
+
+class SpliceMatrix(nn.Module):
+    """One of the two matrices of a splice: `weight` [rows, columns].
+
+    Not an `nn.Linear`: it is folded into other products, and its forward is not called while a model runs. Libraries
+    that put adapters on linear layers, replace them by quantised ones or watch their inputs would be wrong about it.
+    """
+
+    def __init__(self, rows: int, columns: int, **factory: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, **factory))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The product [..., rows] with numbers [..., columns]."""
+        return F.linear(numbers, read_parameter(self, "weight"))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} x {self.weight.shape[1]}"
 
 
 class LearnedKVSplice(nn.Module):
@@ -68,10 +90,46 @@ class LearnedKVSplice(nn.Module):
         self.latent_dim, self.rank = latent_dim, rank
         self.transform_scale = nn.Parameter(torch.ones(latent_dim, **factory))
         self.transform_shift = nn.Parameter(torch.zeros(latent_dim, **factory))
-        self.compress = nn.Linear(latent_dim, rank, bias=False, **factory)
-        self.expand = nn.Linear(rank, latent_dim, bias=False, **factory)
+        self.compress = SpliceMatrix(rank, latent_dim, **factory)
+        self.expand = SpliceMatrix(latent_dim, rank, **factory)
         self.code_norm = nn.LayerNorm(rank, **factory) if use_layernorm else None
         self.codec: RowCodec | None = None
+        # What `identity` was made of, and what it was.
+        self._known_identity: tuple[Any, str] = (None, "")
+
+    @property
+    def identity(self) -> str:
+        """Tells what codes mean: two splices that have it in common decode the same rows to the same numbers.
+
+        It is a digest of what is in the parameters, so it is the same in another process and after a round trip through
+        a file. It is computed again only when a parameter was written to, replaced or moved.
+        """
+        stamp = tuple(map(_stamp, self._meaning()))
+        if self._known_identity[0] != stamp:
+            self._known_identity = stamp, self._digest()
+        return self._known_identity[1]
+
+    def forget_identity(self) -> None:
+        """To be called after parameters were written to where that cannot be seen (accelerate keeps them elsewhere)."""
+        self._known_identity = (None, "")
+
+    def _meaning(self) -> list[Any]:
+        """The tensors that say what a code means, as they are held."""
+        tensors: list[Any] = [*self._parameters.values()]
+        tensors += [self.compress._parameters["weight"], self.expand._parameters["weight"]]
+        if self.codec is not None:
+            tensors += [self.codec.widths, self.codec.scales, self.codec.centres]
+        return tensors
+
+    @torch.no_grad()
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in read_all(self).items():
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of this process, where it is spread
+            values = local.detach().cpu().contiguous()
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def _transform(self) -> tuple[torch.Tensor, torch.Tensor]:
         # In fp32: a scale rounded to bf16 on one way and not on the other would not cancel.
@@ -139,7 +197,8 @@ class LearnedKVSplice(nn.Module):
 
     def _compress(self, latent: torch.Tensor) -> torch.Tensor:
         scale, shift = self._transform()
-        return self.compress((latent * scale + shift).to(self.compress.weight.dtype))
+        weight = read_parameter(self.compress, "weight")
+        return F.linear((latent * scale + shift).to(weight.dtype), weight)
 
     def _compress_merged(self, latent: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
@@ -159,7 +218,11 @@ class LearnedKVSplice(nn.Module):
         """What a cache stores of latents [..., R] and rotated keys [..., P].
 
         Numbers `[code | k_rot]` [..., r + P] in the latents' dtype, or with a codec packed bytes.
+
+        Raises:
+            UnsupportedError: accelerate offloads buffers, and with them the tables of the codec.
         """
+        self._require_codec_here()
 
         def by_torch() -> torch.Tensor:
             rows = torch.cat([self.encode(latent), k_rot.to(latent.dtype)], dim=-1)
@@ -168,6 +231,13 @@ class LearnedKVSplice(nn.Module):
         if self.code_norm is not None or latent.device.type != "cpu":
             return by_torch()
         return encode(latent, k_rot, self.weights(), self.codec, by_torch)
+
+    def _require_codec_here(self) -> None:
+        if self.codec is not None and self.codec._buffers["widths"].is_meta:  # type: ignore[union-attr]
+            raise UnsupportedError(
+                "The tables that read packed rows are on the meta device: accelerate offloads buffers. Dispatch the "
+                "model with offload_buffers=False; they are a few kilobytes per layer."
+            )
 
     def numbers(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """`[code | k_rot]` [..., r + P] of stored rows; in `dtype` where they were packed."""
@@ -178,6 +248,7 @@ class LearnedKVSplice(nn.Module):
         codes = self.encode(latent)
         if self.codec is None:
             return self.decode(codes), k_rot
+        self._require_codec_here()
         rows = self.codec.round_trip(torch.cat([codes, k_rot.to(codes.dtype)], dim=-1))
         return self.decode(rows[..., : self.rank]), rows[..., self.rank :]
 
@@ -212,6 +283,13 @@ class LearnedKVSplice(nn.Module):
         return f"latent_dim={self.latent_dim}, rank={self.rank}"
 
 
+def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
+    """Another one after the tensor was written to, replaced or moved."""
+    # A tensor made in inference mode counts no versions, and can be written to in that mode only.
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
 @torch.no_grad()
 def initialise_(splice: LearnedKVSplice, method: str, reader_weight: torch.Tensor | None = None) -> None:
     """Set `compress` to the transpose of an orthonormal basis [R, r], and `expand` to that basis.
@@ -231,13 +309,13 @@ def initialise_(splice: LearnedKVSplice, method: str, reader_weight: torch.Tenso
         if reader_weight is None:
             raise ConfigError('The initialisation "svd" needs the weight of kv_b_proj.')
         # The right singular vectors of W, from the R x R Gram matrix: W has many more rows than columns.
-        weight = reader_weight.double()
+        weight = reader_weight.cpu().double()
         basis = torch.linalg.eigh(weight.T @ weight).eigenvectors.flip(-1)[:, :r]
     elif method == "orthogonal":
-        basis = torch.empty(R, r, dtype=torch.float64)
+        basis = torch.empty(R, r, dtype=torch.float64, device="cpu")
         nn.init.orthogonal_(basis, generator=torch.Generator().manual_seed(0))
     elif method == "identity":
-        basis = torch.eye(R, r, dtype=torch.float64)
+        basis = torch.eye(R, r, dtype=torch.float64, device="cpu")
     else:
         raise ConfigError(f'Unknown initialisation {method!r}; known: "svd", "orthogonal", "identity".')
     splice.compress.weight.copy_(basis.T)

@@ -27,6 +27,7 @@ from kvsplice_hf.offload import read_parameter
 from kvsplice_hf.patching import find_patch, patched_sites
 from kvsplice_hf.projection import LearnedKVSplice
 from kvsplice_hf.sites import MLASite, effective_weight, find_mla_sites
+from kvsplice_hf.upstream import drop_persistent_manager
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ def prune_kvsplice(model: nn.Module, threshold: float = 0.1) -> list[LayerPrunin
             _remove(patched.splice, report.coordinates)
             _resize_rows(_readers(model, site), patched.splice)
     root: Any = find_patch(model)[0]
-    if "_cached_continuous_batching_manager" in vars(root):  # a persistent one, with pages of rows of the old size
-        root.destroy_cached_continuous_batching_manager()
+    drop_persistent_manager(root)  # its pages have rows of the old size
     return reports
 
 
@@ -181,7 +181,7 @@ def _remove(splice: LearnedKVSplice, coordinates: tuple[int, ...]) -> None:
     # The modules stay: hooks hang on them.
     splice.compress.weight = nn.Parameter(compress[kept], compress.requires_grad)
     splice.expand.weight = nn.Parameter(expand[:, kept].contiguous(), expand.requires_grad)
-    splice.rank = splice.compress.out_features = splice.expand.in_features = int(kept.sum())
+    splice.rank = int(kept.sum())
 
 
 def _without(codec: RowCodec, kept: torch.Tensor) -> RowCodec:

@@ -81,7 +81,7 @@ def exact_in_full_sequence(mask: torch.Tensor | None, tokens: int, count: int, d
     padding and in packed rows alike.
     """
     if mask is None:
-        return torch.arange(tokens, device=device)[None] < count
+        return torch.arange(tokens, dtype=torch.int64, device=device)[None] < count
     mask = mask.to(device)
     if mask.dim() == 2:
         real = visible_keys(mask[:, -tokens:])
@@ -112,7 +112,7 @@ def fill_exact_tokens(
         real = real_tokens(mask, new_tokens).to(device)
     seen = (exact.positions != UNFILLED).sum(-1, keepdim=True)  # [B, 1]
     rank = (seen + real.cumsum(-1)).expand(batch, -1)  # [B, T], 1 for the first real token of a row
-    slots = torch.arange(1, count + 1, device=device)[None, :, None]
+    slots = torch.arange(1, count + 1, dtype=torch.int64, device=device)[None, :, None]
     hits = real[:, None, :] & (rank[:, None, :] == slots)  # [B, K, T], at most one True along T
     found, token = hits.any(-1), hits.int().argmax(-1)
     new_latents = latents.gather(1, token[..., None].expand(-1, -1, latents.shape[-1]))
@@ -129,13 +129,14 @@ def overlay_exact(latents: torch.Tensor, exact: ExactTokens) -> torch.Tensor:
     # A scatter needs every slot to go somewhere. Slots without a token repeat a slot that has one, or, where none has,
     # put back what is there: equal values at equal places, so the order of the writes does not matter.
     first = valid.int().argmax(-1, keepdim=True)
-    slot = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), first)
+    slots = torch.arange(valid.shape[1], dtype=torch.int64, device=valid.device)
+    slot = torch.where(valid, slots, first)
     any_valid = valid.any(-1, keepdim=True)
     rows = torch.where(any_valid, exact.positions.gather(1, slot), 0)[..., None].expand_as(exact.latents)
     values = exact.latents.gather(1, slot[..., None].expand_as(exact.latents)).to(flat.dtype)
     values = torch.where(any_valid[..., None], values, flat.gather(1, rows))
     if values.requires_grad:  # a place that is written several times has its gradient once
-        writes_first = slot == torch.arange(valid.shape[1], device=valid.device)
+        writes_first = slot == slots
         values = torch.where(writes_first[..., None], values, values.detach())
     if torch.is_grad_enabled() and flat.requires_grad:  # autograd still needs what was gathered from
         return flat.scatter(1, rows, values)[:, None]

@@ -63,7 +63,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 ContinuousBatchingManager: Any = None  # the paged cache of older releases is built otherwise
 if Version(INSTALLED) >= Version(MIN_TRANSFORMERS_PAGED):
     from transformers.generation.configuration_utils import ContinuousBatchingConfig as ContinuousBatchingConfig
+    from transformers.generation.continuous_batching import continuous_api
     from transformers.generation.continuous_batching.cache_allocators import FULL_ATTENTION as FULL_ATTENTION
+
+    ContinuousBatchingManager = continuous_api.ContinuousBatchingManager
 
 # `generate_batch` and the context manager of continuous batching go through this method of a model.
 BATCHING_METHOD = "init_continuous_batching"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from test_packed import calibrated
 from tiny_models import TINY_MODELS, build, tiny_batch
 from transformers import DynamicCache, PreTrainedModel
@@ -430,6 +431,11 @@ def test_the_newest_tested_release_is_the_bound_of_the_package_and_the_pin_of_th
     bounds = f"transformers>={oldest[0]}.{oldest[1]},<{newest[0]}.{int(newest[1]) + 1}"
     assert bounds in (root / "setup.cfg").read_text("utf-8")
     assert f"\ntransformers=={upstream.NEWEST_TESTED}\n" in (root / "constraints.txt").read_text("utf-8")
+
+
+def test_continuous_batching_is_there_from_the_release_on_that_it_was_written_for() -> None:
+    there = Version(upstream.INSTALLED) >= Version(upstream.MIN_TRANSFORMERS_PAGED)
+    assert (upstream.ContinuousBatchingManager is not None) == there
 
 
 # What other rooms may take from transformers: its public classes, and these.

@@ -326,7 +326,7 @@ def calibrate(
 
 
 def _report(chosen: list[int], solutions: list[LayerSolution], fits: list[LayerFit]) -> CalibrationReport:
-    empty = torch.zeros(0, dtype=torch.uint8)
+    empty = torch.zeros(0, dtype=torch.uint8, device="cpu")
     in_bf16 = [2 * (fit.rank + len(solution.rot_mean)) for fit, solution in zip(fits, solutions, strict=True)]
     return CalibrationReport(
         layers=list(chosen),

@@ -43,7 +43,7 @@ class LayerFit:
 
 def fit_rank(statistics: LayerStatistics, solution: LayerSolution, rank: int) -> LayerFit:
     """The `rank` coordinates that cost most, as numbers."""
-    kept = torch.zeros(solution.latent_dim, dtype=torch.bool)
+    kept = torch.zeros(solution.latent_dim, dtype=torch.bool, device="cpu")
     kept[:rank] = True
     return _layer_fit(statistics, solution, kept, None, float(solution.cost[rank : solution.latent_dim].sum()))
 
@@ -55,7 +55,7 @@ def fit_widths(statistics: LayerStatistics, solution: LayerSolution, widths: tor
     unit, gains = standardised(solution, kept)
     weight = torch.ones_like(unit)
     weight[:, :R] = gains.square()
-    scales = torch.ones(len(widths))
+    scales = torch.ones(len(widths), dtype=torch.float32, device="cpu")
     errors = (weight * unit.square()).mean(0)  # of width 0
     for width in range(1, 9):
         chosen = (widths == width).nonzero()[:, 0]
@@ -65,12 +65,12 @@ def fit_widths(statistics: LayerStatistics, solution: LayerSolution, widths: tor
     sigmas = sigmas_of(solution).float()
     # k_rot is packed in its own units, codes in units of their root mean square.
     rot_scale = scales[R:] * sigmas[R:] / solution.rot_weight.sqrt().float()
-    count = int(kept.sum())
+    unit_sigmas = torch.ones(int(kept.sum()), dtype=torch.float32, device="cpu")  # by construction of the basis
     codec = RowCodec(
         widths=torch.cat([widths[:R][kept], widths[R:]]),
         scales=torch.cat([scales[:R][kept], rot_scale]).clamp(min=1e-30),
-        centres=torch.cat([torch.zeros(count), solution.rot_mean.float()]),
-        sigmas=torch.ones(count),
+        centres=torch.cat([unit_sigmas - 1, solution.rot_mean.float()]),
+        sigmas=unit_sigmas,
     )
     loss = float((errors.double() * sigmas.double().square()).sum() / 2)
     return _layer_fit(statistics, solution, kept, codec, loss)

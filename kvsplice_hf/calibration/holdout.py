@@ -7,6 +7,7 @@ import torch
 
 from kvsplice_hf.calibration.collect import Batch
 from kvsplice_hf.errors import CalibrationError
+from kvsplice_hf.offload import input_device
 
 
 # Of at least so many calibration sequences, so many are held out, unless another number is asked for.
@@ -47,7 +48,7 @@ def log_probabilities(model: Any, batches: Sequence[Batch]) -> list[torch.Tensor
 
 
 def _of_batch(model: Any, batch: Batch) -> torch.Tensor:
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
     return model(**batch, use_cache=False).logits[mask.bool()].float().log_softmax(-1).cpu()

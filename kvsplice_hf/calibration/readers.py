@@ -42,7 +42,7 @@ class QueryMoments:
         by_token = query.detach().transpose(1, 2).float()
         counted = self.counted()
         chosen = by_token.flatten(0, 1) if counted is None else by_token[counted.to(query.device)]
-        moments = torch.einsum("thn,thm->hnm", chosen, chosen).double().cpu()
+        moments = torch.einsum("thn,thm->hnm", chosen, chosen).cpu().double()
         self.total = moments if self.total is None else self.total + moments
         self.tokens += len(chosen)
 
@@ -112,8 +112,8 @@ class _RecordingAttention:
 def _add_readers(site: MLASite, moments: QueryMoments, layer: LayerStatistics) -> None:
     """Add M and its counterpart for the rotated keys, times the number of tokens."""
     module, N = site.module, site.qk_nope_head_dim
-    weights = split_weight(effective_weight(site).double().cpu(), N, site.v_head_dim)
-    output = module.o_proj.weight.detach().double().cpu()
+    weights = split_weight(effective_weight(site).cpu().double(), N, site.v_head_dim)
+    output = module.o_proj.weight.detach().cpu().double()
     output = output.view(output.shape[0], site.num_heads, -1)
     second = moments.total / moments.tokens * module.scaling**2  # type: ignore[operator]
     covariance = layer.covariance

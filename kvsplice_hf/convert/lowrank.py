@@ -102,14 +102,17 @@ def _attention_statistics(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention that each token gets from each head [tokens, H], and second moments of the queries [H, d, d]."""
     counts = queries_per_sequence([len(sequence.queries) for sequence in sequences])
-    masses, moments = [], torch.zeros(source.num_heads, source.head_dim, source.head_dim, dtype=torch.float64)
+    masses, moments = (
+        [],
+        torch.zeros(source.num_heads, source.head_dim, source.head_dim, dtype=torch.float64, device="cpu"),
+    )
     for sequence, count in zip(sequences, counts, strict=True):
-        mass = torch.zeros(len(sequence.queries), source.num_heads, dtype=torch.float64)
+        mass = torch.zeros(len(sequence.queries), source.num_heads, dtype=torch.float64, device="cpu")
         for head in range(source.num_heads):
             sample = draw_pairs(source, sequence, head, count, generator)
-            mass[:, head].index_add_(0, sample.key_index.flatten().cpu(), sample.weight.flatten().double().cpu())
+            mass[:, head].index_add_(0, sample.key_index.flatten().cpu(), sample.weight.flatten().cpu().double())
             queries = sequence.queries[sample.query_index, head]
-            queries = torch.cat([queries.real, queries.imag], -1).double().cpu()
+            queries = torch.cat([queries.real, queries.imag], -1).cpu().double()
             moments[head] += queries.T @ queries
         masses.append(mass)
     return torch.cat(masses), moments / sum(counts)

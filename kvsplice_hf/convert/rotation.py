@@ -62,7 +62,7 @@ def every_pair(source: SourceModel) -> tuple[list[Slot], LayerRotation]:
     """All pairs as slots, and the key heads as they are: exact, and the same for all layers."""
     frequencies, groups = len(source.inv_freq), source.num_key_heads
     slots = [(frequency, group) for frequency in range(frequencies) for group in range(groups)]
-    mix = torch.eye(groups, dtype=torch.complex128).expand(frequencies, groups, groups)
+    mix = torch.eye(groups, dtype=torch.complex128, device="cpu").expand(frequencies, groups, groups)
     return slots, LayerRotation(mix, _exact_read(source, mix))
 
 
@@ -76,9 +76,9 @@ def virtual_heads(
     mean turn; averaged over pairs it is a Hermitian G x G matrix. Key heads are weighed by the energy of their queries.
     """
     frequencies, groups, heads = len(source.inv_freq), source.num_key_heads, source.num_heads
-    energy = torch.zeros(heads, frequencies, dtype=torch.float64)
-    loss = torch.zeros(frequencies, groups, groups, dtype=torch.complex128)
-    mean_turn = torch.zeros(heads, frequencies, dtype=torch.complex128)
+    energy = torch.zeros(heads, frequencies, dtype=torch.float64, device="cpu")
+    loss = torch.zeros(frequencies, groups, groups, dtype=torch.complex128, device="cpu")
+    mean_turn = torch.zeros(heads, frequencies, dtype=torch.complex128, device="cpu")
     for head in range(heads):
         energy[head], still, turning = _key_moments(source, sequences, head, generator)
         own = head // source.heads_per_key
@@ -131,7 +131,7 @@ def fit_queries(
     """
     matrix_of = _matrix_of(virtual, slots)
     start = closed_form_start(source, virtual, slots)
-    read = torch.empty(*start.shape, 2, 2, dtype=torch.float64)
+    read = torch.empty(*start.shape, 2, 2, dtype=torch.float64, device="cpu")
     for head in range(source.num_heads):
         matrices = _fit_head(source, sequences, virtual.mix, start[head], slots, matrix_of, head, generator)
         read[head] = matrices[matrix_of] @ _turn_matrix(start[head])
@@ -140,7 +140,7 @@ def fit_queries(
 
 def closed_form_start(source: SourceModel, virtual: VirtualHeads, slots: Sequence[Slot]) -> torch.Tensor:
     """How heads read the virtual heads before any fit: slots exactly, all else at its mean turn. Complex [H, F, G]."""
-    own = torch.arange(source.num_heads) // source.heads_per_key
+    own = torch.arange(source.num_heads, dtype=torch.int64, device="cpu") // source.heads_per_key
     exact = virtual.unmix[:, own].transpose(0, 1)
     rotates = _matrix_of(virtual, slots) < len(slots)
     return torch.where(rotates, exact, virtual.mean_turn.conj()[:, :, None] * exact)
@@ -154,7 +154,7 @@ def closed_form_queries(source: SourceModel, virtual: VirtualHeads, slots: Seque
 def _matrix_of(virtual: VirtualHeads, slots: Sequence[Slot]) -> torch.Tensor:
     """Which matrix a pair goes through, [F, G]: its own for a slot, one per frequency for all that do not rotate."""
     frequencies, groups = virtual.cost.shape
-    matrix_of = (len(slots) + torch.arange(frequencies))[:, None].repeat(1, groups)
+    matrix_of = (len(slots) + torch.arange(frequencies, dtype=torch.int64, device="cpu"))[:, None].repeat(1, groups)
     for index, slot in enumerate(slots):
         matrix_of[slot] = index
     return matrix_of
@@ -179,11 +179,11 @@ def _fit_head(
         matrix_of: index of the matrix that a pair goes through, [F, G].
     """
     device = sequences[0].keys.device
-    frequency_of = torch.cat([torch.tensor([f for f, _ in slots], dtype=torch.long), torch.arange(len(mix))]).to(device)
+    frequency_of = torch.tensor([*(f for f, _ in slots), *range(len(mix))], dtype=torch.long, device=device)
     transform = (start[:, :, None] * mix).to(device, torch.complex64)
     columns = 4 * len(frequency_of)
-    gram = torch.zeros(columns, columns, dtype=torch.float64)
-    moment = torch.zeros(columns, dtype=torch.float64)
+    gram = torch.zeros(columns, columns, dtype=torch.float64, device="cpu")
+    moment = torch.zeros(columns, dtype=torch.float64, device="cpu")
     counts = queries_per_sequence([len(sequence.queries) for sequence in sequences])
     for sequence, count in zip(sequences, counts, strict=True):
         sample = draw_pairs(source, sequence, head, count, generator)
@@ -201,12 +201,12 @@ def _fit_head(
         moment += (design.T @ target).cpu()
     diagonal = gram.diagonal()
     gram += torch.diag(RIDGE * diagonal + 1e-6 * diagonal.mean() + 1e-30)
-    return torch.eye(2, dtype=torch.float64) + torch.linalg.solve(gram, moment).view(-1, 2, 2)
+    return torch.eye(2, dtype=torch.float64, device="cpu") + torch.linalg.solve(gram, moment).view(-1, 2, 2)
 
 
 def _exact_read(source: SourceModel, unmix: torch.Tensor) -> torch.Tensor:
     """`LayerRotation.read` of the source: q conj(unmix_g z), where g is the key head that the query head reads."""
-    own = torch.arange(source.num_heads) // source.heads_per_key
+    own = torch.arange(source.num_heads, dtype=torch.int64, device="cpu") // source.heads_per_key
     return _turn_matrix(unmix[:, own].transpose(0, 1))
 
 
@@ -222,9 +222,9 @@ def _key_moments(
     """Means over the pairs of one head: |q|^2 [F], |q|^2 K K^H and |q|^2 exp(iws) K K^H, both [F, G, G]."""
     counts = queries_per_sequence([len(sequence.queries) for sequence in sequences])
     shape = (len(source.inv_freq), source.num_key_heads, source.num_key_heads)
-    energy = torch.zeros(shape[0], dtype=torch.float64)
-    still = torch.zeros(shape, dtype=torch.complex128)
-    turning = torch.zeros(shape, dtype=torch.complex128)
+    energy = torch.zeros(shape[0], dtype=torch.float64, device="cpu")
+    still = torch.zeros(shape, dtype=torch.complex128, device="cpu")
+    turning = torch.zeros(shape, dtype=torch.complex128, device="cpu")
     for sequence, count in zip(sequences, counts, strict=True):
         sample = draw_pairs(source, sequence, head, count, generator)
         power = sequence.queries[sample.query_index, head].abs() ** 2  # [n, F]

@@ -119,14 +119,16 @@ def draw_pairs(
     """
     device = sequence.queries.device
     length = len(sequence.queries)
-    index = (torch.randperm(length - 1, generator=generator)[:count] + 1).to(device)
+    index = (torch.randperm(length - 1, generator=generator, dtype=torch.int64, device="cpu")[:count] + 1).to(device)
     logits = rotated_logits(source, sequence, head, index)
-    future = torch.arange(length, device=device) > index[:, None]
+    future = torch.arange(length, dtype=torch.int64, device=device) > index[:, None]
     attention = (source.logit_scale * logits).masked_fill(future, float("-inf")).softmax(-1)
     proposal = attention.sqrt() / attention.sqrt().sum(-1, keepdim=True)
     # Inverse transform sampling, one draw from each of m equal parts, so that draws spread over the sequence. The clamp
     # keeps rounding at the end of the cumulated sum out of the future.
-    strata = torch.arange(KEYS_PER_QUERY) + torch.rand(len(index), KEYS_PER_QUERY, generator=generator)
+    strata = torch.arange(KEYS_PER_QUERY, dtype=torch.float32, device="cpu") + torch.rand(
+        len(index), KEYS_PER_QUERY, generator=generator, dtype=torch.float32, device="cpu"
+    )
     uniform = (strata / KEYS_PER_QUERY).to(device)
     keys = torch.minimum(torch.searchsorted(proposal.cumsum(-1), uniform), index[:, None])
     weight = attention.gather(1, keys) / proposal.gather(1, keys).clamp(min=1e-12)
@@ -136,8 +138,10 @@ def draw_pairs(
 
 def rotated_logits(source: SourceModel, sequence: LayerActivations, head: int, index: torch.Tensor) -> torch.Tensor:
     """`q . k` of the queries at `index` [n] with all keys, rotated but not scaled: float [n, T]."""
-    positions = torch.arange(len(sequence.keys), device=index.device)[:, None]
-    turn = torch.polar(torch.ones((), device=index.device), positions * source.inv_freq.to(index.device))
+    positions = torch.arange(len(sequence.keys), dtype=torch.int64, device=index.device)[:, None]
+    turn = torch.polar(
+        torch.ones((), dtype=torch.float32, device=index.device), positions * source.inv_freq.to(index.device)
+    )
     queries = sequence.queries[index, head] * turn[index]
     keys = sequence.keys[:, head // source.heads_per_key] * turn
     return torch.view_as_real(queries).flatten(1) @ torch.view_as_real(keys).flatten(1).T

@@ -77,13 +77,17 @@ def layer_weights(source: SourceModel, layer: Any, rotation: LayerRotation, slot
     rotating, still = (_rows([virtual[pair] for pair in chosen], keys.shape[-1]) for chosen in (slots, rest))
     latent = torch.cat([still, torch.cat([value, value_bias[..., None]], -1).flatten(0, 1)])
     query, expand_key = _reading(source, rotation.read, slots, rest, len(latent))
-    expand_value = torch.zeros(source.num_heads, source.head_dim, len(latent), dtype=torch.float64)
+    expand_value = torch.zeros(source.num_heads, source.head_dim, len(latent), dtype=torch.float64, device="cpu")
     for head in range(source.num_heads):
         first = len(still) + head // source.heads_per_key * source.head_dim
-        expand_value[head, :, first : first + source.head_dim] = torch.eye(source.head_dim)
+        expand_value[head, :, first : first + source.head_dim] = torch.eye(
+            source.head_dim, dtype=torch.float64, device="cpu"
+        )
     bias = attention.o_proj.bias
     hidden = attention.o_proj.out_features
-    output_bias = torch.zeros(hidden, dtype=torch.float64) if bias is None else bias.detach().cpu().double()
+    output_bias = (
+        torch.zeros(hidden, dtype=torch.float64, device="cpu") if bias is None else bias.detach().cpu().double()
+    )
     return LayerWeights(
         query, rotating[:, :-1], rotating[:, -1], latent[:, :-1], latent[:, -1], expand_key, expand_value, output_bias
     )
@@ -95,7 +99,7 @@ def _pairs(source: SourceModel) -> list[Slot]:
 
 def _rows(pairs: list[torch.Tensor], width: int) -> torch.Tensor:
     """Complex rows as real ones: all real parts, then all imaginary parts, [2 * pairs, width]."""
-    rows = torch.stack(pairs) if pairs else torch.zeros(0, width, dtype=torch.complex128)
+    rows = torch.stack(pairs) if pairs else torch.zeros(0, width, dtype=torch.complex128, device="cpu")
     return torch.cat([rows.real, rows.imag])
 
 
@@ -110,7 +114,7 @@ def _reading(
     still = sorted({frequency for frequency, _ in rest})
     count, half = len(still), source.head_dim // 2
     query = torch.zeros(source.num_heads, 2 * (count + len(slots)), source.head_dim, dtype=torch.float64)
-    expand = torch.zeros(source.num_heads, 2 * count, latent_dim, dtype=torch.float64)
+    expand = torch.zeros(source.num_heads, 2 * count, latent_dim, dtype=torch.float64, device="cpu")
     for row, frequency in enumerate(still):
         query[:, row, frequency] = 1
         query[:, count + row, half + frequency] = 1
@@ -207,7 +211,7 @@ def _constant_and_gain(width: int) -> tuple[float, float]:
     Of all numbers that bf16 and fp16 hold exactly, the two that come closest: about 1e-5. Other choices would leave up
     to 0.4 % to the next projection, and rounding that to bf16 would scale all logits.
     """
-    mantissas = torch.arange(128, 256, dtype=torch.float64) / 128  # bf16 has 8 bits
+    mantissas = torch.arange(128, 256, dtype=torch.float64, device="cpu") / 128  # bf16 has 8 bits
     ratio = CONSTANT / math.sqrt(width)
     exponent = math.floor(math.log2(ratio))
     gains = torch.cat([mantissas * 2.0**exponent, mantissas * 2.0 ** (exponent + 1)])
@@ -229,7 +233,7 @@ def _constant_norm(weight: torch.Tensor, bias: torch.Tensor, power: torch.Tensor
     constant, gain = _constant_and_gain(width)
     other_channels = bias.square().sum() + (weight.square() @ power).sum()
     mean_square = (constant**2 + other_channels.item()) / width
-    gains = torch.full((width,), gain, dtype=torch.float64)
+    gains = torch.full((width,), gain, dtype=torch.float64, device="cpu")
     gains[-1] = 0
     return gains, gain / math.sqrt(mean_square)
 

@@ -95,13 +95,13 @@ def _require_convertible(source: Any, kv_lora_rank: Any) -> None:
 def _attention_weights(attention: Any, moments: Moments, config: GPT2MLAConfig) -> dict[str, torch.Tensor]:
     """The parameters of a `GPT2MLAAttention`, float64 on the CPU."""
     D, H = config.n_embd, config.n_head
-    weight = attention.c_attn.weight.detach().double().cpu().T  # [3 D, D], as nn.Linear has it
-    query_bias, _, value_bias = attention.c_attn.bias.detach().double().cpu().split(D)
+    weight = attention.c_attn.weight.detach().cpu().double().T  # [3 D, D], as nn.Linear has it
+    query_bias, _, value_bias = attention.c_attn.bias.detach().cpu().double().split(D)
     # By head: d rows of keys, then d rows of values.
     by_head = weight[D:].view(2, H, D // H, D).transpose(0, 1).reshape(2 * D, D)
     down, up = _factorise(by_head, moments.covariance, config.kv_lora_rank)
     lost = ((by_head - up @ down) @ moments.mean).view(H, 2, D // H)[:, 1].flatten()
-    output = attention.c_proj.weight.detach().double().cpu().T
+    output = attention.c_proj.weight.detach().cpu().double().T
     # Sources may scale scores in other ways than by the root of the head size.
     scale = attention.scaling * config.qk_nope_head_dim**0.5
     return {
@@ -110,14 +110,14 @@ def _attention_weights(attention: Any, moments: Moments, config: GPT2MLAConfig) 
         "kv_a_proj.weight": down,
         "kv_b_proj.weight": up,
         "o_proj.weight": output,
-        "o_proj.bias": attention.c_proj.bias.detach().double().cpu() + output @ (value_bias + lost),
+        "o_proj.bias": attention.c_proj.bias.detach().cpu().double() + output @ (value_bias + lost),
     }
 
 
 def _factorise(weight: torch.Tensor, covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`(A [R, D], B [2 D, R])` such that B A x is closest to `weight` x for x of this covariance."""
     floor = _FLOOR * covariance.diagonal().mean()
-    covariance = covariance + floor * torch.eye(len(covariance), dtype=covariance.dtype)
+    covariance = covariance + floor * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
     basis = torch.linalg.eigh(weight @ covariance @ weight.T).eigenvectors.flip(-1)[:, :rank]
     return basis.T @ weight, basis
 
@@ -131,7 +131,7 @@ def _norms(source: GPT2LMHeadModel) -> list[Any]:
 def _moments_of_norms(source: GPT2LMHeadModel) -> list[Moments]:
     """What is known without data: before its gains, the entries of a norm's output have mean square 1."""
     norms = _norms(source)
-    return [Moments(norm.bias.double().cpu(), norm.weight.double().cpu().square().diag()) for norm in norms]
+    return [Moments(norm.bias.cpu().double(), norm.weight.cpu().double().square().diag()) for norm in norms]
 
 
 class _Sums:
@@ -139,12 +139,12 @@ class _Sums:
 
     def __init__(self, size: int) -> None:
         self.count = 0
-        self.total = torch.zeros(size, dtype=torch.float64)
-        self.outer = torch.zeros(size, size, dtype=torch.float64)
+        self.total = torch.zeros(size, dtype=torch.float64, device="cpu")
+        self.outer = torch.zeros(size, size, dtype=torch.float64, device="cpu")
 
     def add(self, rows: torch.Tensor) -> None:
         """Count rows [tokens, D]."""
-        rows = rows.double().cpu()
+        rows = rows.cpu().double()
         self.count += len(rows)
         self.total += rows.sum(0)
         self.outer += rows.T @ rows

@@ -323,7 +323,9 @@ class GPT2MLAModel(GPT2MLAPreTrainedModel):
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+            position_ids = (
+                torch.arange(inputs_embeds.shape[1], dtype=torch.int64, device=inputs_embeds.device)[None] + seen
+            )
         mask = causal_mask(
             cache,
             config=self.config,
