@@ -23,7 +23,6 @@ from kvsplice_hf.cache import CompressedLatent, RowGeometry, SplicedLayerMixin, 
 from kvsplice_hf.call import (
     STATE_ARGUMENT,
     Call,
-    PatchIdentity,
     current_state,
     enter_call,
     leave_call,
@@ -48,25 +47,27 @@ class PatchedSite:
 
     Args:
         name: path of the module in the model that was patched, for messages.
-        patch: tells this patch from others; the same for all modules of a model.
+        patch: the patch that it belongs to, a `ModelPatch`; the same one for all modules of a model.
         owner: the attention module whose latent this one reads: itself, unless it reuses an earlier layer's.
         stores_latent: whether the module writes to the cache.
         geometry: sizes of the rows.
         num_heads: H.
         mode: "auto", "absorbed" or "expanded".
         arguments: how its forward takes its arguments.
+        attention_before: name of the attention function that the patch has put another one in the place of, or None.
     """
 
     def __init__(
         self,
         name: str,
-        patch: PatchIdentity,
+        patch: Any,
         owner: Any,
         stores_latent: bool,
         geometry: RowGeometry,
         num_heads: int,
         mode: str,
         arguments: upstream.ForwardArguments,
+        attention_before: str | None,
     ) -> None:
         self.name = name
         self.patch = patch
@@ -76,6 +77,7 @@ class PatchedSite:
         self.num_heads = num_heads
         self.mode = mode
         self.arguments = arguments
+        self.attention_before = attention_before
         self.hooks: list[RemovableHandle] = []
 
     @property
@@ -106,13 +108,13 @@ def wrapped_name(base: str) -> str | None:
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def carry_state(identity: PatchIdentity, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def carry_state(patch: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook of a decoder with patched layers: hand them its state where gradient checkpointing is on."""
     if not decoder.training or not torch.is_grad_enabled() or STATE_ARGUMENT in kwargs:
         return None
     if not any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
         return None
-    return args, {**kwargs, STATE_ARGUMENT: current_state(identity)}
+    return args, {**kwargs, STATE_ARGUMENT: current_state(patch)}
 
 
 def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:

@@ -15,7 +15,7 @@ The variables belong to threads, and not to contexts of `contextvars`, because `
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,10 +46,6 @@ class SpliceState:
 _DEFAULT = SpliceState()
 
 
-class PatchIdentity:
-    """Tells one patch from all others. A copied or pickled model has another one than its original."""
-
-
 class Call(NamedTuple):
     """What the hook before the forward of an attention module saw.
 
@@ -73,7 +69,7 @@ class _Thread(threading.local):
 
     call: Call | None = None
     was_expanded: bool = False
-    states: tuple[tuple[PatchIdentity, SpliceState], ...] = ()
+    states: tuple[tuple[object, SpliceState], ...] = ()
 
 
 _thread = _Thread()
@@ -102,8 +98,8 @@ def leave_call(module: Any) -> bool:
     return expanded
 
 
-def current_state(patch: PatchIdentity) -> SpliceState:
-    """How the model with this patch runs in this thread."""
+def current_state(patch: object) -> SpliceState:
+    """How the model with this patch (known by its identity) runs in this thread."""
     for identity, state in reversed(_thread.states):
         if identity is patch:
             return state
@@ -111,10 +107,10 @@ def current_state(patch: PatchIdentity) -> SpliceState:
 
 
 @contextlib.contextmanager
-def state_of_thread(patch: PatchIdentity, state: SpliceState) -> Iterator[None]:
-    """Within this context the model with this patch runs in this thread, and in no other one, as `state` says."""
+def states_of_thread(states: Iterable[tuple[object, SpliceState]]) -> Iterator[None]:
+    """Within this context models with these patches run in this thread, and in no other one, as their states say."""
     before = _thread.states
-    _thread.states = (*before, (patch, state))
+    _thread.states = (*before, *states)
     try:
         yield
     finally:

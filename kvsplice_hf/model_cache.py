@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from kvsplice_hf.attention import SITE_ATTRIBUTE
 from kvsplice_hf.cache import splice_cache_layer
 from kvsplice_hf.errors import ConfigError
-from kvsplice_hf.patching import find_patch, patched_sites
+from kvsplice_hf.patching import find_patch, is_patched, patched_sites
 from kvsplice_hf.sites import MLASite, find_mla_sites
 from kvsplice_hf.upstream import cache_of
 
@@ -60,15 +60,11 @@ def get_kv_cache_size(model: nn.Module, seq_len: int = 2048, batch_size: int = 1
     Raises:
         NotMLAError: the model has no MLA layer.
     """
-    pattern = find_patch(model)[1].config.layer_pattern if _any_patched(model) else None
+    pattern = find_patch(model)[1].config.layer_pattern if is_patched(model) else None
     sites = find_mla_sites(model, pattern)
     original = sum(_site_bytes(site, seq_len, spliced=False) for site in sites)
     compressed = sum(_site_bytes(site, seq_len, spliced=SITE_ATTRIBUTE in vars(site.module)) for site in sites)
     return KVCacheSize(batch_size * original, batch_size * compressed)
-
-
-def _any_patched(model: nn.Module) -> bool:
-    return any(SITE_ATTRIBUTE in vars(module) for module in model.modules())
 
 
 def _site_bytes(site: MLASite, seq_len: int, spliced: bool) -> int:

@@ -33,39 +33,48 @@ from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
 from kvsplice_hf.calibration.collect import predicts
 from kvsplice_hf.calibration.fit import LayerFit, write_fit_
 from kvsplice_hf.calibration.holdout import divergence, log_probabilities
-from kvsplice_hf.call import Listener, PatchIdentity, SpliceState, current_state, state_of_thread
+from kvsplice_hf.call import Listener, SpliceState, current_state, states_of_thread
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
 from kvsplice_hf.offload import execution_device
 from kvsplice_hf.paged import init_continuous_batching
 from kvsplice_hf.projection import LearnedKVSplice, initialise_
-from kvsplice_hf.sites import MLASite, effective_weight, find_mla_sites
+from kvsplice_hf.sites import MLASite, effective_weight, find_mla_sites, sites_of
 
 
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_PATCH_ATTRIBUTE = "_kvsplice_patch"
+# On the decoders and models around the patched layers: what the patch changed there.
+_SURROUNDINGS_ATTRIBUTE = "_kvsplice_surroundings"
 
 
-@dataclass
+@dataclass(eq=False)
 class ModelPatch:
-    """What the patch changed beside the attention modules. Kept on the model, and copied with it.
+    """What the patched layers of one model have in common. Each of them refers to it, and it refers to none.
+
+    So a patch belongs to the layers, whoever wraps or unwraps the model that has them. A copied or pickled model has a
+    patch of its own.
 
     Attributes:
         config: the settings in force.
-        attention: name of the attention function before the patch, by path of the attention module.
-        keys_to_ignore_on_save: `_keys_to_ignore_on_save` before the patch, by path of the submodel.
-        identity: tells this patch from others.
-        decoder_hooks: on the decoders that hold the patched layers.
     """
 
     config: KVSpliceConfig
-    attention: dict[str, str] = field(default_factory=dict)
-    keys_to_ignore_on_save: dict[str, Any] = field(default_factory=dict)
-    identity: PatchIdentity = field(default_factory=PatchIdentity)
-    decoder_hooks: list[RemovableHandle] = field(default_factory=list)
+
+
+@dataclass
+class _Surroundings:
+    """What the patch changed on a model of transformers around patched layers, kept there.
+
+    Attributes:
+        hooks: of the decoder that runs the layers.
+        keys_to_ignore_on_save: `_keys_to_ignore_on_save` before the patch, where it was changed.
+    """
+
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    keys_to_ignore_on_save: tuple[Any] | None = None
 
 
 def patch_model_with_kvsplice(
@@ -170,22 +179,11 @@ def unpatch_model(model: ModelT) -> ModelT:
     Raises:
         PatchStateError: the model is not patched.
     """
-    root, patch = find_patch(model)
-    for path, attention in patch.attention.items():
-        module_config = root.get_submodule(path).config
-        # A function that was chosen after the patch stays chosen.
-        if module_config._attn_implementation == wrapped_name(attention):
-            module_config._attn_implementation_internal = attention
-    for module in root.modules():
+    _patches(model)
+    for module in model.modules():
         if SITE_ATTRIBUTE in vars(module):
             _restore_module(module)
-    for hook in patch.decoder_hooks:
-        hook.remove()
-    for path, keys in patch.keys_to_ignore_on_save.items():
-        root.get_submodule(path)._keys_to_ignore_on_save = keys
-    vars(root).pop(upstream.BATCHING_METHOD, None)
-    upstream.drop_persistent_manager(root)  # it has pages of our rows
-    delattr(root, _PATCH_ATTRIBUTE)
+    _restore_surroundings(model)
     return model
 
 
@@ -204,8 +202,7 @@ def splice_disabled(model: nn.Module) -> Iterator[None]:
         >>> with splice_disabled(model):
         ...     original = model(input_ids, use_cache=False).logits
     """
-    identity = find_patch(model)[1].identity
-    with state_of_thread(identity, replace(current_state(identity), enabled=False)):
+    with states_of_thread((patch, replace(current_state(patch), enabled=False)) for patch in _patches(model)):
         yield
 
 
@@ -216,8 +213,7 @@ def told_of_round_trips(model: nn.Module, listener: Listener) -> Iterator[None]:
     Raises:
         PatchStateError: the model is not patched.
     """
-    identity = find_patch(model)[1].identity
-    with state_of_thread(identity, SpliceState(on_round_trip=listener)):
+    with states_of_thread((patch, SpliceState(on_round_trip=listener)) for patch in _patches(model)):
         yield
 
 
@@ -227,17 +223,33 @@ def is_patched(model: nn.Module) -> bool:
 
 
 def find_patch(model: nn.Module) -> tuple[Any, ModelPatch]:
-    """The module that was patched (`model`, or one inside a wrapper), and what the patch changed.
+    """The outermost model of transformers in `model` that has patched layers (or `model`, without one), and its patch.
 
     Raises:
         PatchStateError: the model is not patched.
     """
-    for module in model.modules():
-        if _PATCH_ATTRIBUTE in vars(module):
-            return module, vars(module)[_PATCH_ATTRIBUTE]
-    raise PatchStateError(
-        f"This {type(model).__name__} is not patched with KVSplice. Call patch_model_with_kvsplice(model) first."
-    )
+    patch = _patches(model)[0]
+    return next(iter(models_around(model)), model), patch
+
+
+def _patches(model: nn.Module) -> list[ModelPatch]:
+    """All patches of layers in `model`: one, unless several models were patched apart and put together.
+
+    Raises:
+        PatchStateError: the model is not patched.
+    """
+    found = {id(state.patch): state.patch for _, state in _patched_modules(model)}
+    if not found:
+        raise PatchStateError(
+            f"This {type(model).__name__} is not patched with KVSplice. Call patch_model_with_kvsplice(model) first."
+        )
+    return list(found.values())
+
+
+def _patched_modules(model: nn.Module) -> Iterator[tuple[tuple[str, nn.Module], PatchedSite]]:
+    for name, module in model.named_modules():
+        if SITE_ATTRIBUTE in vars(module):
+            yield (name, module), vars(module)[SITE_ATTRIBUTE]
 
 
 def patched_sites(model: nn.Module) -> list[tuple[MLASite, PatchedSite]]:
@@ -246,9 +258,28 @@ def patched_sites(model: nn.Module) -> list[tuple[MLASite, PatchedSite]]:
     Raises:
         PatchStateError: the model is not patched.
     """
-    root, patch = find_patch(model)
-    sites = [site for site in find_mla_sites(root, patch.config.layer_pattern) if site.stores_latent]
-    return [(site, vars(site.module)[SITE_ATTRIBUTE]) for site in sites if SITE_ATTRIBUTE in vars(site.module)]
+    return [(site, state) for site, state in all_patched_sites(model) if site.stores_latent]
+
+
+def all_patched_sites(model: nn.Module) -> list[tuple[MLASite, PatchedSite]]:
+    """`patched_sites`, and the layers that read the latent of another one.
+
+    Raises:
+        PatchStateError: the model is not patched.
+    """
+    patch = _patches(model)[0]
+    modules = [named for named, state in _patched_modules(model) if state.patch is patch]
+    return [(site, vars(site.module)[SITE_ATTRIBUTE]) for site in sites_of(modules)]
+
+
+def models_around(model: nn.Module) -> list[Any]:
+    """The models of transformers in `model` (itself, perhaps) that patched layers are in, the outermost first."""
+    patched = [f"{name}." for (name, _), _ in _patched_modules(model)]
+    return [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and any(name.startswith(f"{path}.") or not path for name in patched)
+    ]
 
 
 def _with_overrides(config: KVSpliceConfig | None, budget: dict[str, Any], *values: Any) -> KVSpliceConfig:
@@ -380,51 +411,89 @@ def _make_splice(site: MLASite, config: KVSpliceConfig, fits: dict[int, LayerFit
 def _apply(model: nn.Module, sites: list[MLASite], splices: dict[int, LearnedKVSplice], config: KVSpliceConfig) -> None:
     """Change the model. Everything that can fail on account of the caller has been checked before."""
     register_attention()
+    _restore_surroundings(model)  # of a patch whose layers were unpatched without the models around them
     patch = ModelPatch(config)
     for site in sites:
         owner, module = site.source or site, site.module
         if site.stores_latent:
             module.kvsplice = splices[site.layer_idx]
+        base = module.config._attn_implementation
+        name = None if config.attention == "expanded" else wrapped_name(base)
         state = PatchedSite(
             site.name,
-            patch.identity,
+            patch,
             owner.module,
             site.stores_latent,
             _geometry(owner, config),
             site.num_heads,
             config.attention,
             _read_forward(site, config),
+            base if name not in (None, base) else None,
         )
         state.hooks.append(module.register_forward_pre_hook(enter_attention, with_kwargs=True))
         state.hooks.append(module.register_forward_hook(leave_attention))
         setattr(module, SITE_ATTRIBUTE, state)
         # A partial, not a bound method: pickle would look a method up by name on the module, and find the stock one.
         module.expand_kv = functools.partial(expand_spliced_kv, module)
-        base = module.config._attn_implementation
-        name = wrapped_name(base)
-        if config.attention != "expanded" and name is not None:
+        if name is not None:
             module.config._attn_implementation_internal = name
-            patch.attention[site.name] = base
-    for decoder in _decoders(model, sites):
-        hook = functools.partial(carry_state, patch.identity)
-        patch.decoder_hooks.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
-    _ignore_on_save(model, patch)
-    if hasattr(model, upstream.BATCHING_METHOD):
-        setattr(model, upstream.BATCHING_METHOD, functools.partial(_init_continuous_batching, model))
-    setattr(model, _PATCH_ATTRIBUTE, patch)
+    _change_surroundings(model, sites, patch)
 
 
 def _restore_module(module: Any) -> None:
-    for hook in vars(module).pop(SITE_ATTRIBUTE).hooks:
+    state: PatchedSite = vars(module).pop(SITE_ATTRIBUTE)
+    for hook in state.hooks:
         hook.remove()
+    before = state.attention_before
+    # A function that was chosen after the patch stays chosen.
+    if before is not None and module.config._attn_implementation == wrapped_name(before):
+        module.config._attn_implementation_internal = before
     del module.expand_kv
     if "kvsplice" in module._modules:
         del module.kvsplice
 
 
+def _change_surroundings(model: nn.Module, sites: list[MLASite], patch: ModelPatch) -> None:
+    """On the models of transformers around the layers: state for checkpointed layers, saving, continuous batching."""
+    decoders = {id(decoder) for decoder in _decoders(model, sites)}
+    for around in models_around(model):
+        changed = _Surroundings()
+        if id(around) in decoders:
+            hook = functools.partial(carry_state, patch)
+            changed.hooks.append(around.register_forward_pre_hook(hook, with_kwargs=True))
+        keys = {key for key in around.state_dict() if ".kvsplice." in key}
+        if keys:  # the base model's folder stays loadable by stock transformers
+            changed.keys_to_ignore_on_save = (around._keys_to_ignore_on_save,)
+            around._keys_to_ignore_on_save = set(around._keys_to_ignore_on_save or ()) | keys
+        if hasattr(around, upstream.BATCHING_METHOD):
+            setattr(around, upstream.BATCHING_METHOD, functools.partial(_init_continuous_batching, around))
+        setattr(around, _SURROUNDINGS_ATTRIBUTE, changed)
+
+
+def _restore_surroundings(model: nn.Module) -> None:
+    around: Any
+    for around in model.modules():
+        changed: _Surroundings | None = vars(around).pop(_SURROUNDINGS_ATTRIBUTE, None)
+        if changed is None:
+            continue
+        for hook in changed.hooks:
+            hook.remove()
+        save_splice_with_model(around, changed)
+        vars(around).pop(upstream.BATCHING_METHOD, None)
+        upstream.drop_persistent_manager(around)  # it has pages of our rows
+
+
+def save_splice_with_model(around: Any, changed: _Surroundings | None = None) -> None:
+    """Let `save_pretrained` of a model around patched layers write the splice like any other part of it."""
+    changed = vars(around)[_SURROUNDINGS_ATTRIBUTE] if changed is None else changed
+    if changed.keys_to_ignore_on_save is not None:
+        (around._keys_to_ignore_on_save,) = changed.keys_to_ignore_on_save
+        changed.keys_to_ignore_on_save = None
+
+
 def _decoders(model: nn.Module, sites: list[MLASite]) -> list[nn.Module]:
     """The innermost models of transformers around the sites: what runs their layers one after the other."""
-    modules = [(path, module) for path, module in model.named_modules() if _is_pretrained(module)]
+    modules = [(path, module) for path, module in model.named_modules() if isinstance(module, PreTrainedModel)]
     found = {}
     for site in sites:
         around = [(len(path), module) for path, module in modules if not path or site.name.startswith(f"{path}.")]
@@ -432,20 +501,6 @@ def _decoders(model: nn.Module, sites: list[MLASite]) -> list[nn.Module]:
             decoder = max(around, key=lambda item: item[0])[1]
             found[id(decoder)] = decoder
     return list(found.values())
-
-
-def _ignore_on_save(model: nn.Module, patch: ModelPatch) -> None:
-    """Keep the splice out of `save_pretrained`: the base model's folder stays loadable by stock transformers."""
-    submodel: Any
-    for path, submodel in model.named_modules():
-        keys = {key for key in submodel.state_dict() if ".kvsplice." in key} if _is_pretrained(submodel) else set()
-        if keys:
-            patch.keys_to_ignore_on_save[path] = submodel._keys_to_ignore_on_save
-            submodel._keys_to_ignore_on_save = set(submodel._keys_to_ignore_on_save or ()) | keys
-
-
-def _is_pretrained(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel)
 
 
 def _init_continuous_batching(model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -15,18 +15,17 @@ matrix of `fold`, `W` [H * (N + V), R] the weight of `kv_b_proj`.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from kvsplice_hf.attention import SITE_ATTRIBUTE, PatchedSite
+from kvsplice_hf.attention import PatchedSite
 from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.errors import ConfigError, PatchStateError, UnsupportedError
 from kvsplice_hf.offload import read_parameter
-from kvsplice_hf.patching import find_patch, patched_sites
+from kvsplice_hf.patching import all_patched_sites, models_around, patched_sites
 from kvsplice_hf.projection import LearnedKVSplice
-from kvsplice_hf.sites import MLASite, effective_weight, find_mla_sites
+from kvsplice_hf.sites import MLASite, effective_weight
 from kvsplice_hf.upstream import drop_persistent_manager
 
 
@@ -87,8 +86,8 @@ def prune_kvsplice(model: nn.Module, threshold: float = 0.1) -> list[LayerPrunin
         if report.coordinates:
             _remove(patched.splice, report.coordinates)
             _resize_rows(_readers(model, site), patched.splice)
-    root: Any = find_patch(model)[0]
-    drop_persistent_manager(root)  # its pages have rows of the old size
+    for around in models_around(model):
+        drop_persistent_manager(around)  # its pages have rows of the old size
     return reports
 
 
@@ -164,10 +163,7 @@ def _require_prunable(site: MLASite, splice: LearnedKVSplice) -> None:
 
 def _readers(model: nn.Module, owner: MLASite) -> list[tuple[MLASite, PatchedSite]]:
     """The modules that expand the latent of `owner`: itself, and layers that reuse it."""
-    root, patch = find_patch(model)
-    sites = find_mla_sites(root, patch.config.layer_pattern)
-    states = [(site, vars(site.module).get(SITE_ATTRIBUTE)) for site in sites]
-    return [(site, state) for site, state in states if state is not None and state.owner is owner.module]
+    return [(site, state) for site, state in all_patched_sites(model) if state.owner is owner.module]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from tiny_models import TINY_MODELS, build, tiny_batch
 from transformers import PreTrainedModel
 
 from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, splice_disabled
-from kvsplice_hf.call import PatchIdentity, SpliceState, current_state, state_of_thread
+from kvsplice_hf.call import SpliceState, current_state, states_of_thread
 from kvsplice_hf.patching import find_patch, patched_sites, told_of_round_trips
 from kvsplice_hf.upstream import cache_argument, cache_of
 
@@ -102,15 +102,15 @@ def test_threads_generate_what_they_generate_alone(name: str) -> None:
 
 
 def test_a_state_belongs_to_one_thread_and_one_patch() -> None:
-    ours, other = PatchIdentity(), PatchIdentity()
+    ours, other = object(), object()
     seen: list[SpliceState] = []
-    with state_of_thread(ours, SpliceState(enabled=False)):
+    with states_of_thread([(ours, SpliceState(enabled=False))]):
         assert not current_state(ours).enabled
         assert current_state(other).enabled
         thread = threading.Thread(target=lambda: seen.append(current_state(ours)))
         thread.start()
         thread.join()
-        with state_of_thread(ours, SpliceState()):
+        with states_of_thread([(ours, SpliceState())]):
             assert current_state(ours).enabled
         assert not current_state(ours).enabled
     assert seen == [SpliceState()]
@@ -123,8 +123,8 @@ def test_a_copy_is_not_disabled_with_its_original() -> None:
     model = make("half the rank")
     ids, mask = tiny_batch(NAME)
     expected, copied = score(model, ids, mask), copy.deepcopy(model)
-    assert find_patch(copied)[1].identity is not find_patch(model)[1].identity
-    assert {state.patch for _, state in patched_sites(copied)} == {find_patch(copied)[1].identity}
+    assert find_patch(copied)[1] is not find_patch(model)[1]
+    assert {state.patch for _, state in patched_sites(copied)} == {find_patch(copied)[1]}
     with splice_disabled(model):
         assert torch.equal(score(copied, ids, mask), expected)
         assert not torch.equal(score(model, ids, mask), expected)

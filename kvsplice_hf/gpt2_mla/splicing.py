@@ -7,7 +7,13 @@ second way. What differs is that the parameters of the splice are the model's ow
 from torch import nn
 
 from kvsplice_hf.config import KVSpliceConfig
-from kvsplice_hf.patching import find_patch, is_patched, patch_model_with_kvsplice, unpatch_model
+from kvsplice_hf.patching import (
+    is_patched,
+    models_around,
+    patch_model_with_kvsplice,
+    save_splice_with_model,
+    unpatch_model,
+)
 
 
 def build_in_splice(model: nn.Module, config: KVSpliceConfig) -> None:
@@ -21,10 +27,8 @@ def build_in_splice(model: nn.Module, config: KVSpliceConfig) -> None:
     if is_patched(model):
         unpatch_model(model)
     patch_model_with_kvsplice(model, config)
-    root, patch = find_patch(model)
-    for path, keys in patch.keys_to_ignore_on_save.items():
-        root.get_submodule(path)._keys_to_ignore_on_save = keys
-    patch.keys_to_ignore_on_save.clear()
+    for around in models_around(model):
+        save_splice_with_model(around)
 
 
 def has_built_in_splice(model: nn.Module) -> bool:
