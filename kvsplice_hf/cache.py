@@ -28,7 +28,7 @@ from transformers.cache_utils import (
 from kvsplice_hf import upstream
 from kvsplice_hf.errors import CacheMismatchError
 from kvsplice_hf.projection import LearnedKVSplice
-from kvsplice_hf.sinks import ExactTokens, empty_exact_tokens, fill_exact_tokens, overlay_exact
+from kvsplice_hf.sinks import ExactTokens, empty_exact_tokens, fill_exact_tokens, overlay_exact, relocated
 
 
 @dataclass(frozen=True)
@@ -323,6 +323,9 @@ class SplicedLayerMixin(_StockLayer):
 class _DynamicMixin(SplicedLayerMixin):
     """What growing layers have in common: they can be cropped and trained with, and their batch can be changed."""
 
+    def _let_go(self) -> None:
+        """Forget what else is held of rows that are no longer those of this layer."""
+
     def _wants_gradients(self, *states: torch.Tensor) -> bool:
         return torch.is_grad_enabled() and any(t.requires_grad for t in (*states, *self.splice.parameters()))
 
@@ -386,6 +389,18 @@ class _GrowingMixin(_DynamicMixin):
             self.keys = self._buffer[:, :, :total]
         self.values = self.keys[..., :0]
         return self.keys
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._buffer = None
+
+    def __copy__(self) -> "_GrowingMixin":
+        """Two layers with the same rows: neither goes on writing behind them in the buffer that both would see."""
+        self._buffer = None
+        clone = object.__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(clone, name, value)
+        return clone
 
     def _grown(self, needed: int) -> torch.Tensor:
         batch, heads, stored, width = self.keys.shape
@@ -492,15 +507,84 @@ class _StaticWindowMixin(_StaticMixin):
         return returned
 
 
-class SplicedDynamicLayer(_GrowingMixin, DynamicLayer):  # type: ignore[misc]
+class _WatchedMixin(_DynamicMixin):
+    """Notices rows that somebody takes out by hand, as methods of eviction do: `layer.keys = layer.keys[:, :, kept]`.
+
+    Everything that changes the rows goes through here, so that other rows than those of last time were put there from
+    outside.
+    """
+
+    def __init__(self, geometry: RowGeometry, splice: LearnedKVSplice, **stock_kwargs: Any) -> None:
+        super().__init__(geometry, splice, **stock_kwargs)
+        self._own_keys: torch.Tensor | None = None
+
+    def _follow(self) -> None:
+        """Take over rows that were put here from outside.
+
+        Raises:
+            CacheMismatchError: they are not rows of this layer.
+        """
+        before, after = self._own_keys, self.keys if self.is_initialized else None
+        if before is None or after is before or torch.compiler.is_compiling():
+            return
+        if after is None or after.dim() != 4 or after.dtype != before.dtype or after.shape[1::2] != before.shape[1::2]:
+            raise CacheMismatchError(
+                f"The rows {list(before.shape)}, {before.dtype} of a spliced cache layer were replaced from outside by "
+                f"{None if after is None else (list(after.shape), after.dtype)}. Rows may be taken out "
+                "(`layer.keys = layer.keys[:, :, kept]`); what is in them is this package's own."
+            )
+        if self.exact is not None:
+            if after.shape[0] != before.shape[0]:
+                raise CacheMismatchError(
+                    f"The rows of a spliced cache layer were replaced from outside for {after.shape[0]} sequences "
+                    f"instead of {before.shape[0]}: their first tokens are kept beside them. Use "
+                    "cache.batch_select_indices, batch_repeat_interleave or reorder_cache."
+                )
+            self.exact = relocated(self.exact, before[:, 0], after[:, 0])
+        self._let_go()
+        self.values = after[..., :0]
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        return self._watched(super().update, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self._watched(super().crop, tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._watched(super().batch_repeat_interleave, repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._watched(super().batch_select_indices, indices)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._watched(super().reorder_cache, beam_idx)
+
+    def offload(self) -> None:
+        self._watched(super().offload)
+
+    def prefetch(self) -> None:
+        self._watched(super().prefetch)
+
+    def reset(self) -> None:
+        super().reset()
+        self._own_keys = None
+
+    def _watched(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
+        self._follow()
+        result = operation(*args, **kwargs)
+        self._own_keys = self.keys if self.is_initialized else None
+        return result
+
+
+class SplicedDynamicLayer(_WatchedMixin, _GrowingMixin, DynamicLayer):  # type: ignore[misc]
     """Spliced rows of a full-attention layer."""
 
 
-class SplicedIndexedLayer(_GrowingMixin, DynamicIndexedLayer):  # type: ignore[misc]
+class SplicedIndexedLayer(_WatchedMixin, _GrowingMixin, DynamicIndexedLayer):  # type: ignore[misc]
     """Spliced rows, and the indexer's keys as they are, of a sparse-attention layer."""
 
 
-class SplicedSlidingWindowLayer(_WindowMixin, DynamicSlidingWindowLayer):  # type: ignore[misc]
+class SplicedSlidingWindowLayer(_WatchedMixin, _WindowMixin, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """Spliced rows of a sliding-window layer."""
 
 

@@ -20,7 +20,7 @@ from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
 from kvsplice_hf.offload import execution_device, read_all, write_all
 from kvsplice_hf.patching import find_patch, is_patched, patch_with_splices, patched_sites
-from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.projection import LearnedKVSplice, normal_tensors
 from kvsplice_hf.sharding import spread_like, whole
 from kvsplice_hf.sites import MLASite, find_mla_sites
 
@@ -57,7 +57,7 @@ def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: b
     """
     sites, directory, config = patched_sites(model), Path(directory), find_patch(model)[1].config
     tensors: dict[str, torch.Tensor] = {}
-    layers: dict[str, dict[str, int]] = {}
+    layers: dict[str, dict[str, Any]] = {}
     for site, patched in sites:
         state = read_all(patched.splice)
         tensors |= {_key(site.layer_idx, name): whole(tensor).contiguous().cpu() for name, tensor in state.items()}
@@ -71,6 +71,7 @@ def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: b
         "base_model_name_or_path": base.get("_name_or_path", ""),
         "config": config.to_dict(),
         "format": _FORMAT,
+        "identities": {str(site.layer_idx): patched.splice.identity for site, patched in sites},
         "layers": layers,
         "model_type": base["model_type"],
         "schema_version": SCHEMA_VERSION,
@@ -110,16 +111,18 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
         _require_fit(_shapes_of_patched(model), tensors, directory)
         codecs = {site.layer_idx: _codec(tensors, site.layer_idx, directory) for site, _ in patched_sites(model)}
         _require_same_rows(model, codecs, directory)
-        for site, patched in patched_sites(model):
-            _set_parameters(patched.splice, tensors, site.layer_idx, codecs[site.layer_idx])
+        with normal_tensors():
+            for site, patched in patched_sites(model):
+                _set_parameters(patched.splice, tensors, site.layer_idx, codecs[site.layer_idx])
         return model
     chosen = _chosen_sites(model, config)
     _require_fit(_shapes_after_patch(model, saved, chosen), tensors, directory)
     splices = {}
-    for site in chosen:
-        splice = _empty_splice(site, saved)
-        _set_parameters(splice, tensors, site.layer_idx, _codec(tensors, site.layer_idx, directory))
-        splices[site.layer_idx] = splice.train(site.module.training)
+    with normal_tensors():
+        for site in chosen:
+            splice = _empty_splice(site, saved)
+            _set_parameters(splice, tensors, site.layer_idx, _codec(tensors, site.layer_idx, directory))
+            splices[site.layer_idx] = splice.train(site.module.training)
     patch_with_splices(model, config, splices)
     return model
 

@@ -38,7 +38,7 @@ from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
 from kvsplice_hf.offload import execution_device
 from kvsplice_hf.paged import init_continuous_batching
-from kvsplice_hf.projection import LearnedKVSplice, initialise_
+from kvsplice_hf.projection import LearnedKVSplice, initialise_, normal_tensors
 from kvsplice_hf.sites import MLASite, effective_weight, find_mla_sites, sites_of
 
 
@@ -137,7 +137,7 @@ def patch_model_with_kvsplice(
     config = _with_overrides(config, budget, layers, layer_pattern, use_layernorm)
     sites = _sites_to_patch(model, config)
     fits = _fits(model, sites, config, calibration, tokenizer)
-    splices = {site.layer_idx: _make_splice(site, config, fits) for site in sites if site.stores_latent}
+    splices = _make_splices(sites, config, fits)
     _apply(model, sites, splices, config)
     return model
 
@@ -345,7 +345,7 @@ def _fits(
         else:
             calibrator.collect(calibration, tokenizer=tokenizer)
         calibration = calibrator
-    calibration.require_model(stores)
+    calibration.require_model(stores, model)
     if config.is_packed and config.allocation == "auto" and calibration.holdout and predicts(model):
         return _better_allocation(model, sites, config, calibration)
     return calibration.fit(config, [site.layer_idx for site in stores])[0]
@@ -360,8 +360,7 @@ def _better_allocation(
     fits, losses = {}, {}
     for allocation in ("global", "layer"):
         fits[allocation] = calibrator.fit(replace(config, allocation=allocation), layers)[0]
-        splices = {site.layer_idx: _make_splice(site, config, fits[allocation]) for site in sites if site.stores_latent}
-        _apply(model, sites, splices, config)
+        _apply(model, sites, _make_splices(sites, config, fits[allocation]), config)
         try:
             losses[allocation] = divergence(stock, log_probabilities(model, calibrator.holdout))
         finally:
@@ -388,6 +387,13 @@ def _geometry(site: MLASite, config: KVSpliceConfig) -> RowGeometry:
         sinks = min(sinks, max(site.sliding_window - 1, 0))
     packed = splice.codec.row_bytes if splice.codec is not None else None
     return RowGeometry(site.kv_lora_rank, splice.rank, site.qk_rope_head_dim, sinks, packed)
+
+
+def _make_splices(
+    sites: list[MLASite], config: KVSpliceConfig, fits: dict[int, LayerFit]
+) -> dict[int, LearnedKVSplice]:
+    with normal_tensors():
+        return {site.layer_idx: _make_splice(site, config, fits) for site in sites if site.stores_latent}
 
 
 def _make_splice(site: MLASite, config: KVSpliceConfig, fits: dict[int, LayerFit]) -> LearnedKVSplice:

@@ -8,8 +8,10 @@ a merged splice keeps `A`, `D` and `mu` instead of computing them from its param
 Legend: `B` batch, `T` tokens, `R` kv_lora_rank, `r` spliced rank.
 """
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -281,6 +283,14 @@ class LearnedKVSplice(nn.Module):
 
     def extra_repr(self) -> str:
         return f"latent_dim={self.latent_dim}, rank={self.rank}"
+
+
+@contextlib.contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Within this context tensors are made that can be trained later on, also where the caller is in inference mode."""
+    enabled = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(enabled):
+        yield
 
 
 def _stamp(tensor: torch.Tensor) -> tuple[int, int]:

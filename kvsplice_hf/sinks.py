@@ -122,6 +122,33 @@ def fill_exact_tokens(
     )
 
 
+def relocated(exact: ExactTokens, before: torch.Tensor, after: torch.Tensor) -> ExactTokens:
+    """The same tokens after somebody has taken rows out by hand, or put them in another order.
+
+    A row is known again by what is in it: it depends on the token, on its position and on all tokens before it. Where
+    rows are equal all the same, the first one left is taken for the first one there was.
+
+    Args:
+        exact: the tokens, as indexed in `before`.
+        before, after: the stored rows, [B, S, w] and [B, S', w].
+    """
+    left = torch.zeros(after.shape[:2], dtype=torch.bool, device=after.device)
+    places = []
+    for slot in range(exact.positions.shape[1]):
+        place = exact.positions[:, slot]
+        row = before.gather(1, place.clamp(0, before.shape[1] - 1)[:, None, None].expand(-1, 1, before.shape[2]))
+        same = (after == row).all(-1) & ~left
+        found = same.any(-1) & (place >= 0) & (place < before.shape[1])
+        at = same.int().argmax(-1)
+        left.scatter_(1, at[:, None], left.gather(1, at[:, None]) | found[:, None])
+        places.append(torch.where(found, at, torch.where(place == UNFILLED, place, -1)))
+    positions = torch.stack(places, dim=1)
+    gone = (positions == -1) & (exact.positions >= 0)
+    # Where only the end was cut off, those tokens were not seen: new ones take their slots, as after a crop.
+    cut_off = (positions == exact.positions) | (gone & (exact.positions >= after.shape[1]))
+    return ExactTokens(exact.latents, torch.where(gone & cut_off.all(-1, keepdim=True), UNFILLED, positions))
+
+
 def overlay_exact(latents: torch.Tensor, exact: ExactTokens) -> torch.Tensor:
     """Decoded latents [B, 1, S, R] with the exact ones put at their places; in place where autograd allows."""
     flat = latents[:, 0]

@@ -73,7 +73,6 @@ def find_mla_sites(model: nn.Module, layer_pattern: str | None = None) -> list[M
     found: list[tuple[str, Any]] = [
         (f"{prefix}{name}", module) for name, module in root.named_modules() if _looks_like_mla(module)
     ]
-    found.sort(key=lambda item: item[1].layer_idx)
     if not found:
         _raise_not_mla(model, root, layer_pattern)
     for name, module in found:
@@ -86,8 +85,17 @@ def find_mla_sites(model: nn.Module, layer_pattern: str | None = None) -> list[M
             f"({', '.join(name for name, module in found if module.layer_idx in duplicates)}): the model has more than "
             'one decoder. Name the one to patch with `layer_pattern`, for example "model.layers".'
         )
+    return sites_of(found)
+
+
+def sites_of(modules: list[tuple[str, Any]]) -> list[MLASite]:
+    """The sites of MLA modules, given with their paths, by ascending `layer_idx`.
+
+    Raises:
+        NotMLAError: one of them reuses a latent that none of them stores.
+    """
     sites: list[MLASite] = []
-    for name, module in found:
+    for name, module in sorted(modules, key=lambda item: item[1].layer_idx):
         sites.append(_make_site(name, module, sites))
     return sites
 
@@ -104,11 +112,31 @@ def effective_weight(site: MLASite, device: torch.device | None = None) -> torch
         raise ConfigError(
             f"The weights of {site.name} are not loaded (meta device). Load the model before patching it."
         )
-    unit_latents = torch.eye(site.kv_lora_rank, dtype=site.dtype, device=device)
-    weight = (site.module.kv_b_proj(unit_latents) - site.module.kv_b_proj(torch.zeros_like(unit_latents[:1]))).T
+    weight = linear_map(site.module.kv_b_proj, site.kv_lora_rank, site.dtype, device)
     if not torch.isfinite(weight).all():
         raise ConfigError(f"kv_b_proj of {site.name} holds values that are not finite; the model is damaged.")
     return weight
+
+
+@torch.no_grad()
+def linear_map(module: nn.Module, size: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """What a linear layer multiplies by, [out, size], by asking it: packed, adapted and offloaded ones answer as well.
+
+    Args:
+        module: the layer.
+        size: numbers that it takes.
+        dtype: of its input in the model.
+        device: where it computes, if that is known.
+    """
+    device = execution_device(module) if device is None else device
+    # In the dtype of the weight, not of the input: they differ where norms are kept in float32 and autocast does the
+    # rest. Packed weights (integers, float8) take what the input is.
+    held = getattr(module, "weight", None)
+    if isinstance(held, torch.Tensor) and held.dtype.is_floating_point and held.dtype.itemsize > 1:
+        dtype = held.dtype
+    units = torch.eye(size, dtype=dtype, device=device)
+    with torch.autocast(device.type, enabled=False):  # it would round the weight
+        return (module(units) - module(torch.zeros_like(units[:1]))).T
 
 
 def _resolve_root(model: nn.Module, layer_pattern: str | None) -> tuple[str, nn.Module]:
@@ -119,6 +147,9 @@ def _resolve_root(model: nn.Module, layer_pattern: str | None) -> tuple[str, nn.
     for path in (layer_pattern, f"model.{layer_pattern}", layer_pattern.removeprefix("model.")):
         if path in modules:
             return f"{path}.", modules[path]
+    inside = [path for path in modules if path.endswith(f".{layer_pattern}")]
+    if len(inside) == 1:  # of a model that something is wrapped around
+        return f"{inside[0]}.", modules[inside[0]]
     lists = sorted(name for name, module in modules.items() if isinstance(module, nn.ModuleList))
     raise NotMLAError(
         f"`layer_pattern` {layer_pattern!r} is not a module of {type(model).__name__}. "

@@ -7,8 +7,9 @@ carries, of `pydoc`, and of the source code of Python's own library. The named s
 Hugging Face hub.
 """
 
+import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -28,6 +29,16 @@ _EXCERPT_SIZE = 2300
 _VARIED_FILES = ("novel.txt", "factbook.txt")
 _SMALLEST_MODULE = 12_000
 _SUFFIXES = (".txt", ".md", ".rst")
+# Names that end in one of these are meant as files, whether they are there or not.
+_FILE_SUFFIXES = (
+    *_SUFFIXES,
+    *(".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".safetensors", ".pt", ".bin", ".npy", ".pdf"),
+    *(".html", ".xml", ".yaml", ".py", ".gz", ".zip", ".zst"),
+)
+# What file systems take: bytes of one part of a path, and of all of it.
+_LONGEST_PART = 255
+_LONGEST_PATH = 4095
+_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ HUB_SETS = {
     "tinystories": _HubSet("roneneldan/TinyStories", None, "train", "validation"),
     "wikitext": _HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test"),
 }
+SOURCES = ("pydoc", "varied", *HUB_SETS)
 
 
 def load_texts(source: str, split: str = "evaluation", samples: int | None = None) -> list[str]:
@@ -54,7 +66,8 @@ def load_texts(source: str, split: str = "evaluation", samples: int | None = Non
 
     Args:
         source: "pydoc", "varied", one of the named sets ("wikitext", "fineweb-edu", "tinystories", "c4"), or the path
-            of a text file (split in its middle, between paragraphs) or of a folder of text files (every other file).
+            of a text file (split in its middle, between paragraphs if it has several) or of a folder of text files
+            (every other file).
         split: "calibration" or "evaluation".
         samples: at most this many documents.
 
@@ -65,8 +78,22 @@ def load_texts(source: str, split: str = "evaluation", samples: int | None = Non
         raise ConfigError(f"`split` is {split!r}; it must be one of {SPLITS}.")
     documents = [text for text in islice(_documents(source, split), samples) if text.strip()]
     if not documents:
-        raise ConfigError(f"The {split} half of {source!r} holds no text.")
+        folder = f" A folder is searched for files that end in {', '.join(_SUFFIXES)}." if os.path.isdir(source) else ""
+        raise ConfigError(f"The {split} half of {_shown(source)} holds no text.{folder}")
     return documents
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a string is the name of a file or folder, of one that is there or not, rather than a text.
+
+    It is one line, short enough for a file system, and ends like a file or has parts but no space.
+    """
+    if len(name) > _LONGEST_PATH or len(name.splitlines()) != 1 or "\0" in name:
+        return False
+    parts = name.replace(os.sep, "/").split("/")
+    if max(len(part.encode(errors="replace")) for part in parts) > _LONGEST_PART:
+        return False
+    return name.lower().endswith(_FILE_SUFFIXES) or (len(parts) > 1 and not any(map(str.isspace, name)))
 
 
 def _documents(source: str, split: str) -> Iterator[str]:
@@ -77,18 +104,49 @@ def _documents(source: str, split: str) -> Iterator[str]:
         yield from _varied_excerpts(half)
     elif source in HUB_SETS:
         yield from _hub_documents(source, split)
-    elif Path(source).is_dir():
-        files = sorted(path for path in Path(source).rglob("*") if path.suffix in _SUFFIXES)
-        yield from (path.read_text(encoding="utf-8", errors="replace") for path in files[half::2])
-    elif Path(source).is_file():
-        paragraphs = Path(source).read_text(encoding="utf-8", errors="replace").split("\n\n")
-        middle = len(paragraphs) // 2
-        yield "\n\n".join(paragraphs[middle:] if half else paragraphs[:middle])
+    elif os.path.isdir(source):
+        found = (path for path in Path(source).rglob("*") if path.suffix.lower() in _SUFFIXES)
+        files = sorted(path for path in found if path.is_file())
+        yield from (_read(path) for path in files[half::2])
+    elif os.path.isfile(source):
+        yield _half_of(_read(Path(source)), half)
     else:
         raise ConfigError(
-            f"Unknown text {source!r}: it is neither a file nor a folder, nor one of pydoc, varied, "
-            f"{', '.join(HUB_SETS)}."
+            f"Unknown text {_shown(source)}: nothing is there by this name. It is neither a file nor a folder, nor one "
+            f"of {', '.join(SOURCES)}."
         )
+
+
+def _half_of(text: str, half: int) -> str:
+    """The first or the second half, by paragraphs; by lines where there is but one, and by words in a single line."""
+    mark = next((mark for mark in ("\n\n", "\n") if mark in text.strip()), " ")
+    parts = text.split(mark)
+    middle = len(parts) // 2
+    return mark.join(parts[middle:] if half else parts[:middle])
+
+
+def _read(path: Path) -> str:
+    """A text file, whatever its encoding; bytes that are not UTF-8 are replaced.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else than text.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"The text file {path} cannot be read ({error}). Give one that can.") from error
+    if b"\0" in content:
+        raise ConfigError(
+            f"{path} is no text file: it holds NUL bytes. Give plain text in UTF-8, or open the file yourself and give "
+            "the texts in it."
+        )
+    return content.decode("utf-8", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _shown(source: object) -> str:
+    """A source as an error shows it: a text that was taken for one may be long."""
+    name = str(source)
+    return repr(name) if len(name) <= _SHOWN else f"{name[:_SHOWN]!r}... ({len(name)} characters)"
 
 
 def _pydoc_topics() -> Iterator[str]:
@@ -165,10 +223,20 @@ def stream_hub_texts(source: str, hub_split: str, instead: str) -> Iterator[str]
 def spread_evenly(windows: torch.Tensor, count: int) -> torch.Tensor:
     """`count` of the windows [W, T], at most all, evenly over them from the first to the last."""
     count = min(len(windows), count)
-    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
+    places = torch.linspace(0, len(windows) - 1, count, dtype=torch.float32, device="cpu").round().long()
+    return windows[places.to(windows.device)]
 
 
-def token_windows(tokenizer: Any, texts: list[str], window: int, samples: int | None = None) -> torch.Tensor:
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    """The tokens of the texts, joined by blank lines: int64 [T], on the CPU."""
+    # Without what is no character at all (half a surrogate pair), which tokenizers refuse.
+    joined = "\n\n".join(texts).encode(errors="replace").decode()
+    # Tensors that the tokenizer makes would be on the default device of the program, whatever that is.
+    ids = tokenizer(joined, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
+
+
+def token_windows(tokenizer: Any, texts: Sequence[str], window: int, samples: int | None = None) -> torch.Tensor:
     """The texts as token windows of one length, int64 [windows, window]; what is left over at the end is dropped.
 
     The windows do not overlap: every token but the first of each window is predicted exactly once, from between 1 and
@@ -176,7 +244,7 @@ def token_windows(tokenizer: Any, texts: list[str], window: int, samples: int | 
 
     Args:
         tokenizer: a tokenizer of transformers.
-        texts: documents; they are joined by the tokenizer's end-of-text token, or by blank lines.
+        texts: documents; they are joined by blank lines.
         window: tokens per window.
         samples: at most this many windows.
 
@@ -185,8 +253,16 @@ def token_windows(tokenizer: Any, texts: list[str], window: int, samples: int | 
     """
     if window < 2:
         raise ConfigError(f"`window` is {window}; a window needs two tokens at least.")
-    ids = tokenizer("\n\n".join(texts), return_tensors="pt", verbose=False).input_ids[0]
+    return cut_windows(token_ids(tokenizer, texts), window)[:samples]
+
+
+def cut_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
+    """Tokens [T] as windows [windows, window]; what is left over at the end is dropped.
+
+    Raises:
+        ConfigError: they are fewer than one window.
+    """
     count = len(ids) // window
     if count == 0:
         raise ConfigError(f"The texts have {len(ids)} tokens, less than one window of {window}. Give more text.")
-    return ids[: count * window].view(count, window)[:samples]
+    return ids[: count * window].view(count, window)

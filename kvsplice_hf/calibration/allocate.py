@@ -22,7 +22,7 @@ STEPS = (1, 1, 1, 1, 1, 1, 1, 1, 8)
 _BF16_DISTORTION = 2.0**-18 / 3  # relative: a mantissa of 8 bits, rounded
 _TABLE_ROWS = 1024
 _LIKELY_KEPT = 1e-3
-_SCALES = torch.linspace(0.6, 6.0, 28)  # largest level over root mean square
+_SCALES = torch.linspace(0.6, 6.0, 28, dtype=torch.float32, device="cpu")  # largest level over root mean square
 _BISECTIONS = 60
 
 
@@ -40,7 +40,7 @@ class Distortion:
 def gains_of(codes: torch.Tensor) -> torch.Tensor:
     """Root mean square of each row of standardised codes [M, r], as [M, 1]."""
     if codes.shape[1] == 0:
-        return torch.ones(len(codes), 1, dtype=codes.dtype)
+        return torch.ones(len(codes), 1, dtype=codes.dtype, device=codes.device)
     return codes.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
 
 
@@ -74,8 +74,8 @@ def fit_scales(unit: torch.Tensor, weight: torch.Tensor, width: int) -> tuple[to
     Returns:
         Scales and errors, float32 [n].
     """
-    best_error = torch.full((unit.shape[1],), torch.inf)
-    best_scale = torch.ones(unit.shape[1])
+    best_error = torch.full((unit.shape[1],), torch.inf, dtype=torch.float32, device="cpu")
+    best_scale = torch.ones_like(best_error)
     for scale in _SCALES[_SCALES >= 0.9 if width > 3 else slice(None)].tolist():
         error = (weight * (unit - quantised(unit / scale, width) * scale).square()).mean(0)
         better = error < best_error
@@ -103,9 +103,9 @@ def measure_distortion(solution: LayerSolution) -> Distortion:
     weight = torch.ones_like(unit)
     weight[:, : solution.latent_dim] = gains.square()
     energy = (weight * unit.square()).mean(0).clamp(min=1e-30)
-    columns = [torch.ones(unit.shape[1])]
+    columns = [torch.ones_like(energy)]
     columns += [fit_scales(unit, weight, width)[1] / energy for width in range(1, 9)]
-    columns.append(torch.full((unit.shape[1],), _BF16_DISTORTION))
+    columns.append(torch.full_like(energy, _BF16_DISTORTION))
     relative = torch.stack(columns, dim=1).double()
     return Distortion(relative.cummin(dim=1).values)
 
@@ -113,14 +113,14 @@ def measure_distortion(solution: LayerSolution) -> Distortion:
 def increments(solution: LayerSolution, distortion: Distortion) -> torch.Tensor:
     """Cost saved per bit by each increment, float64 [n, W], never rising from one increment to the next."""
     saved = -distortion.relative.diff(dim=1) * solution.cost[:, None]
-    per_bit = saved / torch.tensor(STEPS, dtype=torch.float64)
+    per_bit = saved / torch.tensor(STEPS, dtype=torch.float64, device="cpu")
     return per_bit.cummin(dim=1).values
 
 
 def widths_above(per_bit: torch.Tensor, threshold: float, latent_dim: int) -> torch.Tensor:
     """Widths [n] of the increments that save more than `threshold` per bit; one latent coordinate gets a bit anyway."""
     taken = per_bit > threshold
-    widths = (taken * torch.tensor(STEPS)).sum(1)
+    widths = (taken * torch.tensor(STEPS, dtype=torch.int64, device="cpu")).sum(1)
     if not widths[:latent_dim].any():
         widths[0] = 1
     return widths

@@ -2,7 +2,8 @@
 
 Varied text is better by far on the model it was measured on, and needs no sampling (docs/calibration.md).
 
-Statistics are kept in a cache folder, so that a model is calibrated once per machine.
+Statistics are kept in a cache folder, so that a model is calibrated once per machine. Where they cannot be kept, or the
+kept ones are damaged, a warning says so and the model is calibrated.
 """
 
 import hashlib
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import cached_assets_path
+from safetensors import SafetensorError
 
+from kvsplice_hf import folders
 from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
-from kvsplice_hf.calibration.collect import Batch
+from kvsplice_hf.calibration.collect import Batch, require_runnable
 from kvsplice_hf.calibration.data import WINDOW, as_batches, sample_from_model
+from kvsplice_hf.calibration.fingerprint import tokenizer_fingerprint
 from kvsplice_hf.errors import CalibrationError, UnsupportedError
 from kvsplice_hf.version import __version__
 
@@ -40,26 +44,78 @@ def auto_calibrate(
         tokenizer: of the model, or None.
         sample: makes the model's own text.
     """
-    path = statistics_folder() / f"{_key(calibrator, tokenizer is not None)}.safetensors"
+    name = f"{_key(calibrator, tokenizer)}.safetensors"
+    path, reason = _place(name)
+    if path is not None:
+        if _adopt_kept(calibrator, path):
+            return
+        reason = folders.obstacle(path.parent)
+    if reason is not None:  # said before the time is spent
+        _warn_unkept(path, reason)
+    calibrator.collect_batches(_text(model, tokenizer, sample))
+    if path is not None and reason is None:
+        _keep(calibrator, path)
+
+
+def _place(name: str) -> tuple[Path | None, str | None]:
+    """Where a file of statistics is kept, or None and why there is no such place."""
     try:
-        calibrator.adopt(KVSpliceCalibrator.load(path, model))
-        logger.info("Calibration statistics read from %s.", path)
-        return
-    except CalibrationError as error:
-        if path.exists():
-            logger.warning("%s Its place is taken by a new calibration.", error)
-    if tokenizer is None:
-        logger.warning(
-            "Calibrating on text that the model samples. Pass `tokenizer` to use varied text instead: it is faster, "
-            "and lost several times less perplexity where both were measured (docs/calibration.md)."
-        )
-        batches = sample()
-    else:
-        batches = as_batches("varied", tokenizer, AUTO_TOKENS, _window(model))
-    calibrator.collect_batches(batches)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    calibrator.save(unfinished)
-    unfinished.replace(path)
+        return statistics_folder() / name, None
+    except OSError as error:
+        return None, str(error)
+
+
+def _adopt_kept(calibrator: KVSpliceCalibrator, path: Path) -> bool:
+    """Take over the statistics kept at `path`; False where there are none, or none that anything can be fitted to."""
+    try:
+        kept = KVSpliceCalibrator.load(path)
+        _require_same_model(kept, calibrator)
+        for layer_idx, layer in kept.statistics.items():
+            layer.check(f"layer {layer_idx}")
+    except Exception as error:  # a damaged file can raise anything, and must not keep the model from being patched
+        if os.path.lexists(path):
+            logger.warning("%s is not used, and the model is calibrated again: %s", path, error)
+        return False
+    calibrator.adopt(kept)
+    logger.info("Calibration statistics read from %s.", path)
+    return True
+
+
+def _require_same_model(kept: KVSpliceCalibrator, calibrator: KVSpliceCalibrator) -> None:
+    """Check kept statistics against a calibrator that has seen no token yet.
+
+    Raises:
+        CalibrationError: they are of another model, or by another metric.
+    """
+    found, needed = (
+        (c.metric, c.fingerprint, {index: (layer.latent_dim, layer.rope_dim) for index, layer in c.statistics.items()})
+        for c in (kept, calibrator)
+    )
+    if found != needed:
+        raise CalibrationError(f"It holds statistics of another model ({found}, needed are {needed}).")
+
+
+def _keep(calibrator: KVSpliceCalibrator, path: Path) -> None:
+    try:
+        folders.write_whole(path, calibrator.save)
+    except (OSError, SafetensorError) as error:  # safetensors raises its own where a disk is full
+        _warn_unkept(path, error)
+
+
+def _warn_unkept(path: Path | None, reason: object) -> None:
+    place = "the cache folder" if path is None else path.parent
+    consequence = "The model is patched all the same, and will be calibrated again the next time."
+    folders.warn_unkept("Calibration statistics", place, reason, consequence)
+
+
+def _text(model: Any, tokenizer: Any, sample: Callable[[], list[Batch]]) -> list[Batch]:
+    if tokenizer is not None:
+        return as_batches("varied", tokenizer, AUTO_TOKENS, _window(model))
+    logger.warning(
+        "Calibrating on text that the model samples. Pass `tokenizer` to use varied text instead: it is faster, "
+        "and lost several times less perplexity where both were measured (docs/calibration.md)."
+    )
+    return sample()
 
 
 def own_text(model: Any) -> list[Batch]:
@@ -73,6 +129,7 @@ def own_text(model: Any) -> list[Batch]:
             f"A {type(model).__name__} cannot write text to calibrate itself on. Give `calibration` (token ids, texts "
             "with `tokenizer`, or a KVSpliceCalibrator), or a budget that needs none: `compression_ratio` or `rank`."
         )
+    require_runnable(model, "fisher")  # before text is sampled
     return sample_from_model(model, OWN_TOKENS, _window(model))
 
 
@@ -83,17 +140,29 @@ def _window(model: Any) -> int:
 
 
 def statistics_folder() -> Path:
-    """Where automatic calibrations are kept. The environment variable `KVSPLICE_CACHE` overrides the folder."""
-    root = os.environ.get("KVSPLICE_CACHE")
-    folder = Path(root) / "statistics" if root else cached_assets_path("kvsplice_hf", "statistics")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """Where automatic calibrations are kept. The environment variable `KVSPLICE_CACHE` overrides the folder.
+
+    Raises:
+        OSError: there is no such folder, and none can be made.
+    """
+    root = folders.chosen_root()
+    if root is not None:
+        return root / "statistics"
+    try:
+        return cached_assets_path("kvsplice_hf", "statistics")
+    except (RuntimeError, ValueError) as error:  # no home folder; a file where a folder should be
+        raise OSError(str(error)) from error
 
 
-def _key(calibrator: KVSpliceCalibrator, with_text: bool) -> str:
+def _key(calibrator: KVSpliceCalibrator, tokenizer: Any) -> str:
+    """Of everything that the statistics depend on."""
+    with_text = tokenizer is not None
     settings = [
         calibrator.fingerprint,
         calibrator.metric,
+        calibrator.layer_pattern,
+        calibrator.sink_tokens,
+        tokenizer_fingerprint(tokenizer),
         with_text,
         AUTO_TOKENS if with_text else OWN_TOKENS,
         WINDOW,

@@ -1,7 +1,5 @@
 """`KVSpliceCalibrator`: collect statistics once, fit any number of budgets to them."""
 
-import hashlib
-import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from tqdm import tqdm
 from kvsplice_hf.calibration.allocate import Distortion, allocate, measure_distortion
 from kvsplice_hf.calibration.collect import METRICS, Batch, Collector
 from kvsplice_hf.calibration.data import as_batches, share_of_process
+from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model
 from kvsplice_hf.calibration.fit import LayerFit, fit_rank, fit_widths
 from kvsplice_hf.calibration.holdout import split_holdout
 from kvsplice_hf.calibration.solve import LayerSolution, solve_layer
@@ -120,10 +119,11 @@ class KVSpliceCalibrator:
     ) -> None:
         if metric not in METRICS:
             raise ConfigError(f"`metric` is {metric!r}; it must be one of {', '.join(map(repr, METRICS))}.")
-        self.metric = metric
+        self.metric, self.layer_pattern = metric, layer_pattern
+        self.sink_tokens: int | None = sink_tokens
         self._collector: Collector | None = Collector(model, metric, layer_pattern, sink_tokens, seed)
         self.statistics: Statistics = self._collector.statistics
-        self.fingerprint = model_fingerprint(self._collector.sites)
+        self._fingerprint = ""
         # Sequences that nothing is fitted to.
         self.holdout: list[Batch] = []
         self._solutions: dict[int, LayerSolution] = {}
@@ -164,6 +164,7 @@ class KVSpliceCalibrator:
     def collect_batches(self, batches: list[Batch], progress: bool = True, holdout: int | None = None) -> None:
         """Run the model over token batches."""
         assert self._collector is not None
+        _ = self.fingerprint  # of the weights as they are now
         distributed = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         before = self._collector.statistics
@@ -182,6 +183,13 @@ class KVSpliceCalibrator:
         self._distortions.clear()
 
     @property
+    def fingerprint(self) -> str:
+        """Of the model that the statistics are of; see `fingerprint`. Taken before the first token is counted."""
+        if not self._fingerprint and self._collector is not None:
+            self._fingerprint = model_fingerprint(self._collector.model, self._collector.sites)
+        return self._fingerprint
+
+    @property
     def tokens(self) -> int:
         """Calibration tokens seen so far (sinks left out)."""
         return int(max(float(layer.count) for layer in self.statistics.values()))
@@ -189,6 +197,8 @@ class KVSpliceCalibrator:
     def save(self, path: str | Path) -> None:
         """Write the statistics as safetensors."""
         note = {"metric": self.metric, "fingerprint": self.fingerprint}
+        if self.sink_tokens is not None:
+            note["sink_tokens"] = str(self.sink_tokens)
         save_statistics(self.statistics, path, note, [batch["input_ids"] for batch in self.holdout])
 
     @classmethod
@@ -204,12 +214,14 @@ class KVSpliceCalibrator:
         """
         statistics, held_out, note = load_statistics(path)
         self = cls.__new__(cls)
-        self.metric, self.fingerprint = note.get("metric", "fisher"), note.get("fingerprint", "")
+        self.metric, self._fingerprint = note.get("metric", "fisher"), note.get("fingerprint", "")
         self.statistics, self._collector = statistics, None
+        self.layer_pattern = None
+        self.sink_tokens = int(note["sink_tokens"]) if "sink_tokens" in note else None  # not known before 0.2
         self._solutions, self._distortions = {}, {}
         self.holdout = [{"input_ids": ids} for ids in held_out]
         if model is not None:
-            self.require_model([site for site in find_mla_sites(model) if site.stores_latent])
+            self.require_model([site for site in find_mla_sites(model) if site.stores_latent], model)
         return self
 
     def adopt(self, other: "KVSpliceCalibrator") -> None:
@@ -220,8 +232,12 @@ class KVSpliceCalibrator:
         self._solutions.clear()
         self._distortions.clear()
 
-    def require_model(self, sites: list[MLASite]) -> None:
+    def require_model(self, sites: list[MLASite], model: nn.Module) -> None:
         """Refuse statistics of another model, and warn where only the weights are others (another checkpoint).
+
+        Args:
+            sites: the layers of `model` that statistics are needed of.
+            model: the model to be patched.
 
         Raises:
             CalibrationError: layers or sizes differ.
@@ -239,7 +255,7 @@ class KVSpliceCalibrator:
                     f"numbers, {site.name} has {site.kv_lora_rank} + {site.qk_rope_head_dim}. It is of another model: "
                     "calibrate this one."
                 )
-        if len(sites) == len(self.statistics) and self.fingerprint != model_fingerprint(sites):
+        if not same_model(self.fingerprint, model_fingerprint(model, sites)):
             logger.warning(
                 "The calibration is of a model of the same shape with other weights. The splice will fit that model: "
                 "calibrate this one, unless one was tuned from the other."
@@ -255,6 +271,13 @@ class KVSpliceCalibrator:
             ConfigError: the budget is below the smallest row.
         """
         chosen = sorted(self.statistics) if layers is None else layers
+        if self.sink_tokens is not None and self.sink_tokens != config.sink_tokens:
+            logger.warning(
+                "The statistics leave out the first %d tokens of each sequence, the splice is to keep %d exactly "
+                "(sink_tokens). Codes of tokens that were left out lose more. Calibrate with the same number.",
+                self.sink_tokens,
+                config.sink_tokens,
+            )
         for layer_idx in chosen:
             self.statistics[layer_idx].check(f"layer {layer_idx}")
         solutions = [self._solution(layer_idx) for layer_idx in chosen]
@@ -336,18 +359,3 @@ def _report(chosen: list[int], solutions: list[LayerSolution], fits: list[LayerF
         spectra=[solution.cost for solution in solutions],
         widths=[fit.codec.widths if fit.codec else empty for fit in fits],
     )
-
-
-@torch.no_grad()
-def model_fingerprint(sites: list[MLASite]) -> str:
-    """Tells models apart by the sizes of their MLA layers and a few numbers of their weights."""
-    digest = hashlib.sha256()
-    for site in sites:
-        sizes = (site.layer_idx, site.kv_lora_rank, site.qk_rope_head_dim, site.num_heads)
-        digest.update(json.dumps(sizes).encode())
-        weight = getattr(site.module.kv_b_proj, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.device.type != "meta":
-            # In bf16, so that the dtype in which the model was loaded makes no difference.
-            few = weight.detach().flatten()[:: max(1, weight.numel() // 64)].bfloat16().float()
-            digest.update(few.cpu().numpy().tobytes())
-    return digest.hexdigest()

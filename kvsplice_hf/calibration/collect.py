@@ -21,6 +21,7 @@ from tqdm import tqdm
 from kvsplice_hf.calibration.readers import ReaderRecorder
 from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
 from kvsplice_hf.errors import CalibrationError, PatchStateError
+from kvsplice_hf.offload import input_device
 from kvsplice_hf.sinks import exact_in_full_sequence
 from kvsplice_hf.sites import MLASite, find_mla_sites
 
@@ -49,7 +50,7 @@ class Collector:
         self.readers = ReaderRecorder(self.sites) if metric == "readers" else None
         self.statistics: Statistics = {}
         self.reset_statistics()
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device="cpu").manual_seed(seed)
         self.max_positions = _usable_positions(self.sites[0].module.config.get_text_config(decoder=True))
         self.has_rotated_keys = any(site.qk_rope_head_dim for site in self.sites)
         # Real tokens that are not sinks of the batch that is running, bool [B, T].
@@ -61,21 +62,23 @@ class Collector:
             site.layer_idx: LayerStatistics.empty(site.kv_lora_rank, site.qk_rope_head_dim) for site in self.sites
         }
 
+    @torch.inference_mode(False)  # in it there are no gradients, and what is counted could not be added to outside
     def run(self, batches: Sequence[Batch], progress: bool = True) -> None:
         """Count token batches.
 
         Raises:
-            CalibrationError: "fisher" needs predictions and the model makes none, or they are not finite.
+            CalibrationError: `require_runnable`; or tokens that the model does not know, or predictions that are not
+                finite.
             PatchStateError: the model is patched.
         """
-        if self.metric == "fisher" and not predicts(self.model):
-            raise CalibrationError(
-                f'metric="fisher" needs predictions, and a {type(self.model).__name__} has no output layer. Calibrate '
-                'the causal language model that it is part of, or use metric="readers".'
-            )
+        require_runnable(self.model, self.metric)
+        vocabulary = getattr(self.model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+        for batch in batches:
+            _require_known(batch["input_ids"], vocabulary)
+        device = input_device(self.model)
         with _prepared(self.model, self.metric == "fisher"), self._recording():
             for index, batch in enumerate(tqdm(batches, desc="calibrating", file=sys.stderr, disable=not progress)):
-                batch = {name: tensor.to(_input_device(self.model)) for name, tensor in batch.items()}
+                batch = {name: _usable(tensor, device) for name, tensor in batch.items()}
                 self._run_batch(batch | {"position_ids": self._positions(batch, index)})
 
     def _positions(self, batch: Batch, index: int) -> torch.Tensor:
@@ -87,14 +90,14 @@ class Collector:
         and where positions are learned, sequences that begin in the middle are unlike any that the model has seen.
         """
         ids, mask = batch["input_ids"], batch.get("attention_mask")
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        positions = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device).expand(ids.shape)
         if mask is not None:
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            positions = (mask.bool().cumsum(-1) - 1).clamp(min=0)
         room = max(0, self.max_positions - ids.shape[1]) if self.has_rotated_keys else 0
         # The golden ratio spreads any number of sequences evenly, without knowing how many will come.
-        order = torch.arange(len(ids), device=ids.device) + index * len(ids)
+        order = torch.arange(len(ids), dtype=torch.float32, device="cpu") + index * len(ids)
         offsets = (room * ((order * _GOLDEN_RATIO) % 1.0)).long()
-        return positions + offsets[:, None]
+        return positions + offsets[:, None].to(ids.device)
 
     def _run_batch(self, batch: Batch) -> None:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
@@ -107,7 +110,8 @@ class Collector:
                 self.model(**batch, use_cache=False, **({"logits_to_keep": 1} if predicts(self.model) else {}))
             return
         with torch.enable_grad():
-            logits = self.model(**batch, use_cache=False).logits[real]  # [tokens, vocabulary]
+            logits = self.model(**batch, use_cache=False).logits
+            logits = logits[real.to(logits.device)]  # [tokens, vocabulary]
             if not torch.isfinite(logits.detach()).all():
                 raise CalibrationError(
                     "The model's predictions on the calibration text are not finite. Load it in bfloat16 or float32."
@@ -145,6 +149,50 @@ def predicts(model: Any) -> bool:
     return getattr(model, "get_output_embeddings", lambda: None)() is not None
 
 
+def require_runnable(model: Any, metric: str) -> None:
+    """Refuse a model that cannot be calibrated by this metric, before any time is spent on it.
+
+    Raises:
+        CalibrationError: the model is not loaded; or "fisher", which needs gradients of predictions, and the model
+            makes no predictions or was loaded in `torch.inference_mode`.
+    """
+    if input_device(model).type == "meta":
+        raise CalibrationError(
+            f"The weights of this {type(model).__name__} are not loaded (meta device). Load the model before "
+            "calibrating it."
+        )
+    if metric != "fisher":
+        return
+    if not predicts(model):
+        raise CalibrationError(
+            f'metric="fisher" needs predictions, and a {type(model).__name__} has no output layer. Calibrate '
+            'the causal language model that it is part of, or use metric="readers".'
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise CalibrationError(
+            'metric="fisher" needs gradients, and this model was loaded or moved inside torch.inference_mode, whose '
+            "tensors have none for good. Load it outside (torch.no_grad is as good for generation), or calibrate it "
+            'with KVSpliceCalibrator(model, metric="readers"), which needs no gradients.'
+        )
+
+
+def _require_known(ids: torch.Tensor, vocabulary: int | None) -> None:
+    """Refuse token ids that the embeddings lack: on a GPU the look-up would end the process."""
+    lowest, highest = (int(end) for end in ids.aminmax())
+    if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
+        raise CalibrationError(
+            f"The calibration tokens are from {lowest} to {highest}, and the model knows those from 0 to "
+            f"{'...' if vocabulary is None else vocabulary - 1}. They are of another tokenizer, or hold labels: give "
+            "the token ids of this model."
+        )
+
+
+def _usable(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of a batch on the device; as a copy if it was made in inference mode, for autograd may keep it."""
+    tensor = tensor.to(device)
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def _usable_positions(config: Any) -> int:
     """How many positions there are before RoPE changes its frequencies."""
     limit = int(getattr(config, "max_position_embeddings", 0) or 0)
@@ -164,37 +212,37 @@ def _sampled_likelihood(logits: torch.Tensor, generator: torch.Generator) -> tor
     """Log-likelihood of labels drawn from the predictions themselves, summed over tokens."""
     log_probabilities = logits.float().log_softmax(-1)
     # Inverse transform sampling with noise from the CPU: the same draw on every device.
-    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    uniform = torch.rand(len(logits), 1, generator=generator, dtype=torch.float32, device="cpu").to(logits.device)
     cumulated = log_probabilities.detach().exp().cumsum(-1)
     labels = (cumulated < uniform * cumulated[:, -1:]).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
     return log_probabilities.gather(1, labels).sum()
 
 
-def _input_device(model: nn.Module) -> torch.device:
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    weight = embeddings.weight
-    return weight.device if weight.device.type != "meta" else torch.device("cpu")
-
-
 @contextlib.contextmanager
 def _prepared(model: Any, with_gradients: bool) -> Iterator[None]:
-    """The model in evaluation mode, without gradients of parameters; as it was afterwards."""
+    """The model in evaluation mode, and for gradients without those of parameters; as it was afterwards."""
     if any("expand_kv" in vars(module) for module in model.modules()):
         raise PatchStateError("The model is patched. Calibrate before patching, or call unpatch_model(model) first.")
     training = {module: module.training for module in model.modules()}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    # Gradients start at the embeddings, so that they reach the first layer without touching any parameter.
-    embeddings = model.get_input_embeddings()
-    hook = embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_()) if with_gradients else None
     model.eval()
     try:
-        yield
+        with _gradients_of_activations(model) if with_gradients else contextlib.nullcontext():
+            yield
     finally:
-        if hook is not None:
-            hook.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
         for module, mode in training.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def _gradients_of_activations(model: Any) -> Iterator[None]:
+    """Gradients from the embeddings on, so that they reach the first layer without touching any parameter."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        hook.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)

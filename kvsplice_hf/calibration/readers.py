@@ -22,7 +22,7 @@ from kvsplice_hf.absorbed import split_weight
 from kvsplice_hf.attention import WRAPPED_ATTENTION, attend_expanded
 from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
 from kvsplice_hf.errors import UnsupportedError
-from kvsplice_hf.sites import MLASite, effective_weight
+from kvsplice_hf.sites import MLASite, effective_weight, linear_map
 
 
 _NAME_PREFIX = "kvsplice_readers_"
@@ -42,7 +42,8 @@ class QueryMoments:
         by_token = query.detach().transpose(1, 2).float()
         counted = self.counted()
         chosen = by_token.flatten(0, 1) if counted is None else by_token[counted.to(query.device)]
-        moments = torch.einsum("thn,thm->hnm", chosen, chosen).cpu().double()
+        with torch.autocast(query.device.type, enabled=False):
+            moments = torch.einsum("thn,thm->hnm", chosen, chosen).cpu().double()
         self.total = moments if self.total is None else self.total + moments
         self.tokens += len(chosen)
 
@@ -113,7 +114,8 @@ def _add_readers(site: MLASite, moments: QueryMoments, layer: LayerStatistics) -
     """Add M and its counterpart for the rotated keys, times the number of tokens."""
     module, N = site.module, site.qk_nope_head_dim
     weights = split_weight(effective_weight(site).cpu().double(), N, site.v_head_dim)
-    output = module.o_proj.weight.detach().cpu().double()
+    size = site.num_heads * site.v_head_dim
+    output = linear_map(module.o_proj, size, site.dtype).cpu().double()
     output = output.view(output.shape[0], site.num_heads, -1)
     second = moments.total / moments.tokens * module.scaling**2  # type: ignore[operator]
     covariance = layer.covariance

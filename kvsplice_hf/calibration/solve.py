@@ -79,7 +79,8 @@ def _metric(statistics: LayerStatistics, metric: str, shrinkage: float) -> tuple
     """M [R, R], positive definite, and the diagonal of its counterpart for k_rot, [P]."""
     if metric == "pca":
         # k_rot is scored against as it is, a latent through weights of unit size more or less: count them alike.
-        return torch.eye(statistics.latent_dim, dtype=torch.float64), torch.ones_like(statistics.rot_sum)
+        matrix = torch.eye(statistics.latent_dim, dtype=torch.float64, device="cpu")
+        return matrix, torch.ones_like(statistics.rot_sum)
     total, rot = {
         "fisher": (statistics.fisher, statistics.rot_fisher),
         "readers": (statistics.readers, statistics.rot_readers),
@@ -88,7 +89,8 @@ def _metric(statistics: LayerStatistics, metric: str, shrinkage: float) -> tuple
     diagonal = matrix.diagonal()
     matrix = (1 - shrinkage) * matrix + shrinkage * torch.diag(diagonal)
     floor = _FLOOR * diagonal.mean() + 1e-30
-    return matrix + floor * torch.eye(len(matrix), dtype=torch.float64), rot / statistics.count + 1e-30
+    unit = torch.eye(len(matrix), dtype=torch.float64, device="cpu")
+    return matrix + floor * unit, rot / statistics.count + 1e-30
 
 
 def _shrunk_covariance(statistics: LayerStatistics) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What calibration remembers of each layer: sums over tokens, and a fixed number of sampled rows.
 
-Its size does not depend on the number of tokens, and several processes' statistics add up.
+Its size does not depend on the number of tokens, and several processes' statistics add up. They are made outside of
+`torch.inference_mode`, even where the caller is inside, because tensors made there cannot be added to later on.
 
 Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `M` sampled rows, `T` tokens.
 """
@@ -52,11 +53,12 @@ class LayerStatistics:
     draws: torch.Tensor
 
     @classmethod
+    @torch.inference_mode(False)
     def empty(cls, latent_dim: int, rope_dim: int) -> Self:
         """Statistics of no token."""
 
         def zeros(*sizes: int) -> torch.Tensor:
-            return torch.zeros(sizes, dtype=torch.float64)
+            return torch.zeros(sizes, dtype=torch.float64, device="cpu")
 
         R, P = latent_dim, rope_dim
         return cls(
@@ -69,7 +71,7 @@ class LayerStatistics:
             rot_fisher=zeros(P),
             readers=zeros(R, R),
             rot_readers=zeros(P),
-            rows=torch.zeros(0, R + P),
+            rows=zeros(0, R + P).float(),
             draws=zeros(0),
         )
 
@@ -93,18 +95,17 @@ class LayerStatistics:
 
     def add_rows(self, latents: torch.Tensor, k_rot: torch.Tensor, generator: torch.Generator) -> None:
         """Count tokens: latents [T, R] and rotated keys [T, P], on any device."""
-        latents, k_rot = latents.float(), k_rot.float()
         self.count += len(latents)
-        self.latent_sum += latents.sum(0, dtype=torch.float64).cpu()
-        self.latent_outer += _outer(latents)
-        self.rot_sum += k_rot.sum(0, dtype=torch.float64).cpu()
-        self.rot_square += k_rot.square().sum(0, dtype=torch.float64).cpu()
-        draws = torch.rand(len(latents), generator=generator, dtype=torch.float64)
-        # Only rows that can be among the M smallest draws have to leave the device.
-        bound = self.draws.max() if len(self.draws) == SAMPLED_ROWS else torch.tensor(torch.inf)
-        chosen = (draws < bound).nonzero()[:, 0]
-        rows = torch.cat([latents[chosen.to(latents.device)], k_rot[chosen.to(k_rot.device)]], dim=-1)
-        self._keep(rows.cpu(), draws[chosen])
+        self.latent_outer += _outer(latents.float())
+        latents, k_rot = latents.float().cpu(), k_rot.float().cpu()
+        self.latent_sum += _sum(latents)
+        self.rot_sum += _sum(k_rot)
+        self.rot_square += _sum(k_rot.square())
+        draws = torch.rand(len(latents), generator=generator, dtype=torch.float64, device="cpu")
+        # Only rows that can be among the M smallest draws are of use.
+        bound = float(self.draws.max()) if len(self.draws) == SAMPLED_ROWS else torch.inf
+        chosen = draws < bound
+        self._keep(torch.cat([latents[chosen], k_rot[chosen]], dim=-1), draws[chosen])
 
     def add_gradients(self, latents: torch.Tensor) -> None:
         """Count gradients at the latents, [T, R]."""
@@ -112,7 +113,7 @@ class LayerStatistics:
 
     def add_rot_gradients(self, k_rot: torch.Tensor) -> None:
         """Count gradients at the rotated keys, [T, P]."""
-        self.rot_fisher += k_rot.float().square().sum(0, dtype=torch.float64).cpu()
+        self.rot_fisher += _sum(k_rot.float().cpu().square())
 
     def _keep(self, rows: torch.Tensor, draws: torch.Tensor) -> None:
         draws = torch.cat([self.draws, draws])
@@ -159,14 +160,21 @@ class LayerStatistics:
             )
 
 
+def _sum(vectors: torch.Tensor) -> torch.Tensor:
+    """Sum of vectors [T, n] on the CPU, in fp64, which not every device has."""
+    return vectors.sum(0, dtype=torch.float64)
+
+
 def _outer(vectors: torch.Tensor) -> torch.Tensor:
     """Sum of v v^T over vectors [T, n]: fp32 products on their device, fp64 sum on the CPU."""
-    return (vectors.T @ vectors).double().cpu()
+    with torch.autocast(vectors.device.type, enabled=False):  # it would round the products
+        return (vectors.T @ vectors).cpu().double()
 
 
 Statistics = dict[int, LayerStatistics]
 
 
+@torch.inference_mode(False)
 def merge_across_processes(statistics: Statistics) -> Statistics:
     """The sum over all processes of `torch.distributed`, the same in each; as given where there is one process."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -203,6 +211,7 @@ def save_statistics(
     safetensors.torch.save_file(tensors, path, metadata={"format": _FORMAT, **note})
 
 
+@torch.inference_mode(False)
 def load_statistics(path: str | Path) -> tuple[Statistics, list[torch.Tensor], dict[str, str]]:
     """Read a file of `save_statistics`: the statistics, the held-out tokens, and the note.
 
@@ -210,7 +219,7 @@ def load_statistics(path: str | Path) -> tuple[Statistics, list[torch.Tensor], d
         CalibrationError: the file is missing, damaged, or something else.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:

@@ -113,7 +113,8 @@ def _reading(
     """
     still = sorted({frequency for frequency, _ in rest})
     count, half = len(still), source.head_dim // 2
-    query = torch.zeros(source.num_heads, 2 * (count + len(slots)), source.head_dim, dtype=torch.float64)
+    sizes = source.num_heads, 2 * (count + len(slots)), source.head_dim
+    query = torch.zeros(sizes, dtype=torch.float64, device="cpu")
     expand = torch.zeros(source.num_heads, 2 * count, latent_dim, dtype=torch.float64, device="cpu")
     for row, frequency in enumerate(still):
         query[:, row, frequency] = 1

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
-from kvsplice_hf.checkpoint import load_kvsplice, save_kvsplice
+from kvsplice_hf import folders
+from kvsplice_hf.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_kvsplice, save_kvsplice
 from kvsplice_hf.errors import ConfigError, TrainingError
 from kvsplice_hf.patching import find_patch, splice_disabled
 from kvsplice_hf.training.monitor import HistogramCallback, splice_metrics
@@ -111,6 +112,8 @@ class KVSpliceTrainer(Trainer):
         # The loss is a mean over each batch, so that accumulation has to divide it.
         self.loss_is_scaled_for_ga = False
         self.add_callback(HistogramCallback(self.callback_handler.callbacks))
+        self._pushed = _PushedCheckpoint()
+        self.add_callback(self._pushed)
         self._terms: dict[str, list[torch.Tensor]] = {}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -210,11 +213,37 @@ class KVSpliceTrainer(Trainer):
             return
         (folder / ARGUMENTS_NAME).write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n", "utf-8")
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the `Trainer` does, which knows the names of the files to push; ours are handed over as it begins."""
+        self._pushed.folder = Path(checkpoint_folder)
+        try:
+            super()._push_from_checkpoint(checkpoint_folder)
+        finally:
+            self._pushed.folder = None
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_kvsplice(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         load_kvsplice(self.accelerator.unwrap_model(self.model), str(self.state.best_model_checkpoint))
+
+
+class _PushedCheckpoint(TrainerCallback):
+    """Copies the splice of a checkpoint to where the `Trainer` uploads from, when it is about to.
+
+    It decides itself whether this checkpoint is pushed, or an upload is running that must not be disturbed.
+
+    Attributes:
+        folder: the checkpoint to be pushed, or None outside of that.
+    """
+
+    folder: Path | None = None
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.folder is None:
+            return
+        for name in (WEIGHTS_NAME, CONFIG_NAME, ARGUMENTS_NAME):
+            folders.write_bytes(Path(args.output_dir) / name, (self.folder / name).read_bytes())
 
 
 def _labels(inputs: dict[str, Any]) -> torch.Tensor:
