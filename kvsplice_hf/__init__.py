@@ -21,6 +21,7 @@ from kvsplice_hf.errors import (
     UnsupportedError,
     UpstreamChangedError,
 )
+from kvsplice_hf.explanation import Explanation, LayerPath, explain
 from kvsplice_hf.folding import merge_kvsplice, unmerge_kvsplice
 from kvsplice_hf.model_cache import KVCacheSize, KVSpliceCache, cache_nbytes, get_kv_cache_size
 from kvsplice_hf.patching import patch_model_with_kvsplice, splice_disabled, unpatch_model
@@ -35,12 +36,14 @@ __all__ = [
     "CalibrationReport",
     "CheckpointError",
     "ConfigError",
+    "Explanation",
     "FoldingError",
     "KVCacheSize",
     "KVSpliceCache",
     "KVSpliceCalibrator",
     "KVSpliceConfig",
     "KVSpliceError",
+    "LayerPath",
     "LayerPruning",
     "LearnedKVSplice",
     "NotMLAError",
@@ -53,6 +56,7 @@ __all__ = [
     "__version__",
     "cache_nbytes",
     "calibrate",
+    "explain",
     "get_kv_cache_size",
     "load_kvsplice",
     "merge_kvsplice",

@@ -283,18 +283,37 @@ def _attend_absorbed(module: Any, site: PatchedSite, latent: CompressedLatent) -
         FoldingError: absorbed attention was asked for and `kv_b_proj` cannot be folded.
         UnsupportedError: it was asked for, and the attention function was changed after patching.
     """
-    ours = (module.config._attn_implementation or "").startswith(_NAME_PREFIX)
-    if site.mode == "expanded" or (site.mode == "auto" and not (ours and _absorbed_is_cheaper(module, site, latent))):
-        return False
-    foldable = foldable_weight(module.kv_b_proj) is not None
-    if site.mode == "absorbed" and not ours:
-        raise UnsupportedError(
-            f'attention="absorbed" needs the attention function set by the patch, but it is now '
-            f"{module.config._attn_implementation!r}. Unpatch, set it to one of {WRAPPED_ATTENTION}, and patch again."
-        )
-    if site.mode == "absorbed" and not foldable:
+    refused = absorbed_refusal(module, site, latent.new_tokens, latent.rows.shape[2])
+    if refused is not None and site.mode == "absorbed":
+        if not _is_ours(module):
+            raise UnsupportedError(
+                f'attention="absorbed" needs the attention function set by the patch, but it is now '
+                f"{module.config._attn_implementation!r}. Unpatch, set it to one of {WRAPPED_ATTENTION}, and patch "
+                "again."
+            )
         raise FoldingError(unfoldable_message(module.kv_b_proj))
-    return foldable
+    return refused is None
+
+
+def absorbed_refusal(module: Any, site: PatchedSite, new_tokens: int, stored: int) -> str | None:
+    """Why a call of T new tokens on S stored ones does not run on the codes, or None where it does."""
+    if site.mode == "expanded":
+        return 'attention="expanded" was asked for'
+    if not _is_ours(module):
+        return (
+            f"the attention function is {module.config._attn_implementation!r}, which reads keys and values only: load "
+            'the model with attn_implementation="sdpa"'
+        )
+    if site.mode == "auto" and not _absorbed_is_cheaper(module, site, new_tokens, stored):
+        return f"for {new_tokens} new tokens on {stored} expanding takes fewer products"
+    if foldable_weight(module.kv_b_proj) is None:
+        kind = type(module.kv_b_proj).__name__
+        return f"kv_b_proj is a {kind} (packed, adapted or sharded), which cannot be folded"
+    return None
+
+
+def _is_ours(module: Any) -> bool:
+    return (module.config._attn_implementation or "").startswith(_NAME_PREFIX)
 
 
 def unfoldable_message(kv_b_proj: nn.Module) -> str:
@@ -306,15 +325,15 @@ def unfoldable_message(kv_b_proj: nn.Module) -> str:
     )
 
 
-def _absorbed_is_cheaper(module: Any, site: PatchedSite, latent: CompressedLatent) -> bool:
+def _absorbed_is_cheaper(module: Any, site: PatchedSite, new_tokens: int, stored: int) -> bool:
     """Compare multiplications of the two ways for T queries over S rows.
 
     Expanded: decode S latents, expand them, attend with head sizes N + P and V. Absorbed: take T queries and outputs
     through the latent, attend with head sizes r + P and r, shared by all heads.
     """
-    R, r = latent.splice.latent_dim, latent.splice.rank
+    R, r = site.geometry.kv_lora_rank, site.geometry.rank
     N, P, V = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
-    H, T, S = site.num_heads, latent.new_tokens, latent.rows.shape[2]
+    H, T, S = site.num_heads, new_tokens, stored
     expanded = S * R * (r + H * (N + V)) + T * S * H * (N + P + V)
     absorbed = T * H * R * (N + V + 2 * r) + T * S * H * (2 * r + P)
     return absorbed < expanded

@@ -1,0 +1,151 @@
+"""`explain(model)`: which code decodes and prefills each layer, and why none of the faster ones does."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from kvsplice_hf import dispatch
+from kvsplice_hf.attention import PatchedSite, absorbed_refusal
+from kvsplice_hf.call import current_state
+from kvsplice_hf.offload import execution_device, is_offloaded
+from kvsplice_hf.patching import all_patched_sites
+from kvsplice_hf.sites import MLASite
+
+
+EXPANDED = "expanded"
+ORIGINAL = "original"
+
+
+@dataclass(frozen=True)
+class LayerPath:
+    """How one layer attends.
+
+    Attributes:
+        layer_idx: of the layer in the cache.
+        name: path of the attention module.
+        decode: what serves a step of one new token: "C++", "Triton", "PyTorch" (all three on codes), "expanded" (all
+            stored tokens are decoded and expanded at each step, as in the original model), or "original" (the splice
+            is disabled in this thread).
+        prefill: what serves many new tokens at once.
+        refused: each faster way that does not decode, and why.
+    """
+
+    layer_idx: int
+    name: str
+    decode: str
+    prefill: str
+    refused: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. As a string it is a table.
+
+    Attributes:
+        layers: one per patched attention module, by ascending `layer_idx`.
+        verdicts: what the first call of each kind has shown of the kernels in this process: "serves", or why not.
+        tokens: how many stored tokens a step was assumed to read.
+    """
+
+    layers: list[LayerPath]
+    verdicts: dict[str, str]
+    tokens: int
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        console = Console(file=out, width=140)
+        console.print(self._layers_table())
+        if self.verdicts:
+            console.print(self._verdicts_table())
+        return out.getvalue().rstrip()
+
+    def _layers_table(self) -> Table:
+        table = Table("layer", "decode", "prefill", "why not faster", title=f"a step that reads {self.tokens} tokens")
+        for layer in self.layers:
+            why = "; ".join(f"{way}: {reason}" for way, reason in layer.refused.items())
+            table.add_row(f"{layer.layer_idx} {layer.name}", layer.decode, layer.prefill, why)
+        return table
+
+    def _verdicts_table(self) -> Table:
+        table = Table("kernel, first calls in this process", "verdict")
+        for kind, verdict in self.verdicts.items():
+            table.add_row(kind, verdict)
+        return table
+
+
+def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
+    """Which code decodes and prefills each patched layer, and why none of the faster ones does.
+
+    It is asked of the model as it is now, in this thread: gradients switched on, autocast, `splice_disabled` and
+    adapters count. Nothing is computed and nothing is compiled but the C++ code, once per machine.
+
+    Args:
+        model: a patched model, or something wrapped around one.
+        tokens: stored tokens that a step reads. With few of them expanding may be cheaper.
+
+    Raises:
+        PatchStateError: the model is not patched.
+
+    Example:
+        >>> print(explain(model))
+    """
+    layers = [_explain_layer(site, state, tokens) for site, state in all_patched_sites(model)]
+    return Explanation(layers, dispatch.verdicts(), tokens)
+
+
+def _explain_layer(site: MLASite, state: PatchedSite, tokens: int) -> LayerPath:
+    def path(decode: str, prefill: str, refused: dict[str, str]) -> LayerPath:
+        return LayerPath(site.layer_idx, site.name, decode, prefill, refused)
+
+    if not current_state(state.patch).enabled:
+        return path(ORIGINAL, ORIGINAL, {"codes": "the splice is disabled in this thread (splice_disabled)"})
+    prefill = EXPANDED if absorbed_refusal(site.module, state, 512, 512) else "on codes"
+    reason = absorbed_refusal(site.module, state, 1, tokens) or _gradients_of_packed(site, state)
+    if reason is not None:
+        return path(EXPANDED, prefill, {"codes": reason})
+    kernel = "C++" if execution_device(site.module.kv_b_proj).type == "cpu" else "Triton"
+    reason = _kernel_refusal(site, state)
+    if reason is not None:
+        return path("PyTorch", prefill, {kernel: reason})
+    return path(kernel, prefill, {})
+
+
+def _gradients_of_packed(site: MLASite, state: PatchedSite) -> str | None:
+    wanted = torch.is_grad_enabled() and any(_requires_gradients(site.module))
+    if state.splice.codec is None or not wanted:
+        return None
+    return "gradients are on, and packed rows have none: run under torch.no_grad()"
+
+
+def _kernel_refusal(site: MLASite, state: PatchedSite) -> str | None:
+    if is_offloaded(site.module) and execution_device(site.module).type == "meta":
+        return "the weights are on the meta device"
+    reason = dispatch.refusal(list(_tensors_of_a_step(site, state)))
+    if reason is not None:
+        return reason
+    given_up = [f"{kind}: {verdict}" for kind, verdict in dispatch.verdicts().items() if verdict != "serves"]
+    mine = [line for line in given_up if line.startswith(("decode", "attend"))]
+    return f"given up in this process for {'; '.join(mine)}" if mine else None
+
+
+def _tensors_of_a_step(site: MLASite, state: PatchedSite) -> Iterator[torch.Tensor]:
+    """What a step hands to the kernels: a query and rows as the model makes them, weights as they are."""
+    device, splice = execution_device(site.module.kv_b_proj), state.splice
+    row_dtype = state.geometry.row_dtype(site.dtype)
+    trained = any(_requires_gradients(site.module))
+    yield torch.empty(1, 1, dtype=site.dtype, device=device, requires_grad=trained)
+    yield torch.empty(1, 1, dtype=row_dtype, device=device)
+    yield from (tensor for tensor in splice.weights() if tensor is not None)
+    if splice.codec is not None:
+        yield from (splice.codec.scales, splice.codec.centres)
+
+
+def _requires_gradients(module: Any) -> Iterator[bool]:
+    """Whether the query of a step has gradients: where anything that makes it is trained."""
+    return (parameter.requires_grad for parameter in module.parameters())
