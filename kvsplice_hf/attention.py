@@ -42,6 +42,25 @@ _NAME_PREFIX = "kvsplice_"
 SITE_ATTRIBUTE = "_kvsplice_site"
 
 
+class AttentionName(str):
+    """Our name for the attention function `base`, as the settings of a patched model hold it.
+
+    Settings are copied to where nobody has made our name known: for another model, or pickled for another process. What
+    arrives there is the name of the function that ours stands in for. With the model itself our name is copied as well:
+    `PatchedSite` sees to that.
+    """
+
+    base: str
+
+    def __new__(cls, base: str) -> "AttentionName":
+        name = super().__new__(cls, _NAME_PREFIX + base)
+        name.base = base
+        return name
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:  # for `pickle` and `copy`
+        return str, (self.base,)
+
+
 class PatchedSite:
     """What the patch knows of one attention module, kept on it as a plain attribute. Nothing of it belongs to a call.
 
@@ -55,6 +74,7 @@ class PatchedSite:
         mode: "auto", "absorbed" or "expanded".
         arguments: how its forward takes its arguments.
         attention_before: name of the attention function that the patch has put another one in the place of, or None.
+        settings: those of the module, where the name in them is ours, or None.
     """
 
     def __init__(
@@ -68,6 +88,7 @@ class PatchedSite:
         mode: str,
         arguments: upstream.ForwardArguments,
         attention_before: str | None,
+        settings: Any,
     ) -> None:
         self.name = name
         self.patch = patch
@@ -78,16 +99,24 @@ class PatchedSite:
         self.mode = mode
         self.arguments = arguments
         self.attention_before = attention_before
+        self.settings = settings
         self.hooks: list[RemovableHandle] = []
 
     @property
     def splice(self) -> LearnedKVSplice:
         return self.owner.kvsplice
 
+    def __getstate__(self) -> dict[str, Any]:
+        name = None if self.settings is None else self.settings._attn_implementation
+        return {**vars(self), "named": name.base if isinstance(name, AttentionName) else None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
         # A model that was pickled whole may come back in a process that has never patched one.
         register_attention()
+        named = state.pop("named", None)
+        vars(self).update(state)
+        if named is not None:  # copied settings do not know what they were copied with
+            self.settings._attn_implementation_internal = AttentionName(named)
 
 
 def register_attention() -> None:
@@ -98,11 +127,12 @@ def register_attention() -> None:
             upstream.register_attention_function(name, functools.partial(_kvsplice_attention, base=base), base)
 
 
-def wrapped_name(base: str) -> str | None:
+def wrapped_name(base: str) -> AttentionName | None:
     """Our name for the attention function `base`, or None where we have none."""
-    if base.startswith(_NAME_PREFIX):  # the settings come from a model that is patched
+    if isinstance(base, AttentionName):  # the settings are shared with a model that is patched
         return base
-    return _NAME_PREFIX + base if base in WRAPPED_ATTENTION else None
+    base = base.removeprefix(_NAME_PREFIX)
+    return AttentionName(base) if base in WRAPPED_ATTENTION else None
 
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -14,6 +14,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from kvsplice_hf import folders
 from kvsplice_hf.attention import PatchedSite
 from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
@@ -55,11 +56,49 @@ def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: b
     Raises:
         PatchStateError: the model is not patched.
     """
-    sites, directory, config = patched_sites(model), Path(directory), find_patch(model)[1].config
+    states = {site.layer_idx: read_all(patched.splice) for site, patched in patched_sites(model)}
+    more: dict[str, Any] = {}
+    if is_main_process:
+        more["identities"] = {str(site.layer_idx): patched.splice.identity for site, patched in patched_sites(model)}
+    return _write(model, Path(directory), states, more, is_main_process)
+
+
+def save_splice_of(
+    model: nn.Module, directory: str | Path, weights: dict[str, torch.Tensor] | None, *, is_main_process: bool = True
+) -> None:
+    """As `save_kvsplice`, but from weights that were gathered before, where there are some; nothing if they lack it.
+
+    Args:
+        model: a patched model.
+        directory: where to.
+        weights: by name, as `state_dict` has them; None for those in memory.
+        is_main_process: whether this process writes.
+    """
+    if weights is None:
+        save_kvsplice(model, directory, is_main_process=is_main_process)
+        return
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    for site, patched in patched_sites(model):
+        names = {name: f"{site.name}.kvsplice.{name}" for name in patched.splice.state_dict()}
+        if not all(name in weights for name in names.values()):
+            return
+        states[site.layer_idx] = {name: weights[full] for name, full in names.items()}
+    _write(model, Path(directory), states, {}, is_main_process)
+
+
+def _write(
+    model: nn.Module,
+    directory: Path,
+    states: dict[int, dict[str, torch.Tensor]],
+    more: dict[str, Any],
+    is_main_process: bool,
+) -> Path:
+    """Write the splices with the parameters `states`, by cache layer index; `more` goes into the description."""
+    sites, config = patched_sites(model), find_patch(model)[1].config
     tensors: dict[str, torch.Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     for site, patched in sites:
-        state = read_all(patched.splice)
+        state = states[site.layer_idx]
         tensors |= {_key(site.layer_idx, name): whole(tensor).contiguous().cpu() for name, tensor in state.items()}
         layers[str(site.layer_idx)] = _describe_layer(site, patched, config)
     if not is_main_process:
@@ -71,15 +110,15 @@ def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: b
         "base_model_name_or_path": base.get("_name_or_path", ""),
         "config": config.to_dict(),
         "format": _FORMAT,
-        "identities": {str(site.layer_idx): patched.splice.identity for site, patched in sites},
         "layers": layers,
         "model_type": base["model_type"],
         "schema_version": SCHEMA_VERSION,
         "transformers_version": transformers.__version__,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
-    }
-    (directory / WEIGHTS_NAME).write_bytes(weights)
-    (directory / CONFIG_NAME).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    } | more
+    # Each whole or not at all. A process that is killed between the two leaves files that do not fit; loading says so.
+    folders.write_bytes(directory / WEIGHTS_NAME, weights)
+    folders.write_bytes(directory / CONFIG_NAME, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
     return directory
 
 

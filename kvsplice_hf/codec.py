@@ -18,7 +18,7 @@ Legend: `n` = r + P coordinates of a row, `r` of which share a gain.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -182,6 +182,22 @@ class RowCodec(nn.Module):
                     found[column].append(Field(start + index % size, shift, field, piece.shift))
             start += size
         return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As any module, and the tables with it; rows of another size are refused, for caches are made for this one."""
+        widths: Any = state_dict.get(f"{prefix}widths", self.widths)
+        known = widths.shape == self.widths.shape and not self.widths.is_meta
+        changed = known and not torch.equal(widths.cpu(), self.widths.cpu())
+        if changed and row_bytes(widths.cpu(), len(self.sigmas)) != self.row_bytes:
+            error_messages = args[-1]
+            error_messages.append(
+                f"{prefix}widths makes rows of {row_bytes(widths.cpu(), len(self.sigmas))} bytes, those of this model "
+                f"have {self.row_bytes}. Call unpatch_model(model), then load_kvsplice(model, folder)."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if changed:
+            self._add_tables()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "RowCodec":
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

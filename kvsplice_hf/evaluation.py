@@ -146,7 +146,7 @@ def score_windows(
         parts = [_compare(*pair, batch) for pair in zip(original, spliced, strict=True)]
         for name in ("nll", "original_nll", "kl", "agrees"):
             joined = torch.cat([part[name] for part in parts], dim=1)
-            getattr(scores, name).extend(joined.double().flatten().tolist())
+            getattr(scores, name).extend(joined.cpu().double().flatten().tolist())
         bar.update(len(batch))
     bar.close()
     return scores

@@ -107,7 +107,7 @@ def cache_nbytes(cache: Cache | ModelOutput, allocated: bool = False) -> int:
 def _occupied(layer: Any) -> int:
     total = 0
     for name, value in vars(layer).items():
-        if name == "_buffer":  # `keys` is a view of it
+        if name in ("_buffer", "_own_keys"):  # `keys` is a view of the one, and is the other
             continue
         nbytes = sum(tensor.nbytes for tensor in _tensors(value))
         if isinstance(layer, StaticLayer) and name in ("keys", "values", "indexer_keys"):

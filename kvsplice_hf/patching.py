@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kvsplice_hf import upstream
 from kvsplice_hf.attention import (
@@ -48,6 +49,9 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 # On the decoders and models around the patched layers: what the patch changed there.
 _SURROUNDINGS_ATTRIBUTE = "_kvsplice_surroundings"
+_SAVE_METHOD = "save_pretrained"
+# Arguments of `save_pretrained` that are for the upload.
+_HUB_ARGUMENTS = ("commit_message", "create_pr", "max_shard_size", "private", "revision", "token")
 
 
 @dataclass(eq=False)
@@ -69,7 +73,7 @@ class _Surroundings:
     """What the patch changed on a model of transformers around patched layers, kept there.
 
     Attributes:
-        hooks: of the decoder that runs the layers.
+        hooks: of the decoder that runs the layers: before its forward, and before weights are loaded into it.
         keys_to_ignore_on_save: `_keys_to_ignore_on_save` before the patch, where it was changed.
     """
 
@@ -435,6 +439,7 @@ def _apply(model: nn.Module, sites: list[MLASite], splices: dict[int, LearnedKVS
             config.attention,
             _read_forward(site, config),
             base if name not in (None, base) else None,
+            module.config if name is not None else None,
         )
         state.hooks.append(module.register_forward_pre_hook(enter_attention, with_kwargs=True))
         state.hooks.append(module.register_forward_hook(leave_attention))
@@ -467,10 +472,12 @@ def _change_surroundings(model: nn.Module, sites: list[MLASite], patch: ModelPat
         if id(around) in decoders:
             hook = functools.partial(carry_state, patch)
             changed.hooks.append(around.register_forward_pre_hook(hook, with_kwargs=True))
+            changed.hooks.append(around.register_load_state_dict_pre_hook(_warn_without_splice))
         keys = {key for key in around.state_dict() if ".kvsplice." in key}
         if keys:  # the base model's folder stays loadable by stock transformers
             changed.keys_to_ignore_on_save = (around._keys_to_ignore_on_save,)
             around._keys_to_ignore_on_save = set(around._keys_to_ignore_on_save or ()) | keys
+            setattr(around, _SAVE_METHOD, functools.partial(_save_pretrained, around))
         if hasattr(around, upstream.BATCHING_METHOD):
             setattr(around, upstream.BATCHING_METHOD, functools.partial(_init_continuous_batching, around))
         setattr(around, _SURROUNDINGS_ATTRIBUTE, changed)
@@ -495,6 +502,55 @@ def save_splice_with_model(around: Any, changed: _Surroundings | None = None) ->
     if changed.keys_to_ignore_on_save is not None:
         (around._keys_to_ignore_on_save,) = changed.keys_to_ignore_on_save
         changed.keys_to_ignore_on_save = None
+        vars(around).pop(_SAVE_METHOD, None)
+
+
+def _save_pretrained(
+    around: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    push_to_hub: bool = False,
+    *rest: Any,
+    **kwargs: Any,
+) -> None:
+    """`save_pretrained` around patched layers: the base model, as stock transformers loads it, and the splice.
+
+    The splice is written beside it, in the files of `save_kvsplice`. A folder with the name that the `Trainer` gives
+    its checkpoints gets the splice among the weights as well: those are all that it resumes from.
+    """
+    from kvsplice_hf.checkpoint import save_splice_of  # which imports this module
+
+    # Of a file in the place of the folder, and of a model whose layers were unpatched alone, transformers sees to it.
+    spliced = is_patched(around) and not Path(save_directory).is_file()
+    if spliced:
+        save_splice_of(around, save_directory, state_dict, is_main_process=is_main_process)
+    before = around._keys_to_ignore_on_save
+    if spliced and Path(save_directory).name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        (around._keys_to_ignore_on_save,) = vars(around)[_SURROUNDINGS_ATTRIBUTE].keys_to_ignore_on_save
+    try:
+        type(around).save_pretrained(
+            around, save_directory, is_main_process, state_dict, push_to_hub and not spliced, *rest, **kwargs
+        )
+    finally:
+        around._keys_to_ignore_on_save = before
+    if push_to_hub and spliced and is_main_process:  # all of a folder, and not only what transformers wrote itself
+        hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
+        around.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **hub)
+
+
+def _warn_without_splice(decoder: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before weights are loaded into a decoder with patched layers: say so if they are the base model's alone."""
+    paths = [name for (name, _), _ in _patched_modules(decoder)]
+    loaded = [name for name in paths if f"{prefix}{name}.kv_b_proj.weight" in state_dict]
+    if loaded and not any(".kvsplice." in key for key in state_dict):
+        logger.warning(
+            "Weights that hold no splice are loaded into a patched model (%s and %d more layers): the splice in memory "
+            "stays as it is, trained or not. If one was saved with them, load it as well: load_kvsplice(model, "
+            "folder).",
+            loaded[0],
+            len(loaded) - 1,
+        )
 
 
 def _decoders(model: nn.Module, sites: list[MLASite]) -> list[nn.Module]:

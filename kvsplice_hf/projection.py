@@ -106,7 +106,7 @@ class LearnedKVSplice(nn.Module):
         It is a digest of what is in the parameters, so it is the same in another process and after a round trip through
         a file. It is computed again only when a parameter was written to, replaced or moved.
         """
-        stamp = tuple(map(_stamp, self._meaning()))
+        stamp = _stamp(self._meaning())
         if self._known_identity[0] != stamp:
             self._known_identity = stamp, self._digest()
         return self._known_identity[1]
@@ -117,10 +117,14 @@ class LearnedKVSplice(nn.Module):
 
     def _meaning(self) -> list[Any]:
         """The tensors that say what a code means, as they are held."""
-        tensors: list[Any] = [*self._parameters.values()]
-        tensors += [self.compress._parameters["weight"], self.expand._parameters["weight"]]
-        if self.codec is not None:
-            tensors += [self.codec.widths, self.codec.scales, self.codec.centres]
+        # Past the lookup of attributes in modules, which is slow: each step of a model asks, once per layer.
+        parts: dict[str, Any] = self._modules
+        tensors: list[Any] = list(self._parameters.values())
+        tensors += (parts["compress"]._parameters["weight"], parts["expand"]._parameters["weight"])
+        codec = parts.get("codec")
+        if codec is not None:
+            tensors.append(codec._buffers["widths"])
+            tensors += (codec._buffers.get(name, codec._parameters.get(name)) for name in ("scales", "centres"))
         return tensors
 
     @torch.no_grad()
@@ -293,11 +297,13 @@ def normal_tensors() -> Iterator[None]:
         yield
 
 
-def _stamp(tensor: torch.Tensor) -> tuple[int, int]:
-    """Another one after the tensor was written to, replaced or moved."""
-    # A tensor made in inference mode counts no versions, and can be written to in that mode only.
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.data_ptr(), -1 if tensor.is_inference() else tensor._version
+def _stamp(tensors: list[Any]) -> list[int]:
+    """Another one after one of the tensors was written to, replaced or moved."""
+    try:
+        return [number for tensor in tensors for number in (tensor.data_ptr(), tensor._version)]
+    except RuntimeError:  # spread over processes, or made in inference mode, where no versions are counted
+        local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+        return [n for t in local for n in (t.data_ptr(), -1 if t.is_inference() else t._version)]
 
 
 @torch.no_grad()

@@ -141,6 +141,7 @@ def plan_pruning(layer_idx: int, scales: torch.Tensor, threshold: float) -> Laye
             f"`threshold` is {threshold!r}; it must be a positive number: the part of the median effective scale below "
             "which a coordinate is removed."
         )
+    scales = scales.cpu()  # float64 is not to be had on every device
     removed = scales < threshold * scales.median()
     removed[scales.argmax()] = False
     squares = scales.double().square()

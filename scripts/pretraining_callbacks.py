@@ -57,7 +57,7 @@ class Clock(TrainerCallback, ExportableState):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tick()
         if args.world_size > 1:  # the learning rate and the end must be the same everywhere
-            shared = torch.tensor([self.seconds], dtype=torch.float64, device=args.device)
+            shared = torch.tensor([self.seconds], dtype=torch.float32, device=args.device)
             dist.broadcast(shared, src=0)
             self.seconds = shared.item()
         if self.limit is not None and self.seconds >= self.limit:

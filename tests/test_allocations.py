@@ -1,6 +1,7 @@
 """Nothing depends on the defaults of the process: every allocation says its dtype and its device."""
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,13 @@ def test_every_allocation_of_the_package_names_dtype_and_device() -> None:
         if not ({"dtype", "device"} <= names or None in names or is_parameter):
             wanting.append(f"{place} torch.{call.func.attr}")
     assert wanting == []
+
+
+def test_float64_is_not_asked_for_on_a_device_that_may_have_none() -> None:
+    """Values go to the CPU first: Apple's GPUs have no float64."""
+    wrong = re.compile(r"\.double\(\)\.cpu\(\)|\.to\(\"cpu\", (dtype=)?torch\.float64\)|to\(torch\.float64\)\.cpu")
+    found = [path.name for path in PACKAGE.rglob("*.py") if wrong.search(path.read_text("utf-8"))]
+    assert found == []
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Its size does not depend on the number of tokens, and several processes' statist
 Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `M` sampled rows, `T` tokens.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,12 +17,14 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
+from kvsplice_hf import folders
 from kvsplice_hf.errors import CalibrationError
 
 
 SAMPLED_ROWS = 2048
 _FORMAT = "kvsplice_hf.statistics.1"
 _HOLDOUT = "holdout"
+_CHECKSUM = "sha256"
 
 
 @dataclass
@@ -194,7 +197,7 @@ def merge_across_processes(statistics: Statistics) -> Statistics:
 def save_statistics(
     statistics: Statistics, path: str | Path, note: Mapping[str, str], holdout: Sequence[torch.Tensor]
 ) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file: whole or not at all, with a checksum of what is in it.
 
     Args:
         statistics: by cache layer index.
@@ -208,7 +211,17 @@ def save_statistics(
         for field in fields(layer)
     }
     tensors |= {f"{_HOLDOUT}.{index}": ids.contiguous().cpu() for index, ids in enumerate(holdout)}
-    safetensors.torch.save_file(tensors, path, metadata={"format": _FORMAT, **note})
+    note = {"format": _FORMAT, _CHECKSUM: _digest(tensors), **note}
+    folders.write_bytes(Path(path), safetensors.torch.save(tensors, metadata=note))
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values. (A flipped bit may turn a sum into another one.)"""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.inference_mode(False)
@@ -229,6 +242,8 @@ def load_statistics(path: str | Path) -> tuple[Statistics, list[torch.Tensor], d
             f'{path} holds no calibration statistics of this release ("format" is {metadata.get("format")!r}, needed '
             f"is {_FORMAT!r}). Calibrate again."
         )
+    if metadata.get(_CHECKSUM, "") not in ("", _digest(tensors)):  # files of before have none
+        raise CalibrationError(f"{path} is damaged: its checksum is not that of what it holds. Calibrate again.")
     by_layer: dict[int, dict[str, torch.Tensor]] = {}
     holdout = [tensors.pop(name) for name in sorted(tensors) if name.startswith(_HOLDOUT)]
     for name, tensor in tensors.items():

@@ -55,7 +55,7 @@ def latent_statistics(
     mean = share @ latent
     centred = latent - mean
     covariance = centred.T @ (share[:, None] * centred)
-    output = layer.self_attn.o_proj.weight.detach().to("cpu", torch.float64)
+    output = layer.self_attn.o_proj.weight.detach().cpu().double()
     output = output.view(output.shape[0], source.num_heads, -1)
     still, size = weights.expand_key.shape[1], weights.query.shape[1]
     readers = torch.zeros_like(covariance)
@@ -81,7 +81,7 @@ def compress(layer: Any, weights: LayerWeights, statistics: LatentStatistics, ra
     # Rows of unit length: the scale of a code is free, and this one keeps codes about as large as latents.
     scale = encode.norm(dim=1)
     encode, decode = encode / scale[:, None], decode * scale
-    output = layer.self_attn.o_proj.weight.detach().to("cpu", torch.float64)
+    output = layer.self_attn.o_proj.weight.detach().cpu().double()
     mean_values = (weights.expand_value @ statistics.mean).flatten()
     return replace(
         weights,
@@ -94,7 +94,7 @@ def compress(layer: Any, weights: LayerWeights, statistics: LatentStatistics, ra
 
 
 def _latents(weights: LayerWeights, inputs: torch.Tensor) -> torch.Tensor:
-    return inputs.to("cpu", torch.float64) @ weights.latent.T + weights.latent_bias
+    return inputs.cpu().double() @ weights.latent.T + weights.latent_bias
 
 
 def _attention_statistics(

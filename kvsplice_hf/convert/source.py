@@ -81,10 +81,10 @@ def read_source(model: Any) -> SourceModel:
 
 def split_heads(linear: nn.Linear, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight [heads, d, D] and bias [heads, d] (zeros if there is none) of a projection, float64 on the CPU."""
-    weight = linear.weight.detach().to("cpu", torch.float64).view(-1, head_dim, linear.in_features)
+    weight = linear.weight.detach().cpu().double().view(-1, head_dim, linear.in_features)
     if linear.bias is None:
         return weight, weight.new_zeros(weight.shape[:2])
-    return weight, linear.bias.detach().to("cpu", torch.float64).view(-1, head_dim)
+    return weight, linear.bias.detach().cpu().double().view(-1, head_dim)
 
 
 def has_bias(linear: nn.Linear) -> bool:

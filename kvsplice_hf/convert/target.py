@@ -170,7 +170,7 @@ def _attention_state(
     """The parameters of a stock attention module, most of them in float64."""
     attention = layer.self_attn
     # The hidden states come from a norm: before its gains, their entries have mean square 1.
-    power = layer.input_layernorm.weight.detach().to("cpu", torch.float64).square()
+    power = layer.input_layernorm.weight.detach().cpu().double().square()
     gain, size = _constant_norm(weights.latent, weights.latent_bias, power)
     expand = torch.cat([weights.expand_key, weights.expand_value], 1).flatten(0, 1) / size
     state = {

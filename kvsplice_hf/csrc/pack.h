@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "packed.h"
@@ -49,7 +50,7 @@ inline uint8_t code_of(const Packer& packer, const float* row, int64_t column, f
 
 inline void pack_row(const Packer& packer, const float* row, uint8_t* packed) {
   const Codec& codec = packer.codec;
-  std::memset(packed, 0, codec.row_bytes);
+  std::fill_n(packed, codec.row_bytes, uint8_t{0});
   float gain = 1.0f;
   if (codec.has_gain) {
     packed[0] = gain_of(packer, row);
