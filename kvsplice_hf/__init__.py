@@ -4,7 +4,7 @@ Importing this package changes nothing: no class is patched, no name is register
 """
 
 from kvsplice_hf.calibration.calibrator import CalibrationReport, KVSpliceCalibrator, calibrate
-from kvsplice_hf.checkpoint import load_kvsplice, save_kvsplice
+from kvsplice_hf.checkpoint import load_kvsplice
 from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import (
@@ -24,9 +24,11 @@ from kvsplice_hf.errors import (
 from kvsplice_hf.explanation import Explanation, LayerPath, explain
 from kvsplice_hf.folding import merge_kvsplice, unmerge_kvsplice
 from kvsplice_hf.model_cache import KVCacheSize, KVSpliceCache, cache_nbytes, get_kv_cache_size
-from kvsplice_hf.patching import patch_model_with_kvsplice, splice_disabled, unpatch_model
+from kvsplice_hf.patched import splice_disabled
+from kvsplice_hf.patching import patch_model_with_kvsplice, unpatch_model
 from kvsplice_hf.projection import LearnedKVSplice
 from kvsplice_hf.pruning import LayerPruning, prune_kvsplice, pruning_candidates
+from kvsplice_hf.splice_files import save_kvsplice
 from kvsplice_hf.version import __version__
 
 

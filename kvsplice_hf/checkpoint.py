@@ -1,4 +1,4 @@
-"""Saves and loads the splice alone: `kvsplice_config.json` and `kvsplice_model.safetensors`.
+"""Loads the splice alone: `kvsplice_config.json` and `kvsplice_model.safetensors`. `splice_files` writes them.
 
 The format is described in docs/checkpoint_format.md.
 """
@@ -10,25 +10,22 @@ from typing import Any, NamedTuple, TypeVar
 
 import safetensors.torch
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from kvsplice_hf import folders
-from kvsplice_hf.attention import PatchedSite
 from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
-from kvsplice_hf.offload import execution_device, read_all, write_all
-from kvsplice_hf.patching import find_patch, is_patched, patch_with_splices, patched_sites
+from kvsplice_hf.offload import execution_device, write_all
+from kvsplice_hf.patched import is_patched, patched_sites
+from kvsplice_hf.patching import patch_with_splices
 from kvsplice_hf.projection import LearnedKVSplice, normal_tensors
-from kvsplice_hf.sharding import spread_like, whole
+from kvsplice_hf.sharding import spread_like
 from kvsplice_hf.sites import MLASite, find_mla_sites
+from kvsplice_hf.splice_files import CONFIG_NAME, FORMAT, WEIGHTS_NAME, key_of
+from kvsplice_hf.splice_files import save_kvsplice as save_kvsplice
 
 
-CONFIG_NAME = "kvsplice_config.json"
-WEIGHTS_NAME = "kvsplice_model.safetensors"
-_FORMAT = "kvsplice"
 _CODEC_BUFFERS = ("widths", "scales", "centres", "sigmas")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -40,94 +37,6 @@ class _Saved(NamedTuple):
     config: KVSpliceConfig
     layers: dict[int, dict[str, Any]]
     tensors: dict[str, torch.Tensor]
-
-
-def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: bool = True) -> Path:
-    """Write the splice of a patched model to `directory` (made if needed); the base model is not copied.
-
-    Args:
-        model: a patched model. Where FSDP has spread its parameters over processes, all of them must call this.
-        directory: where to.
-        is_main_process: whether this process writes.
-
-    Returns:
-        The directory.
-
-    Raises:
-        PatchStateError: the model is not patched.
-    """
-    states = {site.layer_idx: read_all(patched.splice) for site, patched in patched_sites(model)}
-    more: dict[str, Any] = {}
-    if is_main_process:
-        more["identities"] = {str(site.layer_idx): patched.splice.identity for site, patched in patched_sites(model)}
-    return _write(model, Path(directory), states, more, is_main_process)
-
-
-def save_splice_of(
-    model: nn.Module, directory: str | Path, weights: dict[str, torch.Tensor] | None, *, is_main_process: bool = True
-) -> None:
-    """As `save_kvsplice`, but from weights that were gathered before, where there are some; nothing if they lack it.
-
-    Args:
-        model: a patched model.
-        directory: where to.
-        weights: by name, as `state_dict` has them; None for those in memory.
-        is_main_process: whether this process writes.
-    """
-    if weights is None:
-        save_kvsplice(model, directory, is_main_process=is_main_process)
-        return
-    states: dict[int, dict[str, torch.Tensor]] = {}
-    for site, patched in patched_sites(model):
-        names = {name: f"{site.name}.kvsplice.{name}" for name in patched.splice.state_dict()}
-        if not all(name in weights for name in names.values()):
-            return
-        states[site.layer_idx] = {name: weights[full] for name, full in names.items()}
-    _write(model, Path(directory), states, {}, is_main_process)
-
-
-def _write(
-    model: nn.Module,
-    directory: Path,
-    states: dict[int, dict[str, torch.Tensor]],
-    more: dict[str, Any],
-    is_main_process: bool,
-) -> Path:
-    """Write the splices with the parameters `states`, by cache layer index; `more` goes into the description."""
-    sites, config = patched_sites(model), find_patch(model)[1].config
-    tensors: dict[str, torch.Tensor] = {}
-    layers: dict[str, dict[str, Any]] = {}
-    for site, patched in sites:
-        state = states[site.layer_idx]
-        tensors |= {_key(site.layer_idx, name): whole(tensor).contiguous().cpu() for name, tensor in state.items()}
-        layers[str(site.layer_idx)] = _describe_layer(site, patched, config)
-    if not is_main_process:
-        return directory
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    base = sites[0][0].module.config.to_dict()
-    description = {
-        "base_model_name_or_path": base.get("_name_or_path", ""),
-        "config": config.to_dict(),
-        "format": _FORMAT,
-        "layers": layers,
-        "model_type": base["model_type"],
-        "schema_version": SCHEMA_VERSION,
-        "transformers_version": transformers.__version__,
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
-    } | more
-    # Each whole or not at all. A process that is killed between the two leaves files that do not fit; loading says so.
-    folders.write_bytes(directory / WEIGHTS_NAME, weights)
-    folders.write_bytes(directory / CONFIG_NAME, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
-    return directory
-
-
-def _describe_layer(site: MLASite, patched: PatchedSite, config: KVSpliceConfig) -> dict[str, Any]:
-    rank = patched.geometry.rank
-    sizes: dict[str, Any] = {"kv_lora_rank": site.kv_lora_rank, "rank": rank}
-    if not config.is_packed and config.rank_for(site.kv_lora_rank, site.name) != rank:
-        sizes["pruned_from"] = config.rank_for(site.kv_lora_rank, site.name)
-    return sizes
 
 
 def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
@@ -178,7 +87,7 @@ def read_splices(directory: str | Path) -> dict[int, LearnedKVSplice]:
     for layer_idx, sizes in sorted(layers.items()):
         codec = _codec(tensors, layer_idx, directory)
         try:
-            dtype = tensors[_key(layer_idx, "compress.weight")].dtype
+            dtype = tensors[key_of(layer_idx, "compress.weight")].dtype
             with torch.random.fork_rng(devices=[]):  # constructors draw random numbers
                 splice = LearnedKVSplice(
                     sizes["kv_lora_rank"], sizes["rank"], use_layernorm=config.use_layernorm, dtype=dtype
@@ -204,7 +113,7 @@ def _set_parameters(
     if splice.is_merged:  # what is folded would go on with the parameters of before
         splice.unmerge()
     held = splice.state_dict()
-    write_all(splice, {name: spread_like(tensors[_key(layer_idx, name)], old) for name, old in held.items()})
+    write_all(splice, {name: spread_like(tensors[key_of(layer_idx, name)], old) for name, old in held.items()})
     splice.forget_identity()
 
 
@@ -214,7 +123,7 @@ def _codec(tensors: dict[str, torch.Tensor], layer_idx: int, directory: Path) ->
     Raises:
         CheckpointError: its values cannot be used.
     """
-    values = [tensors.get(_key(layer_idx, f"codec.{name}")) for name in _CODEC_BUFFERS]
+    values = [tensors.get(key_of(layer_idx, f"codec.{name}")) for name in _CODEC_BUFFERS]
     found = [value for value in values if value is not None]
     if len(found) < len(_CODEC_BUFFERS):
         return None
@@ -237,7 +146,7 @@ def _require_same_rows(model: nn.Module, codecs: dict[int, RowCodec | None], dir
 
 def _shapes_of_patched(model: nn.Module) -> dict[str, torch.Size]:
     return {
-        _key(site.layer_idx, name): tensor.shape
+        key_of(site.layer_idx, name): tensor.shape
         for site, patched in patched_sites(model)
         for name, tensor in patched.splice.state_dict().items()
     }
@@ -263,7 +172,7 @@ def _rank(site: MLASite, saved: _Saved) -> int:
         return sizes["rank"]
     if not saved.config.is_packed:
         return saved.config.rank_for(site.kv_lora_rank, site.name)
-    weight = saved.tensors.get(_key(site.layer_idx, "compress.weight"))
+    weight = saved.tensors.get(key_of(site.layer_idx, "compress.weight"))
     return min(max(1, len(weight)), site.kv_lora_rank) if weight is not None and weight.dim() == 2 else 1
 
 
@@ -284,11 +193,11 @@ def _shapes_after_patch(model: nn.Module, saved: _Saved, chosen: list[MLASite]) 
     try:
         for site in chosen:
             splice = _empty_splice(site, saved, device="meta")
-            shapes |= {_key(site.layer_idx, name): tensor.shape for name, tensor in splice.state_dict().items()}
+            shapes |= {key_of(site.layer_idx, name): tensor.shape for name, tensor in splice.state_dict().items()}
             if saved.config.is_packed:
                 row = torch.Size([splice.rank + site.qk_rope_head_dim])
                 sizes = {"widths": row, "scales": row, "centres": row, "sigmas": torch.Size([splice.rank])}
-                shapes |= {_key(site.layer_idx, f"codec.{name}"): size for name, size in sizes.items()}
+                shapes |= {key_of(site.layer_idx, f"codec.{name}"): size for name, size in sizes.items()}
     except ConfigError as error:
         raise CheckpointError(f"The saved splice does not fit this {type(model).__name__}: {error}") from error
     return shapes
@@ -308,11 +217,6 @@ def _require_fit(needed: dict[str, torch.Size], tensors: dict[str, torch.Tensor]
             f"The splice in {directory} was made for other shapes than this model's: {'; '.join(wrong[:3])}{more}. "
             "Load it into the base model it was made for."
         )
-
-
-def _key(layer_idx: int, name: str) -> str:
-    # By cache layer, not by path: a splice trained on `...ForCausalLM` fits the bare model as well.
-    return f"layers.{layer_idx}.kvsplice.{name}"
 
 
 def _read(directory: Path) -> _Saved:
@@ -336,8 +240,8 @@ def _read_description(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: it is not JSON ({error}). Save the splice again.") from error
-    if not isinstance(description, dict) or description.get("format") != _FORMAT:
-        raise CheckpointError(f'{path} is not a saved splice: "format" should be "{_FORMAT}".')
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise CheckpointError(f'{path} is not a saved splice: "format" should be "{FORMAT}".')
     version = description.get("schema_version")
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise CheckpointError(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.offload import input_device
-from kvsplice_hf.patching import splice_disabled
+from kvsplice_hf.patched import splice_disabled
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 

@@ -14,7 +14,7 @@ from kvsplice_hf import dispatch
 from kvsplice_hf.attention import PatchedSite, absorbed_refusal
 from kvsplice_hf.call import current_state
 from kvsplice_hf.offload import execution_device, is_offloaded
-from kvsplice_hf.patching import all_patched_sites
+from kvsplice_hf.patched import all_patched_sites
 from kvsplice_hf.sites import MLASite
 
 

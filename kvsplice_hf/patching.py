@@ -1,9 +1,8 @@
 """`patch_model_with_kvsplice` and `unpatch_model`: everything that changes a model, and the way back."""
 
-import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,13 +33,14 @@ from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
 from kvsplice_hf.calibration.collect import predicts
 from kvsplice_hf.calibration.fit import LayerFit, write_fit_
 from kvsplice_hf.calibration.holdout import divergence, log_probabilities
-from kvsplice_hf.call import Listener, SpliceState, current_state, states_of_thread
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
 from kvsplice_hf.offload import execution_device
 from kvsplice_hf.paged import init_continuous_batching
+from kvsplice_hf.patched import ModelPatch, find_patch, is_patched, models_around, patched_modules, patched_sites
 from kvsplice_hf.projection import LearnedKVSplice, initialise_, normal_tensors
-from kvsplice_hf.sites import MLASite, effective_weight, find_mla_sites, sites_of
+from kvsplice_hf.sites import MLASite, effective_weight, find_mla_sites
+from kvsplice_hf.splice_files import save_splice_of
 
 
 logger = logging.getLogger(__name__)
@@ -52,20 +52,6 @@ _SURROUNDINGS_ATTRIBUTE = "_kvsplice_surroundings"
 _SAVE_METHOD = "save_pretrained"
 # Arguments of `save_pretrained` that are for the upload.
 _HUB_ARGUMENTS = ("commit_message", "create_pr", "max_shard_size", "private", "revision", "token")
-
-
-@dataclass(eq=False)
-class ModelPatch:
-    """What the patched layers of one model have in common. Each of them refers to it, and it refers to none.
-
-    So a patch belongs to the layers, whoever wraps or unwraps the model that has them. A copied or pickled model has a
-    patch of its own.
-
-    Attributes:
-        config: the settings in force.
-    """
-
-    config: KVSpliceConfig
 
 
 @dataclass
@@ -183,107 +169,12 @@ def unpatch_model(model: ModelT) -> ModelT:
     Raises:
         PatchStateError: the model is not patched.
     """
-    _patches(model)
+    find_patch(model)
     for module in model.modules():
         if SITE_ATTRIBUTE in vars(module):
             _restore_module(module)
     _restore_surroundings(model)
     return model
-
-
-@contextlib.contextmanager
-def splice_disabled(model: nn.Module) -> Iterator[None]:
-    """Within this context the patched model computes exactly what the unpatched one would, on the same weights.
-
-    For comparing the two without a second copy in memory. It holds for the thread that enters it and not for others,
-    which may run the spliced model at the same time; a thread that is started inside runs the spliced model as well. A
-    cache belongs to one of the two: a spliced one cannot be continued inside the context, nor a stock one outside.
-
-    Raises:
-        PatchStateError: the model is not patched.
-
-    Example:
-        >>> with splice_disabled(model):
-        ...     original = model(input_ids, use_cache=False).logits
-    """
-    with states_of_thread((patch, replace(current_state(patch), enabled=False)) for patch in _patches(model)):
-        yield
-
-
-@contextlib.contextmanager
-def told_of_round_trips(model: nn.Module, listener: Listener) -> Iterator[None]:
-    """Within this context, in this thread, `listener` is told of each round trip: module, latent, decoded latent.
-
-    Raises:
-        PatchStateError: the model is not patched.
-    """
-    with states_of_thread((patch, SpliceState(on_round_trip=listener)) for patch in _patches(model)):
-        yield
-
-
-def is_patched(model: nn.Module) -> bool:
-    """Whether `model`, or a part of it, is patched."""
-    return any(SITE_ATTRIBUTE in vars(module) for module in model.modules())
-
-
-def find_patch(model: nn.Module) -> tuple[Any, ModelPatch]:
-    """The outermost model of transformers in `model` that has patched layers (or `model`, without one), and its patch.
-
-    Raises:
-        PatchStateError: the model is not patched.
-    """
-    patch = _patches(model)[0]
-    return next(iter(models_around(model)), model), patch
-
-
-def _patches(model: nn.Module) -> list[ModelPatch]:
-    """All patches of layers in `model`: one, unless several models were patched apart and put together.
-
-    Raises:
-        PatchStateError: the model is not patched.
-    """
-    found = {id(state.patch): state.patch for _, state in _patched_modules(model)}
-    if not found:
-        raise PatchStateError(
-            f"This {type(model).__name__} is not patched with KVSplice. Call patch_model_with_kvsplice(model) first."
-        )
-    return list(found.values())
-
-
-def _patched_modules(model: nn.Module) -> Iterator[tuple[tuple[str, nn.Module], PatchedSite]]:
-    for name, module in model.named_modules():
-        if SITE_ATTRIBUTE in vars(module):
-            yield (name, module), vars(module)[SITE_ATTRIBUTE]
-
-
-def patched_sites(model: nn.Module) -> list[tuple[MLASite, PatchedSite]]:
-    """The patched MLA layers of a patched model that store a latent, by ascending `layer_idx`.
-
-    Raises:
-        PatchStateError: the model is not patched.
-    """
-    return [(site, state) for site, state in all_patched_sites(model) if site.stores_latent]
-
-
-def all_patched_sites(model: nn.Module) -> list[tuple[MLASite, PatchedSite]]:
-    """`patched_sites`, and the layers that read the latent of another one.
-
-    Raises:
-        PatchStateError: the model is not patched.
-    """
-    patch = _patches(model)[0]
-    modules = [named for named, state in _patched_modules(model) if state.patch is patch]
-    return [(site, vars(site.module)[SITE_ATTRIBUTE]) for site in sites_of(modules)]
-
-
-def models_around(model: nn.Module) -> list[Any]:
-    """The models of transformers in `model` (itself, perhaps) that patched layers are in, the outermost first."""
-    patched = [f"{name}." for (name, _), _ in _patched_modules(model)]
-    return [
-        module
-        for path, module in model.named_modules()
-        if isinstance(module, PreTrainedModel) and any(name.startswith(f"{path}.") or not path for name in patched)
-    ]
 
 
 def _with_overrides(config: KVSpliceConfig | None, budget: dict[str, Any], *values: Any) -> KVSpliceConfig:
@@ -519,8 +410,6 @@ def _save_pretrained(
     The splice is written beside it, in the files of `save_kvsplice`. A folder with the name that the `Trainer` gives
     its checkpoints gets the splice among the weights as well: those are all that it resumes from.
     """
-    from kvsplice_hf.checkpoint import save_splice_of  # which imports this module
-
     # Of a file in the place of the folder, and of a model whose layers were unpatched alone, transformers sees to it.
     spliced = is_patched(around) and not Path(save_directory).is_file()
     if spliced:
@@ -541,7 +430,7 @@ def _save_pretrained(
 
 def _warn_without_splice(decoder: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Before weights are loaded into a decoder with patched layers: say so if they are the base model's alone."""
-    paths = [name for (name, _), _ in _patched_modules(decoder)]
+    paths = [name for (name, _), _ in patched_modules(decoder)]
     loaded = [name for name in paths if f"{prefix}{name}.kv_b_proj.weight" in state_dict]
     if loaded and not any(".kvsplice." in key for key in state_dict):
         logger.warning(

@@ -23,7 +23,7 @@ from kvsplice_hf.attention import PatchedSite
 from kvsplice_hf.codec import RowCodec
 from kvsplice_hf.errors import ConfigError, PatchStateError, UnsupportedError
 from kvsplice_hf.offload import read_parameter
-from kvsplice_hf.patching import all_patched_sites, models_around, patched_sites
+from kvsplice_hf.patched import all_patched_sites, models_around, patched_sites
 from kvsplice_hf.projection import LearnedKVSplice
 from kvsplice_hf.sites import MLASite, effective_weight
 from kvsplice_hf.upstream import drop_persistent_manager

@@ -39,7 +39,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvsplice, unpatch_model
 from kvsplice_hf.errors import ConfigError
-from kvsplice_hf.patching import patched_sites
+from kvsplice_hf.patched import patched_sites
 from kvsplice_hf.sites import find_mla_sites
 from kvsplice_hf.upstream import cache_argument
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kvsplice_hf.errors import TrainingError
-from kvsplice_hf.patching import patched_sites
+from kvsplice_hf.patched import patched_sites
 from kvsplice_hf.projection import LearnedKVSplice
 
 
