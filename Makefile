@@ -18,7 +18,7 @@ WORKERS ?= 2
 RELEASES ?=
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo demo-small test lint format releases newest test-newest constraints clean
+.PHONY: demo demo-small test sanitize lint format releases newest test-newest constraints clean
 
 # The build tools come from the constraints as well, instead of an isolated environment with whatever is newest.
 $(VENV)/.ready: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
@@ -68,6 +68,13 @@ constraints:
 	    .venv-newest/bin/pip list --format=freeze --exclude-editable --disable-pip-version-check \
 	    | sed 's/+cpu$$//' | grep -v '^pip=='; } > constraints.txt
 
+# The C++ code under AddressSanitizer and UndefinedBehaviorSanitizer, also with odd defaults, strides and sizes.
+sanitize: $(VENV)/.ready
+	KVSPLICE_CACHE=$(CURDIR)/.sanitized CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g" \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -s -p no:xdist \
+	    tests/test_native.py tests/test_allocations.py tests/test_explanation.py
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -80,4 +87,4 @@ format: $(VENV)/.ready
 	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
-	rm -rf $(VENV) .venv-newest .releases .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .releases .sanitized .pytest_cache .mypy_cache .ruff_cache
