@@ -38,6 +38,7 @@ from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, Unsup
 from kvsplice_hf.offload import execution_device
 from kvsplice_hf.paged import init_continuous_batching
 from kvsplice_hf.patched import ModelPatch, find_patch, is_patched, models_around, patched_modules, patched_sites
+from kvsplice_hf.patched import splice_disabled as splice_disabled  # where it used to be
 from kvsplice_hf.projection import LearnedKVSplice, initialise_, normal_tensors
 from kvsplice_hf.sites import MLASite, effective_weight, find_mla_sites
 from kvsplice_hf.splice_files import save_splice_of
