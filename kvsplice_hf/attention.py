@@ -168,7 +168,7 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     rows = paged_rows(kwargs) if state.enabled else None
     if rows is not None:
         enter_call(Call(module, state, None, new_tokens, reads_cache=True))
-        return site.arguments.replaced(site.arguments.cache, rows, args, kwargs)
+        return upstream.with_cache(site.arguments, rows, args, kwargs)
     cache = upstream.find_cache(args, kwargs)
     if cache is None:
         _require_no_other_cache(site, upstream.other_cache(site.arguments, args, kwargs))

@@ -241,6 +241,14 @@ def find_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cache | None
     return caches[0] if caches else None
 
 
+def with_cache(
+    arguments: ForwardArguments, cache: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with another cache, in the place of whatever it has under the names of one."""
+    others = {name: value for name, value in kwargs.items() if name not in _CACHE_NAMES}
+    return arguments.replaced(arguments.cache, cache, args, others)
+
+
 def other_cache(arguments: ForwardArguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a call without a `Cache` has in the place of one, or None."""
     given = (arguments.get(arguments.cache, args, kwargs), *(kwargs.get(name) for name in _CACHE_NAMES))
