@@ -13,7 +13,7 @@ from torch import nn
 from kvsplice_hf import dispatch
 from kvsplice_hf.attention import PatchedSite, absorbed_refusal
 from kvsplice_hf.call import current_state
-from kvsplice_hf.offload import execution_device, is_offloaded
+from kvsplice_hf.offload import execution_device
 from kvsplice_hf.patched import all_patched_sites
 from kvsplice_hf.sites import MLASite
 
@@ -124,8 +124,6 @@ def _gradients_of_packed(site: MLASite, state: PatchedSite) -> str | None:
 
 
 def _kernel_refusal(site: MLASite, state: PatchedSite) -> str | None:
-    if is_offloaded(site.module) and execution_device(site.module).type == "meta":
-        return "the weights are on the meta device"
     reason = dispatch.refusal(list(_tensors_of_a_step(site, state)))
     if reason is not None:
         return reason

@@ -110,11 +110,6 @@ def _persistent_names(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]
                 yield (f"{path}.{name}" if path else name), owner, name
 
 
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps weights of `module`, or of a part of it, elsewhere."""
-    return any(_offloading_hook(part) is not None for part in module.modules())
-
-
 def _offloading_hook(module: nn.Module) -> Any:
     """The hook of accelerate that brings the weights of `module`, or None."""
     hook = vars(module).get("_hf_hook")
