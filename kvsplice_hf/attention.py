@@ -122,9 +122,8 @@ class PatchedSite:
 def register_attention() -> None:
     """Make our attention functions, and the masks they need, known to transformers under names of ours."""
     for base in WRAPPED_ATTENTION:
-        name = _NAME_PREFIX + base
-        if not upstream.is_attention_function(name):
-            upstream.register_attention_function(name, functools.partial(_kvsplice_attention, base=base), base)
+        function = functools.partial(_kvsplice_attention, base=base)
+        upstream.register_attention_function(_NAME_PREFIX + base, function, base)
 
 
 def wrapped_name(base: str) -> AttentionName | None:

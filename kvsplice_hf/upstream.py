@@ -339,11 +339,6 @@ def drop_rows(layer: Any) -> None:
 # ------------------------------------------------------------------------------------------ attention functions
 
 
-def is_attention_function(name: str) -> bool:
-    """Whether transformers knows an attention function of this name."""
-    return name in ALL_ATTENTION_FUNCTIONS
-
-
 def attention_function(name: str) -> Callable[..., Any]:
     """The attention function that transformers knows under `name`."""
     return ALL_ATTENTION_FUNCTIONS[name]
@@ -352,8 +347,11 @@ def attention_function(name: str) -> Callable[..., Any]:
 def register_attention_function(name: str, function: Callable[..., Any], base: str) -> None:
     """Make an attention function known to transformers, with the masks of the function `base`.
 
+    A name that is known already keeps its function.
     Without a mask function of the same name a module gets no mask at all, and no error.
     """
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
 

@@ -92,9 +92,7 @@ class ReaderRecorder:
 
 def _register() -> None:
     for base in WRAPPED_ATTENTION:
-        name = _NAME_PREFIX + base
-        if not upstream.is_attention_function(name):
-            upstream.register_attention_function(name, _RecordingAttention(base), base)
+        upstream.register_attention_function(_NAME_PREFIX + base, _RecordingAttention(base), base)
 
 
 class _RecordingAttention:
