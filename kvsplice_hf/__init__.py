@@ -4,8 +4,8 @@ Importing this package changes nothing: no class is patched, no name is register
 """
 
 from kvsplice_hf.calibration.calibrator import CalibrationReport, KVSpliceCalibrator, calibrate
-from kvsplice_hf.checkpoint import load_kvsplice
-from kvsplice_hf.codec import RowCodec
+from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import (
     CacheMismatchError,
@@ -21,14 +21,14 @@ from kvsplice_hf.errors import (
     UnsupportedError,
     UpstreamChangedError,
 )
-from kvsplice_hf.explanation import Explanation, LayerPath, explain
-from kvsplice_hf.folding import merge_kvsplice, unmerge_kvsplice
-from kvsplice_hf.model_cache import KVCacheSize, KVSpliceCache, cache_nbytes, get_kv_cache_size
-from kvsplice_hf.patched import splice_disabled
+from kvsplice_hf.manage.explanation import Explanation, LayerPath, explain
+from kvsplice_hf.manage.loading import load_kvsplice
+from kvsplice_hf.manage.merging import merge_kvsplice, unmerge_kvsplice
+from kvsplice_hf.manage.pruning import LayerPruning, prune_kvsplice, pruning_candidates
+from kvsplice_hf.manage.sizes import KVCacheSize, KVSpliceCache, cache_nbytes, get_kv_cache_size
+from kvsplice_hf.patch.saving import save_kvsplice
+from kvsplice_hf.patch.state import splice_disabled
 from kvsplice_hf.patching import patch_model_with_kvsplice, unpatch_model
-from kvsplice_hf.projection import LearnedKVSplice
-from kvsplice_hf.pruning import LayerPruning, prune_kvsplice, pruning_candidates
-from kvsplice_hf.splice_files import save_kvsplice
 from kvsplice_hf.version import __version__
 
 

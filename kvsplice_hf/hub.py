@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch import nn
 
-from kvsplice_hf.patched import find_patch, patched_sites
-from kvsplice_hf.splice_files import save_kvsplice
+from kvsplice_hf.patch.saving import save_kvsplice
+from kvsplice_hf.patch.state import find_patch, patched_sites
 from kvsplice_hf.version import __version__
 
 

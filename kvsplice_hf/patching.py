@@ -14,7 +14,17 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kvsplice_hf import upstream
-from kvsplice_hf.attention import (
+from kvsplice_hf.cache.layers import RowGeometry
+from kvsplice_hf.cache.pages import init_continuous_batching
+from kvsplice_hf.calibration.auto import auto_calibrate, own_text
+from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
+from kvsplice_hf.calibration.collect import predicts
+from kvsplice_hf.calibration.fit import LayerFit, write_fit_
+from kvsplice_hf.calibration.holdout import divergence, log_probabilities
+from kvsplice_hf.code.projection import LearnedKVSplice, initialise_, normal_tensors
+from kvsplice_hf.config import KVSpliceConfig
+from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
+from kvsplice_hf.patch.attention import (
     SITE_ATTRIBUTE,
     WRAPPED_ATTENTION,
     PatchedSite,
@@ -27,21 +37,11 @@ from kvsplice_hf.attention import (
     unfoldable_message,
     wrapped_name,
 )
-from kvsplice_hf.cache import RowGeometry
-from kvsplice_hf.calibration.auto import auto_calibrate, own_text
-from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
-from kvsplice_hf.calibration.collect import predicts
-from kvsplice_hf.calibration.fit import LayerFit, write_fit_
-from kvsplice_hf.calibration.holdout import divergence, log_probabilities
-from kvsplice_hf.config import KVSpliceConfig
-from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
-from kvsplice_hf.offload import execution_device
-from kvsplice_hf.paged import init_continuous_batching
-from kvsplice_hf.patched import ModelPatch, find_patch, is_patched, models_around, patched_modules, patched_sites
-from kvsplice_hf.patched import splice_disabled as splice_disabled  # where it used to be
-from kvsplice_hf.projection import LearnedKVSplice, initialise_, normal_tensors
-from kvsplice_hf.sites import MLASite, effective_weight, find_mla_sites
-from kvsplice_hf.splice_files import save_splice_of
+from kvsplice_hf.patch.layers import MLASite, effective_weight, find_mla_sites
+from kvsplice_hf.patch.saving import save_splice_of
+from kvsplice_hf.patch.state import ModelPatch, find_patch, is_patched, models_around, patched_modules, patched_sites
+from kvsplice_hf.patch.state import splice_disabled as splice_disabled  # where it used to be
+from kvsplice_hf.weights.offload import execution_device
 
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig
 from kvsplice_hf.calibration import allocate, calibrator, collect, fit, solve
-from kvsplice_hf.codec import BEND
+from kvsplice_hf.code.codec import BEND
 from kvsplice_hf.text import spread_evenly
 
 

@@ -39,8 +39,8 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvsplice, unpatch_model
 from kvsplice_hf.errors import ConfigError
-from kvsplice_hf.patched import patched_sites
-from kvsplice_hf.sites import find_mla_sites
+from kvsplice_hf.patch.layers import find_mla_sites
+from kvsplice_hf.patch.state import patched_sites
 from kvsplice_hf.upstream import cache_argument
 
 

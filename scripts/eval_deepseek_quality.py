@@ -36,7 +36,7 @@ from kvsplice_hf import (
     unpatch_model,
 )
 from kvsplice_hf.evaluation import score_windows
-from kvsplice_hf.patched import patched_sites
+from kvsplice_hf.patch.state import patched_sites
 from kvsplice_hf.text import load_texts, token_windows
 
 

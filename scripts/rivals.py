@@ -31,7 +31,7 @@ from transformers.cache_utils import (
 )
 
 from kvsplice_hf.errors import ConfigError, PatchStateError
-from kvsplice_hf.sites import MLASite, find_mla_sites
+from kvsplice_hf.patch.layers import MLASite, find_mla_sites
 
 
 # Tokens at the start of every sequence that no rival touches, and that calibration leaves out: attention sinks.

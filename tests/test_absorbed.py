@@ -6,10 +6,11 @@ from itertools import product
 import pytest
 import torch
 
-from kvsplice_hf import LearnedKVSplice, streaming
-from kvsplice_hf.absorbed import absorbed_attention
-from kvsplice_hf.cache import CompressedLatent
-from kvsplice_hf.sinks import UNFILLED, ExactTokens
+from kvsplice_hf import LearnedKVSplice
+from kvsplice_hf.attend import reference as streaming
+from kvsplice_hf.cache.exact import UNFILLED, ExactTokens
+from kvsplice_hf.cache.layers import CompressedLatent
+from kvsplice_hf.patch.absorbed import absorbed_attention
 
 
 B, H, R, RANK, P, N, V, K = 2, 3, 12, 5, 4, 6, 7, 3

@@ -17,14 +17,14 @@ from kvsplice_hf import (
     KVSpliceCalibrator,
     KVSpliceConfig,
     load_kvsplice,
-    native,
     patch_model_with_kvsplice,
     save_kvsplice,
 )
-from kvsplice_hf.codec import RowCodec
+from kvsplice_hf.attend.native import calls as native
+from kvsplice_hf.attend.reference import attend_packed
+from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.projection import LearnedKVSplice, initialise_
 from kvsplice_hf.errors import ConfigError
-from kvsplice_hf.projection import LearnedKVSplice, initialise_
-from kvsplice_hf.streaming import attend_packed
 
 
 PACKAGE = Path(kvsplice_hf.__file__).parent

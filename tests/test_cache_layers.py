@@ -21,7 +21,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from kvsplice_hf.cache import (
+from kvsplice_hf.cache.exact import UNFILLED
+from kvsplice_hf.cache.layers import (
     CompressedLatent,
     RowGeometry,
     SplicedDynamicLayer,
@@ -33,10 +34,9 @@ from kvsplice_hf.cache import (
     SplicedStaticSlidingWindowLayer,
     splice_cache_layer,
 )
+from kvsplice_hf.code.projection import LearnedKVSplice, initialise_
 from kvsplice_hf.errors import CacheMismatchError
-from kvsplice_hf.model_cache import cache_nbytes
-from kvsplice_hf.projection import LearnedKVSplice, initialise_
-from kvsplice_hf.sinks import UNFILLED
+from kvsplice_hf.manage.sizes import cache_nbytes
 
 
 TOLERANCE = 1e-5

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kvsplice_hf import CalibrationError, ConfigError, KVSpliceCalibrator, KVSpliceConfig, KVSpliceError
 from kvsplice_hf.calibration.data import as_batches, sample_from_model
-from kvsplice_hf.sites import effective_weight, find_mla_sites
+from kvsplice_hf.patch.layers import effective_weight, find_mla_sites
 from kvsplice_hf.text import load_texts, token_windows
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from kvsplice_hf import RowCodec, dispatch, streaming
-from kvsplice_hf.dispatch import attend, pack
+from kvsplice_hf import RowCodec
+from kvsplice_hf.attend import backend as dispatch
+from kvsplice_hf.attend import reference as streaming
+from kvsplice_hf.attend.backend import attend, pack
 
 
 R, P = 6, 2
@@ -126,7 +128,7 @@ def test_the_environment_says_whether_they_are(value: str | None, monkeypatch: p
     monkeypatch.delenv("KVSPLICE_KERNELS", raising=False)
     if value is not None:
         monkeypatch.setenv("KVSPLICE_KERNELS", value)
-    spec = importlib.util.find_spec("kvsplice_hf.dispatch")
+    spec = importlib.util.find_spec("kvsplice_hf.attend.backend")
     assert spec is not None
     assert spec.loader is not None
     another = importlib.util.module_from_spec(spec)  # as at import, beside the module that others use
@@ -135,8 +137,8 @@ def test_the_environment_says_whether_they_are(value: str | None, monkeypatch: p
 
 
 def test_that_triton_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "kvsplice_hf.kernels", None)
-    monkeypatch.delattr("kvsplice_hf.kernels", raising=False)
+    monkeypatch.setitem(__import__("sys").modules, "kvsplice_hf.attend.triton.kernels", None)
+    monkeypatch.delattr("kvsplice_hf.attend.triton.kernels", raising=False)
     dispatch._triton_kernels.cache_clear()
     assert dispatch._triton_kernels() is None
     assert "Install kvsplice-hf[gpu]" in caplog.text

@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from kvsplice_hf import (
     KVSpliceConfig,
     PatchStateError,
-    dispatch,
     explain,
-    native,
     patch_model_with_kvsplice,
     splice_disabled,
 )
-from kvsplice_hf import absorbed as absorbed_module
-from kvsplice_hf import attention as attention_module
+from kvsplice_hf.attend import backend as dispatch
+from kvsplice_hf.attend.native import calls as native
+from kvsplice_hf.patch import absorbed as absorbed_module
+from kvsplice_hf.patch import attention as attention_module
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 

@@ -21,11 +21,11 @@ from kvsplice_hf import (
     unpatch_model,
     upstream,
 )
+from kvsplice_hf.cache.pages import init_continuous_batching
 from kvsplice_hf.calibration import auto
 from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model, tokenizer_fingerprint
-from kvsplice_hf.paged import init_continuous_batching
-from kvsplice_hf.patched import patched_sites
-from kvsplice_hf.sites import find_mla_sites
+from kvsplice_hf.patch.layers import find_mla_sites
+from kvsplice_hf.patch.state import patched_sites
 
 
 NAME = "deepseek_v3"

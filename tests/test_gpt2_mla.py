@@ -40,8 +40,7 @@ from kvsplice_hf import (
     unpatch_model,
     upstream,
 )
-from kvsplice_hf.attention import foldable_weight
-from kvsplice_hf.cache import SplicedLayerMixin
+from kvsplice_hf.cache.layers import SplicedLayerMixin
 from kvsplice_hf.gpt2_mla import (
     GPT2_MLA,
     GPT2_MLA_KV,
@@ -52,7 +51,8 @@ from kvsplice_hf.gpt2_mla import (
     MLA_Config,
     MLA_Flash,
 )
-from kvsplice_hf.sites import find_mla_sites
+from kvsplice_hf.patch.attention import foldable_weight
+from kvsplice_hf.patch.layers import find_mla_sites
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
 from kvsplice_hf.upstream import cache_argument
 

@@ -21,16 +21,16 @@ from kvsplice_hf import (
     KVSpliceConfig,
     LearnedKVSplice,
     RowCodec,
-    dispatch,
-    native,
-    native_library,
     patch_model_with_kvsplice,
-    streaming,
 )
-from kvsplice_hf.absorbed import _step, absorbed_attention
-from kvsplice_hf.cache import CompressedLatent
+from kvsplice_hf.attend import backend as dispatch
+from kvsplice_hf.attend import reference as streaming
+from kvsplice_hf.attend.native import calls as native
+from kvsplice_hf.attend.native import library as native_library
+from kvsplice_hf.cache.exact import UNFILLED, ExactTokens
+from kvsplice_hf.cache.layers import CompressedLatent
 from kvsplice_hf.errors import ConfigError, UnsupportedError
-from kvsplice_hf.sinks import UNFILLED, ExactTokens
+from kvsplice_hf.patch.absorbed import _step, absorbed_attention
 
 
 COMPILER = next((name for name in ("g++", "clang++") if shutil.which(name)), None)

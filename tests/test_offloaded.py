@@ -33,8 +33,15 @@ from kvsplice_hf import (
 from kvsplice_hf.calibration.data import sample_from_model
 from kvsplice_hf.calibration.fingerprint import model_fingerprint
 from kvsplice_hf.evaluation import score_windows
-from kvsplice_hf.offload import execution_device, input_device, read_all, read_parameter, write_all, write_parameter
-from kvsplice_hf.sites import find_mla_sites
+from kvsplice_hf.patch.layers import find_mla_sites
+from kvsplice_hf.weights.offload import (
+    execution_device,
+    input_device,
+    read_all,
+    read_parameter,
+    write_all,
+    write_parameter,
+)
 
 
 NAME = "deepseek_v3"

@@ -106,7 +106,10 @@ def test_no_library_takes_the_splice_for_a_layer_and_the_model_goes_on(other: An
     model = other(patch_model_with_kvsplice(build(NAME), CONFIG))
     for _, state in patched_sites(model):
         splice = state.splice
-        assert {type(part).__module__ for part in splice.modules()} <= {"kvsplice_hf.projection", "kvsplice_hf.codec"}
+        assert {type(part).__module__ for part in splice.modules()} <= {
+            "kvsplice_hf.code.projection",
+            "kvsplice_hf.code.codec",
+        }
         assert set(splice.state_dict()) == {
             "transform_scale",
             "transform_shift",

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, splice_disabled
-from kvsplice_hf.attention import _sdpa
 from kvsplice_hf.call import Call, SpliceState, enter_call
+from kvsplice_hf.patch.attention import _sdpa
 
 
 B, H, T = 2, 3, 11

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kvsplice_hf.code.projection import LearnedKVSplice, initialise_
 from kvsplice_hf.errors import ConfigError
-from kvsplice_hf.projection import LearnedKVSplice, initialise_
 
 
 R, r = 24, 9

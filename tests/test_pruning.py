@@ -39,12 +39,12 @@ from kvsplice_hf import (
     unpatch_model,
     upstream,
 )
-from kvsplice_hf.attention import SITE_ATTRIBUTE
-from kvsplice_hf.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_splices
-from kvsplice_hf.folding import merge_kvsplice, unmerge_kvsplice
+from kvsplice_hf.code.projection import LearnedKVSplice
+from kvsplice_hf.manage.loading import CONFIG_NAME, WEIGHTS_NAME, read_splices
+from kvsplice_hf.manage.merging import merge_kvsplice, unmerge_kvsplice
+from kvsplice_hf.manage.pruning import effective_scales, plan_pruning, prune_kvsplice, pruning_candidates
+from kvsplice_hf.patch.attention import SITE_ATTRIBUTE
 from kvsplice_hf.patching import patched_sites
-from kvsplice_hf.projection import LearnedKVSplice
-from kvsplice_hf.pruning import effective_scales, plan_pruning, prune_kvsplice, pruning_candidates
 from kvsplice_hf.upstream import cache_argument
 
 

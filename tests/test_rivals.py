@@ -18,7 +18,7 @@ from torch import nn
 
 from kvsplice_hf import patch_model_with_kvsplice
 from kvsplice_hf.errors import ConfigError, PatchStateError
-from kvsplice_hf.sites import find_mla_sites
+from kvsplice_hf.patch.layers import find_mla_sites
 
 
 ROOT = Path(__file__).parent.parent

@@ -38,13 +38,13 @@ from kvsplice_hf import (
     demo,
     folders,
     load_kvsplice,
-    native_library,
     patch_model_with_kvsplice,
     save_kvsplice,
     unpatch_model,
 )
+from kvsplice_hf.attend.native import library as native_library
 from kvsplice_hf.calibration import auto
-from kvsplice_hf.checkpoint import _CODEC_BUFFERS as _BUFFERS
+from kvsplice_hf.manage.loading import _CODEC_BUFFERS as _BUFFERS
 from kvsplice_hf.patching import patched_sites
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
 

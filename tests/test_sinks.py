@@ -8,7 +8,7 @@ from tiny_models import build
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from kvsplice_hf.sinks import (
+from kvsplice_hf.cache.exact import (
     UNFILLED,
     ExactTokens,
     empty_exact_tokens,

@@ -17,11 +17,11 @@ from kvsplice_hf import (
     LearnedKVSplice,
     RowCodec,
     patch_model_with_kvsplice,
-    streaming,
 )
-from kvsplice_hf.absorbed import absorbed_attention
-from kvsplice_hf.cache import CompressedLatent
-from kvsplice_hf.streaming import attend_packed, attend_rows
+from kvsplice_hf.attend import reference as streaming
+from kvsplice_hf.attend.reference import attend_packed, attend_rows
+from kvsplice_hf.cache.layers import CompressedLatent
+from kvsplice_hf.patch.absorbed import absorbed_attention
 from kvsplice_hf.upstream import cache_argument
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, splice_disabled
 from kvsplice_hf.call import SpliceState, current_state, states_of_thread
-from kvsplice_hf.patched import find_patch, patched_sites, told_of_round_trips
+from kvsplice_hf.patch.state import find_patch, patched_sites, told_of_round_trips
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 

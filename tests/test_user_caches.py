@@ -22,7 +22,7 @@ from kvsplice_hf import (
     save_kvsplice,
     unmerge_kvsplice,
 )
-from kvsplice_hf.sinks import UNFILLED, ExactTokens, relocated
+from kvsplice_hf.cache.exact import UNFILLED, ExactTokens, relocated
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 

@@ -26,7 +26,7 @@ from kvsplice_hf.calibration.statistics import (
 )
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CalibrationError, ConfigError
-from kvsplice_hf.sites import MLASite, find_mla_sites
+from kvsplice_hf.patch.layers import MLASite, find_mla_sites
 
 
 logger = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from kvsplice_hf.cache.exact import exact_in_full_sequence
 from kvsplice_hf.calibration.readers import ReaderRecorder
 from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
 from kvsplice_hf.errors import CalibrationError, PatchStateError
-from kvsplice_hf.offload import input_device
-from kvsplice_hf.sinks import exact_in_full_sequence
-from kvsplice_hf.sites import MLASite, find_mla_sites
+from kvsplice_hf.patch.layers import MLASite, find_mla_sites
+from kvsplice_hf.weights.offload import input_device
 
 
 METRICS = ("fisher", "readers", "pca")

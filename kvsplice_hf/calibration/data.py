@@ -25,7 +25,6 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from kvsplice_hf.calibration.collect import Batch
 from kvsplice_hf.errors import CalibrationError, ConfigError
-from kvsplice_hf.offload import input_device
 from kvsplice_hf.text import (
     HUB_SETS,
     SOURCES,
@@ -35,6 +34,7 @@ from kvsplice_hf.text import (
     spread_evenly,
     token_ids,
 )
+from kvsplice_hf.weights.offload import input_device
 
 
 WINDOW = 512

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvsplice_hf.offload import read_parameter
-from kvsplice_hf.sites import MLASite
+from kvsplice_hf.patch.layers import MLASite
+from kvsplice_hf.weights.offload import read_parameter
 
 
 _PREFIX = "all-weights"

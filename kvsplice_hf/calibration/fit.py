@@ -11,8 +11,8 @@ import torch
 from kvsplice_hf.calibration.allocate import fit_scales, sigmas_of, standardised
 from kvsplice_hf.calibration.solve import LayerSolution
 from kvsplice_hf.calibration.statistics import LayerStatistics
-from kvsplice_hf.codec import RowCodec
-from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.projection import LearnedKVSplice
 
 
 _SMALLEST_STD = 1e-6  # relative to the largest; a dimension that never varies keeps a finite scale

@@ -7,7 +7,7 @@ import torch
 
 from kvsplice_hf.calibration.collect import Batch
 from kvsplice_hf.errors import CalibrationError
-from kvsplice_hf.offload import input_device
+from kvsplice_hf.weights.offload import input_device
 
 
 # Of at least so many calibration sequences, so many are held out, unless another number is asked for.

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from kvsplice_hf import upstream
-from kvsplice_hf.absorbed import split_weight
-from kvsplice_hf.attention import WRAPPED_ATTENTION, attend_expanded
 from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
 from kvsplice_hf.errors import UnsupportedError
-from kvsplice_hf.sites import MLASite, effective_weight, linear_map
+from kvsplice_hf.patch.absorbed import split_weight
+from kvsplice_hf.patch.attention import WRAPPED_ATTENTION, attend_expanded
+from kvsplice_hf.patch.layers import MLASite, effective_weight, linear_map
 
 
 _NAME_PREFIX = "kvsplice_readers_"

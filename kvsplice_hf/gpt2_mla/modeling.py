@@ -1,8 +1,9 @@
 """GPT-2 with Multi-head Latent Attention: queries at full size, keys and values from one small latent per token.
 
-The attention module follows the convention of the MLA modules of transformers, which `kvsplice_hf.sites` looks for: the
-cache gets the latent and the rotated key, `expand_kv` makes keys and values of them. So `patch_model_with_kvsplice`
-needs to know nothing of this model. MLP, initialisation and eager attention are those of transformers' GPT-2.
+The attention module follows the convention of the MLA modules of transformers, which `kvsplice_hf.patch.layers`
+looks for: the cache gets the latent and the rotated key, `expand_kv` makes keys and values of them. So
+`patch_model_with_kvsplice` needs to know nothing of this model. MLP, initialisation and eager attention are those of
+transformers' GPT-2.
 
 Legend: `B` batch, `T` new tokens, `S` cached tokens, `D` n_embd, `H` heads, `R` kv_lora_rank, `P` qk_rope_head_dim,
 `N` qk_nope_head_dim, `V` v_head_dim.
@@ -28,11 +29,11 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.gpt2_mla.configuration import GPT2MLAConfig
 from kvsplice_hf.gpt2_mla.conversion import convert_gpt2
 from kvsplice_hf.gpt2_mla.splicing import build_in_splice, has_built_in_splice
-from kvsplice_hf.projection import LearnedKVSplice
 from kvsplice_hf.upstream import cache_argument, cache_of, causal_mask, given_cache, output_with_cache
 
 

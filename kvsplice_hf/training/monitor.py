@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from kvsplice_hf.projection import LearnedKVSplice
-from kvsplice_hf.sharding import whole
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.training.parameters import splices_of, statistics_of
+from kvsplice_hf.weights.sharding import whole
 
 
 def _transforms(splice: LearnedKVSplice) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kvsplice_hf.patched import told_of_round_trips
+from kvsplice_hf.patch.state import told_of_round_trips
 
 
 # An attention module, a latent of it, and what its code decodes to.

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import TrainingError
-from kvsplice_hf.patched import patched_sites
-from kvsplice_hf.projection import LearnedKVSplice
+from kvsplice_hf.patch.state import patched_sites
 
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import SCHEDULER_NAME
 
 from kvsplice_hf import folders
-from kvsplice_hf.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_kvsplice, save_kvsplice
 from kvsplice_hf.errors import ConfigError, TrainingError
-from kvsplice_hf.patched import find_patch, splice_disabled
+from kvsplice_hf.manage.loading import CONFIG_NAME, WEIGHTS_NAME, load_kvsplice, save_kvsplice
+from kvsplice_hf.patch.state import find_patch, splice_disabled
 from kvsplice_hf.training.monitor import HistogramCallback, splice_metrics
 from kvsplice_hf.training.objectives import (
     cross_entropy,

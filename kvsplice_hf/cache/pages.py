@@ -28,11 +28,11 @@ import torch
 from transformers import GenerationConfig
 
 from kvsplice_hf import upstream
-from kvsplice_hf.cache import CompressedLatent, RowGeometry
+from kvsplice_hf.cache.exact import ExactTokens
+from kvsplice_hf.cache.layers import CompressedLatent, RowGeometry
 from kvsplice_hf.call import current_state
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError, UnsupportedError
-from kvsplice_hf.projection import LearnedKVSplice
-from kvsplice_hf.sinks import ExactTokens
 from kvsplice_hf.upstream import MIN_TRANSFORMERS_PAGED
 
 

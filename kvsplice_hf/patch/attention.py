@@ -18,8 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from kvsplice_hf import upstream
-from kvsplice_hf.absorbed import absorbed_attention
-from kvsplice_hf.cache import CompressedLatent, RowGeometry, SplicedLayerMixin, splice_cache_layer
+from kvsplice_hf.cache.exact import exact_in_full_sequence
+from kvsplice_hf.cache.layers import CompressedLatent, RowGeometry, SplicedLayerMixin, splice_cache_layer
+from kvsplice_hf.cache.pages import PagedLatent, paged_rows
 from kvsplice_hf.call import (
     STATE_ARGUMENT,
     Call,
@@ -29,11 +30,10 @@ from kvsplice_hf.call import (
     note_expansion,
     running_call,
 )
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError, FoldingError, UnsupportedError
-from kvsplice_hf.offload import read_parameter
-from kvsplice_hf.paged import PagedLatent, paged_rows
-from kvsplice_hf.projection import LearnedKVSplice
-from kvsplice_hf.sinks import exact_in_full_sequence
+from kvsplice_hf.patch.absorbed import absorbed_attention
+from kvsplice_hf.weights.offload import read_parameter
 
 
 # Attention functions that the absorbed one can stand in for; others (flash, flex) keep the expanded path.

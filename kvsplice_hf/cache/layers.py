@@ -26,9 +26,9 @@ from transformers.cache_utils import (
 )
 
 from kvsplice_hf import upstream
+from kvsplice_hf.cache.exact import ExactTokens, empty_exact_tokens, fill_exact_tokens, overlay_exact, relocated
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError
-from kvsplice_hf.projection import LearnedKVSplice
-from kvsplice_hf.sinks import ExactTokens, empty_exact_tokens, fill_exact_tokens, overlay_exact, relocated
 
 
 @dataclass(frozen=True)

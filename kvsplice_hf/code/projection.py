@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kvsplice_hf.codec import RowCodec
-from kvsplice_hf.dispatch import encode, pack
+from kvsplice_hf.attend.backend import encode, pack
+from kvsplice_hf.attend.native.calls import Projection
+from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, TrainingError, UnsupportedError
-from kvsplice_hf.native import Projection
-from kvsplice_hf.offload import read_all, read_parameter
+from kvsplice_hf.weights.offload import read_all, read_parameter
 
 
 # A, D and mu of a merged splice. Buffers, so that they move, are cast and are copied with it; not saved.

@@ -168,7 +168,7 @@ def _pydoc_topics() -> Iterator[str]:
 
 def _varied_excerpts(half: int) -> Iterator[str]:
     """Excerpts of all kinds in turn, so that every part of them is as varied as the whole."""
-    folder = Path(__file__).parent / "calibration" / "varied"
+    folder = Path(__file__).parent / "varied"
     kinds = [(folder / name).read_text(encoding="utf-8").split("\n\f\n") for name in _VARIED_FILES]
     topics = "\n\n".join(islice(_pydoc_topics(), 0, None, 2))  # of the calibration half only
     starts = range(0, len(topics), len(topics) // _EXCERPTS)

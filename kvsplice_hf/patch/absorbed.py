@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kvsplice_hf import native
-from kvsplice_hf.cache import CompressedLatent
-from kvsplice_hf.dispatch import attend, decode
-from kvsplice_hf.sinks import ExactTokens, visible_keys
-from kvsplice_hf.streaming import Attended
+from kvsplice_hf.attend.backend import attend, decode
+from kvsplice_hf.attend.native import calls as native
+from kvsplice_hf.attend.reference import Attended
+from kvsplice_hf.cache.exact import ExactTokens, visible_keys
+from kvsplice_hf.cache.layers import CompressedLatent
 
 
 class AbsorbedWeights(NamedTuple):

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvsplice_hf.codec import RowCodec
+from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.errors import ConfigError, UnsupportedError
 
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from kvsplice_hf import native_types as types
-from kvsplice_hf.codec import RowCodec
+from kvsplice_hf.attend.native import types
+from kvsplice_hf.attend.native.library import load_library
+from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.errors import ConfigError, UnsupportedError
-from kvsplice_hf.native_library import load_library
 
 
 # Parts per thread that the rows are split into, so that a thread that is held up leaves the others something to do; and

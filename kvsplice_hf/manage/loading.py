@@ -13,17 +13,17 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from kvsplice_hf.codec import RowCodec
+from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.projection import LearnedKVSplice, normal_tensors
 from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
-from kvsplice_hf.offload import execution_device, write_all
-from kvsplice_hf.patched import is_patched, patched_sites
+from kvsplice_hf.patch.layers import MLASite, find_mla_sites
+from kvsplice_hf.patch.saving import CONFIG_NAME, FORMAT, WEIGHTS_NAME, key_of
+from kvsplice_hf.patch.saving import save_kvsplice as save_kvsplice
+from kvsplice_hf.patch.state import is_patched, patched_sites
 from kvsplice_hf.patching import patch_with_splices
-from kvsplice_hf.projection import LearnedKVSplice, normal_tensors
-from kvsplice_hf.sharding import spread_like
-from kvsplice_hf.sites import MLASite, find_mla_sites
-from kvsplice_hf.splice_files import CONFIG_NAME, FORMAT, WEIGHTS_NAME, key_of
-from kvsplice_hf.splice_files import save_kvsplice as save_kvsplice
+from kvsplice_hf.weights.offload import execution_device, write_all
+from kvsplice_hf.weights.sharding import spread_like
 
 
 _CODEC_BUFFERS = ("widths", "scales", "centres", "sigmas")

@@ -11,7 +11,7 @@ from typing import TypeVar
 from torch import nn
 
 from kvsplice_hf.errors import FoldingError, PatchStateError
-from kvsplice_hf.patched import patched_sites
+from kvsplice_hf.patch.state import patched_sites
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

@@ -20,9 +20,9 @@ from torch import nn
 from tqdm import tqdm
 
 from kvsplice_hf.errors import ConfigError
-from kvsplice_hf.offload import input_device
-from kvsplice_hf.patched import splice_disabled
+from kvsplice_hf.patch.state import splice_disabled
 from kvsplice_hf.upstream import cache_argument, cache_of
+from kvsplice_hf.weights.offload import input_device
 
 
 _CITATION = "Kullback and Leibler, On Information and Sufficiency, 1951."

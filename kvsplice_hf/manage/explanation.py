@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from kvsplice_hf import dispatch
-from kvsplice_hf.attention import PatchedSite, absorbed_refusal
+from kvsplice_hf.attend import backend as dispatch
 from kvsplice_hf.call import current_state
-from kvsplice_hf.offload import execution_device
-from kvsplice_hf.patched import all_patched_sites
-from kvsplice_hf.sites import MLASite
+from kvsplice_hf.patch.attention import PatchedSite, absorbed_refusal
+from kvsplice_hf.patch.layers import MLASite
+from kvsplice_hf.patch.state import all_patched_sites
+from kvsplice_hf.weights.offload import execution_device
 
 
 EXPANDED = "expanded"

@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from kvsplice_hf.attention import PatchedSite
-from kvsplice_hf.codec import RowCodec
+from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import ConfigError, PatchStateError, UnsupportedError
-from kvsplice_hf.offload import read_parameter
-from kvsplice_hf.patched import all_patched_sites, models_around, patched_sites
-from kvsplice_hf.projection import LearnedKVSplice
-from kvsplice_hf.sites import MLASite, effective_weight
+from kvsplice_hf.patch.attention import PatchedSite
+from kvsplice_hf.patch.layers import MLASite, effective_weight
+from kvsplice_hf.patch.state import all_patched_sites, models_around, patched_sites
 from kvsplice_hf.upstream import drop_persistent_manager
+from kvsplice_hf.weights.offload import read_parameter
 
 
 @dataclass(frozen=True)

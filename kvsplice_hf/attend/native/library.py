@@ -54,7 +54,7 @@ def _load() -> ctypes.CDLL:
         OSError, subprocess.SubprocessError: it cannot be compiled, or not be loaded.
     """
     compiler = [*_compiler(), *_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    with as_file(files("kvsplice_hf") / "csrc") as sources:
+    with as_file(files("kvsplice_hf.attend.native") / "csrc") as sources:
         name, folder = _fingerprint(compiler, sources), None
         try:
             folder = _cache_folder()

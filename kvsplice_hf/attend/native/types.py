@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import torch
 
-from kvsplice_hf.codec import NUMBERS_PER_COLUMN, RowCodec, gain_factors
+from kvsplice_hf.code.codec import NUMBERS_PER_COLUMN, RowCodec, gain_factors
 from kvsplice_hf.errors import ConfigError
 
 

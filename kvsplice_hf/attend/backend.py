@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from kvsplice_hf import native
-from kvsplice_hf.codec import RowCodec
+from kvsplice_hf.attend.native import calls as native
+from kvsplice_hf.attend.reference import Attended, attend_packed, attend_rows
+from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.errors import KVSpliceError
-from kvsplice_hf.streaming import Attended, attend_packed, attend_rows
 
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ def _title(kind: tuple[Any, ...]) -> str:
 def _triton_kernels() -> ModuleType | None:
     """The module of the Triton kernels, or None where Triton is missing."""
     try:
-        from kvsplice_hf import kernels
+        from kvsplice_hf.attend.triton import kernels
     except ImportError as error:
         logger.warning(
             "Triton is not installed (%s): PyTorch reads the codes, which is slower. Install kvsplice-hf[gpu].", error

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kvsplice_hf.codec import RowCodec
+from kvsplice_hf.code.codec import RowCodec
 
 
 # Scores held in memory at once: at most this many numbers (for at least _SMALLEST_BLOCK rows).

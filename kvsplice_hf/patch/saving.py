@@ -14,12 +14,12 @@ import transformers
 from torch import nn
 
 from kvsplice_hf import folders
-from kvsplice_hf.attention import PatchedSite
 from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
-from kvsplice_hf.offload import read_all
-from kvsplice_hf.patched import find_patch, patched_sites
-from kvsplice_hf.sharding import whole
-from kvsplice_hf.sites import MLASite
+from kvsplice_hf.patch.attention import PatchedSite
+from kvsplice_hf.patch.layers import MLASite
+from kvsplice_hf.patch.state import find_patch, patched_sites
+from kvsplice_hf.weights.offload import read_all
+from kvsplice_hf.weights.sharding import whole
 
 
 CONFIG_NAME = "kvsplice_config.json"

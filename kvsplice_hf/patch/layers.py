@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from kvsplice_hf.errors import ConfigError, NotMLAError, TransformersTooOldError
-from kvsplice_hf.offload import execution_device
 from kvsplice_hf.upstream import INSTALLED, MIN_TRANSFORMERS, MIN_TRANSFORMERS_DSA, require_latent_cache
+from kvsplice_hf.weights.offload import execution_device
 
 
 _SIZE_ATTRIBUTES = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "layer_idx")

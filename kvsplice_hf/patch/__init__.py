@@ -1,0 +1,1 @@
+"""Where a model is entered: its layers are found, hooked, and let go again."""

@@ -1,0 +1,28 @@
+"""Text to measure and to calibrate on."""
+
+from kvsplice_hf.text.sources import (
+    HUB_SETS,
+    SOURCES,
+    SPLITS,
+    cut_windows,
+    load_texts,
+    looks_like_path,
+    spread_evenly,
+    stream_hub_texts,
+    token_ids,
+    token_windows,
+)
+
+
+__all__ = [
+    "HUB_SETS",
+    "SOURCES",
+    "SPLITS",
+    "cut_windows",
+    "load_texts",
+    "looks_like_path",
+    "spread_evenly",
+    "stream_hub_texts",
+    "token_ids",
+    "token_windows",
+]
