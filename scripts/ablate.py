@@ -24,14 +24,14 @@ import yaml
 from ablation import Ablation, read_ablation
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from after_training import run_after
-from common import console, environment, readable_errors, require_known
-from experiment_records import RunKey, append_run, key_of, read_runs, write_experiment
 from filelock import FileLock, Timeout
-from pretraining_data import load_blocks
 from train_gpt2_mla import train
 
 from kvsplice_hf import ConfigError
+from kvsplice_hf.bench.command_line import console, environment, readable_errors, require_known
+from kvsplice_hf.bench.pretraining.after_training import run_after
+from kvsplice_hf.bench.pretraining.data import load_blocks
+from kvsplice_hf.bench.records import RunKey, append_run, key_of, read_runs, write_experiment
 
 
 # Between looks at what other processes on the same folder have finished.

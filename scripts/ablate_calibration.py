@@ -16,12 +16,21 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import DEMO, console, environment, finish, load_model, readable_errors, require_known, results_folder
 from compare_codecs import Comparison, Row, loss_text, ours
 from rich.table import Table
 from transformers import HfArgumentParser
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig
+from kvsplice_hf.bench.command_line import (
+    DEMO,
+    console,
+    environment,
+    finish,
+    load_model,
+    readable_errors,
+    require_known,
+    results_folder,
+)
 from kvsplice_hf.calibration import allocate, calibrator, collect, fit, solve
 from kvsplice_hf.code.codec import BEND
 from kvsplice_hf.text import spread_evenly

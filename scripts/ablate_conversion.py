@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import DEMO, console, environment, finish, readable_errors, results_folder
 from convert_to_mla import Loaded, compare, load, spread_windows
 from rich.table import Table
 from transformers import HfArgumentParser, PreTrainedModel
 
+from kvsplice_hf.bench.command_line import DEMO, console, environment, finish, readable_errors, results_folder
 from kvsplice_hf.convert import convert_to_mla
 from kvsplice_hf.convert.rotation import VirtualHeads, choose_slots, closed_form_queries, virtual_heads
 from kvsplice_hf.convert.sampling import LayerActivations, activations, capture_inputs

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from after_training import AfterTraining
-from common import names_of_settings, read_settings, read_yaml
-from experiment_records import RunKey
 from train_gpt2_mla import KINDS, parse, settings_of
 
 from kvsplice_hf import ConfigError
+from kvsplice_hf.bench.command_line import names_of_settings, read_settings, read_yaml
+from kvsplice_hf.bench.pretraining.after_training import AfterTraining
+from kvsplice_hf.bench.records import RunKey
 
 
 _KEYS = ("name", "control", "seeds", "config", "train", "budgets", "arms", "questions", "output_dir")

@@ -17,13 +17,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import DEMO, console, environment, finish, load_model, readable_errors, require_known, results_folder
 from convert_to_mla import spread_windows
 from rich.table import Table
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig
+from kvsplice_hf.bench.command_line import (
+    DEMO,
+    console,
+    environment,
+    finish,
+    load_model,
+    readable_errors,
+    require_known,
+    results_folder,
+)
 from kvsplice_hf.calibration.collect import METRICS
 
 

@@ -33,8 +33,6 @@ from typing import Any
 import matplotlib
 import psutil
 import torch
-from benchmark_geometries import GEOMETRIES, weight_bytes
-from common import DEMO, console, environment, finish, load_model, parse_dtype, readable_errors, results_folder
 from rich.table import Table
 from tqdm import tqdm
 from transformers import (
@@ -50,6 +48,17 @@ from transformers import (
 from transformers.cache_utils import Cache, StaticLayer
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, cache_nbytes, patch_model_with_kvsplice
+from kvsplice_hf.bench.command_line import (
+    DEMO,
+    console,
+    environment,
+    finish,
+    load_model,
+    parse_dtype,
+    readable_errors,
+    results_folder,
+)
+from kvsplice_hf.bench.geometries import GEOMETRIES, weight_bytes
 from kvsplice_hf.demo import load_original_demo_model
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.upstream import cache_argument

@@ -18,12 +18,22 @@ from typing import Any
 import matplotlib
 import psutil
 import torch
-from common import DEMO, Budget, console, environment, finish, load_model, readable_errors, results_folder, splice
 from rich.table import Table
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import cache_nbytes, splice_disabled
+from kvsplice_hf.bench.command_line import (
+    DEMO,
+    Budget,
+    console,
+    environment,
+    finish,
+    load_model,
+    readable_errors,
+    results_folder,
+    splice,
+)
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 

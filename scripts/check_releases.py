@@ -24,9 +24,10 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
-from common import parse_with_positional
 from rich.console import Console
 from rich.table import Table
+
+from kvsplice_hf.bench.command_line import parse_with_positional
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,10 +21,23 @@ from typing import Any
 
 import matplotlib
 import torch
-from common import DEMO, console, environment, finish, load_model, readable_errors, require_known, results_folder
 from convert_to_mla import spread_windows
 from rich.table import Table
-from rivals import (
+from tqdm import tqdm
+from transformers import HfArgumentParser, PreTrainedModel
+
+from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvsplice, unpatch_model
+from kvsplice_hf.bench.command_line import (
+    DEMO,
+    console,
+    environment,
+    finish,
+    load_model,
+    readable_errors,
+    require_known,
+    results_folder,
+)
+from kvsplice_hf.bench.rivals import (
     CACHE_BACKENDS,
     EXACT_TOKENS,
     RIVALS,
@@ -34,10 +47,6 @@ from rivals import (
     collect_statistics,
     simulated,
 )
-from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedModel
-
-from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvsplice, unpatch_model
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patch.layers import find_mla_sites
 from kvsplice_hf.patch.state import patched_sites

@@ -15,10 +15,17 @@ from typing import Any
 
 import matplotlib
 import torch
-from common import console, environment, finish, parse_with_positional, readable_errors, results_folder
 from rich.table import Table
 
 from kvsplice_hf import KVSpliceCalibrator
+from kvsplice_hf.bench.command_line import (
+    console,
+    environment,
+    finish,
+    parse_with_positional,
+    readable_errors,
+    results_folder,
+)
 from kvsplice_hf.calibration.solve import solve_layer
 
 

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import DEMO, console, environment, parse_dtype, readable_errors
 from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import cache_nbytes
+from kvsplice_hf.bench.command_line import DEMO, console, environment, parse_dtype, readable_errors
 from kvsplice_hf.convert import convert_to_mla
 from kvsplice_hf.demo import load_original_demo_model
 from kvsplice_hf.text import load_texts, spread_evenly, token_windows

@@ -13,13 +13,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import DEMO, Budget, console, environment, finish, load_model, readable_errors, results_folder, splice
 from rich.columns import Columns
 from rich.panel import Panel
 from rich.table import Table
 from transformers import HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import cache_nbytes, get_kv_cache_size, splice_disabled
+from kvsplice_hf.bench.command_line import (
+    DEMO,
+    Budget,
+    console,
+    environment,
+    finish,
+    load_model,
+    readable_errors,
+    results_folder,
+    splice,
+)
 from kvsplice_hf.demo import demo_folder
 from kvsplice_hf.evaluation import score_windows
 from kvsplice_hf.text import load_texts, token_windows

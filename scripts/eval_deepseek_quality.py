@@ -15,7 +15,16 @@ from typing import Any
 
 import matplotlib
 import torch
-from common import (
+from rich.table import Table
+from transformers import HfArgumentParser, PreTrainedModel
+
+from kvsplice_hf import (
+    KVSpliceConfig,
+    get_kv_cache_size,
+    patch_model_with_kvsplice,
+    unpatch_model,
+)
+from kvsplice_hf.bench.command_line import (
     DEMO,
     Calibration,
     calibrate,
@@ -25,15 +34,6 @@ from common import (
     load_model,
     readable_errors,
     results_folder,
-)
-from rich.table import Table
-from transformers import HfArgumentParser, PreTrainedModel
-
-from kvsplice_hf import (
-    KVSpliceConfig,
-    get_kv_cache_size,
-    patch_model_with_kvsplice,
-    unpatch_model,
 )
 from kvsplice_hf.evaluation import score_windows
 from kvsplice_hf.patch.state import patched_sites

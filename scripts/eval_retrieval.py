@@ -28,13 +28,23 @@ from typing import Any, TypeVar
 
 import matplotlib
 import torch
-from common import DEMO, Budget, console, environment, finish, load_model, readable_errors, results_folder, splice
 from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import get_kv_cache_size, splice_disabled
+from kvsplice_hf.bench.command_line import (
+    DEMO,
+    Budget,
+    console,
+    environment,
+    finish,
+    load_model,
+    readable_errors,
+    results_folder,
+    splice,
+)
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.text import load_texts
 from kvsplice_hf.upstream import cache_argument, cache_of

@@ -18,11 +18,21 @@ from typing import Any
 import datasets
 import matplotlib
 import torch
-from common import DEMO, Budget, console, environment, finish, load_model, parse_with_config, readable_errors, splice
 from rich.table import Table
 from transformers import EarlyStoppingCallback, PreTrainedModel, default_data_collator, set_seed
 
 from kvsplice_hf import ConfigError, cache_nbytes, load_kvsplice
+from kvsplice_hf.bench.command_line import (
+    DEMO,
+    Budget,
+    console,
+    environment,
+    finish,
+    load_model,
+    parse_with_config,
+    readable_errors,
+    splice,
+)
 from kvsplice_hf.evaluation import score_windows
 from kvsplice_hf.text import load_texts, spread_evenly, token_windows
 from kvsplice_hf.training import (

@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import console, readable_errors, require_known
-from pretraining_data import DOCUMENT_BREAK
 from rich.table import Table
-from text_sources import SHORT, SOURCES, NotFetched
 from transformers import HfArgumentParser
 
 from kvsplice_hf import ConfigError
+from kvsplice_hf.bench.command_line import console, readable_errors, require_known
+from kvsplice_hf.bench.pretraining.data import DOCUMENT_BREAK
+from kvsplice_hf.bench.pretraining.text_sources import SHORT, SOURCES, NotFetched
 
 
 _MEGABYTE = 1_000_000

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import console, environment, load_model, readable_errors
 from rich.table import Table
 from transformers import HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import ConfigError, LearnedKVSplice, load_kvsplice, save_kvsplice
+from kvsplice_hf.bench.command_line import console, environment, load_model, readable_errors
 from kvsplice_hf.manage.loading import CONFIG_NAME, read_splices
 from kvsplice_hf.manage.pruning import LayerPruning, effective_scales, plan_pruning, prune_kvsplice, pruning_candidates
 from kvsplice_hf.training.parameters import statistics_of

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import console, environment, finish, read_settings, readable_errors, results_folder
-from pretraining import ModelArguments, build_model
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from train_gpt2_mla import KINDS
 from transformers import HfArgumentParser, PreTrainedModel
+
+from kvsplice_hf.bench.command_line import console, environment, finish, read_settings, readable_errors, results_folder
+from kvsplice_hf.bench.pretraining.training import ModelArguments, build_model
 
 
 # What is compared, as changes of the settings; ranks are shares of the config's own.

@@ -15,12 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import console, finish, parse_with_positional, readable_errors, require_known, results_folder
-from experiment_records import read_experiment, read_runs
-from report_figures import draw_curves, draw_losses, draw_quality_against_bytes, draw_speed
 from rich.table import Table
 
 from kvsplice_hf import ConfigError
+from kvsplice_hf.bench.command_line import (
+    console,
+    finish,
+    parse_with_positional,
+    readable_errors,
+    require_known,
+    results_folder,
+)
+from kvsplice_hf.bench.figures import draw_curves, draw_losses, draw_quality_against_bytes, draw_speed
+from kvsplice_hf.bench.records import read_experiment, read_runs
 
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond these, the normal one is close enough.

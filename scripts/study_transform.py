@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from common import (
+from datasets import Dataset
+from rich.table import Table
+from torch.nn import functional as F
+from transformers import HfArgumentParser, PreTrainedModel
+
+from kvsplice_hf import KVSpliceConfig, load_kvsplice, patch_model_with_kvsplice, save_kvsplice, unpatch_model
+from kvsplice_hf.bench.command_line import (
     DEMO,
     Calibration,
     calibrate,
@@ -25,12 +31,6 @@ from common import (
     readable_errors,
     results_folder,
 )
-from datasets import Dataset
-from rich.table import Table
-from torch.nn import functional as F
-from transformers import HfArgumentParser, PreTrainedModel
-
-from kvsplice_hf import KVSpliceConfig, load_kvsplice, patch_model_with_kvsplice, save_kvsplice, unpatch_model
 from kvsplice_hf.evaluation import score_windows
 from kvsplice_hf.text import load_texts, spread_evenly, token_windows
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice

@@ -17,13 +17,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import console, environment, finish, parse_with_config, readable_errors
-from pretraining import BudgetArguments, ModelArguments, PretrainingTrainer, build_model, measurements
-from pretraining_data import Blocks, DataArguments, load_blocks
 from rich.table import Table
 from transformers import set_seed
 
 from kvsplice_hf import ConfigError
+from kvsplice_hf.bench.command_line import console, environment, finish, parse_with_config, readable_errors
+from kvsplice_hf.bench.pretraining.data import Blocks, DataArguments, load_blocks
+from kvsplice_hf.bench.pretraining.training import (
+    BudgetArguments,
+    ModelArguments,
+    PretrainingTrainer,
+    build_model,
+    measurements,
+)
 
 
 @dataclass

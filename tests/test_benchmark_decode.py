@@ -20,7 +20,7 @@ from kvsplice_hf.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-geometries: Any = importlib.import_module("benchmark_geometries")
+geometries: Any = importlib.import_module("kvsplice_hf.bench.geometries")
 decode: Any = importlib.import_module("benchmark_decode")
 
 SCRIPT = str(ROOT / "scripts" / "benchmark_decode.py")

@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 ablate: Any = importlib.import_module("ablate")
 ablation: Any = importlib.import_module("ablation")
 gather_text: Any = importlib.import_module("gather_text")
-pretraining_data: Any = importlib.import_module("pretraining_data")
-records: Any = importlib.import_module("experiment_records")
+pretraining_data: Any = importlib.import_module("kvsplice_hf.bench.pretraining.data")
+records: Any = importlib.import_module("kvsplice_hf.bench.records")
 report: Any = importlib.import_module("report")
-text_sources: Any = importlib.import_module("text_sources")
+text_sources: Any = importlib.import_module("kvsplice_hf.bench.pretraining.text_sources")
 train_gpt2_mla: Any = importlib.import_module("train_gpt2_mla")
 
 SMOKE = ROOT / "configs" / "ablations" / "smoke.yaml"
@@ -208,7 +208,8 @@ def losses(result: dict[str, Any]) -> list[float]:
 
 _KILLED = """
 import json, os, signal, sys
-import pretraining_callbacks, torch, train_gpt2_mla
+import torch, train_gpt2_mla
+from kvsplice_hf.bench.pretraining import callbacks as pretraining_callbacks
 torch.set_num_threads(1)
 tick = pretraining_callbacks.Clock.on_step_end
 def kill_at_step_5(self, args, state, control, **kwargs):
@@ -291,7 +292,7 @@ def test_settings_that_cannot_be_used_are_named(settings: dict[str, Any], phrase
 
 def test_configs_hold_known_settings_only() -> None:
     for path in (ROOT / "configs" / "gpt2_mla").glob("*.yaml"):
-        importlib.import_module("common").read_settings(path, train_gpt2_mla.KINDS)
+        importlib.import_module("kvsplice_hf.bench.command_line").read_settings(path, train_gpt2_mla.KINDS)
     for path in (ROOT / "configs" / "ablations").glob("*.yaml"):
         assert list(ablation.read_ablation(path, None, {}).runs())
     nano = ablation.read_ablation(ROOT / "configs" / "ablations" / "nano.yaml", None, {})

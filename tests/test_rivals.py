@@ -23,7 +23,7 @@ from kvsplice_hf.patch.layers import find_mla_sites
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-rivals: Any = importlib.import_module("rivals")
+rivals: Any = importlib.import_module("kvsplice_hf.bench.rivals")
 compare_codecs: Any = importlib.import_module("compare_codecs")
 
 R, P, T = 40, 8, 70  # R is no multiple of any group

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pretraining import BudgetArguments, collate, measurements
-from pretraining_data import Blocks
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
 from kvsplice_hf import ConfigError, KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvsplice, save_kvsplice
+from kvsplice_hf.bench.pretraining.data import Blocks
+from kvsplice_hf.bench.pretraining.training import BudgetArguments, collate, measurements
 from kvsplice_hf.gpt2_mla import GPT2MLAForCausalLM
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import datasets
 import torch
-from pretraining_callbacks import Clock, SampleCallback
-from pretraining_data import Blocks
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from kvsplice_hf import ConfigError, cache_nbytes
+from kvsplice_hf.bench.pretraining.callbacks import Clock, SampleCallback
+from kvsplice_hf.bench.pretraining.data import Blocks
 from kvsplice_hf.gpt2_mla import GPT2MLAConfig, GPT2MLAForCausalLM
 from kvsplice_hf.training.spam import AdamWSPAM
 from kvsplice_hf.upstream import cache_of
