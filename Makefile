@@ -31,7 +31,7 @@ $(VENV)/.ready: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
 
 # The three scripts share one calibration, which the first one makes.
 demo: $(VENV)/.ready
-	$(BIN)/python scripts/demo.py --calibration_tokens 8192 --statistics $(STATISTICS)
+	$(BIN)/python scripts/run/demo.py --calibration_tokens 8192 --statistics $(STATISTICS)
 	PYTHON=$(BIN)/python \
 	    BENCHMARK_ARGS="--batch_sizes 1,4 --trials 1 --new_tokens 8 --statistics $(STATISTICS)" \
 	    QUALITY_ARGS="--bytes_per_token 193 --samples 4 --statistics $(STATISTICS)" scripts/test_deepseek_kvsplice.sh
@@ -39,7 +39,7 @@ demo: $(VENV)/.ready
 # The same at the smallest setting, to see that it runs.
 demo-small: $(VENV)/.ready
 	rm -f $(STATISTICS)
-	$(BIN)/python scripts/demo.py --new_tokens 8 --samples 1 --context 128 --calibration_tokens 2048 \
+	$(BIN)/python scripts/run/demo.py --new_tokens 8 --samples 1 --context 128 --calibration_tokens 2048 \
 	    --statistics $(STATISTICS)
 	PYTHON=$(BIN)/python \
 	    BENCHMARK_ARGS="--batch_sizes 1 --seq_len 64 --trials 1 --new_tokens 2 --statistics $(STATISTICS)" \
@@ -51,11 +51,11 @@ test: $(VENV)/.ready
 
 # The contract on several releases of transformers, which share the other packages: a table, one row per release.
 releases: $(VENV)/.ready
-	$(BIN)/python scripts/check_releases.py $(RELEASES) --workers $(WORKERS)
+	$(BIN)/python scripts/measure/releases.py $(RELEASES) --workers $(WORKERS)
 
 # All tests on the newest transformers that the package index has today, whether setup.cfg allows it or not.
 newest: $(VENV)/.ready
-	$(BIN)/python scripts/check_releases.py newest --tests all --workers $(WORKERS) --output results/newest.json
+	$(BIN)/python scripts/measure/releases.py newest --tests all --workers $(WORKERS) --output results/newest.json
 
 # All tests on the newest release of every other package (torch stays: see TORCH).
 test-newest:

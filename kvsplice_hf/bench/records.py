@@ -77,7 +77,7 @@ def read_experiment(folder: Path) -> dict[str, Any]:
     files = _experiment_files(folder)
     if not files:
         state = "holds no experiment-N.json" if folder.is_dir() else "is not there"
-        raise ConfigError(f"{folder} {state}. A folder of results is made by scripts/ablate.py.")
+        raise ConfigError(f"{folder} {state}. A folder of results is made by scripts/research/ablate.py.")
     return json.loads(files[-1].read_text(encoding="utf-8"))
 
 

@@ -171,7 +171,7 @@ class KVSpliceTrainer(Trainer):
             found = {name: term.item() for name, term in terms.items()}
             raise TrainingError(
                 f"The loss is {loss.item()} at step {self.state.global_step} (terms: {found}). Lower the learning "
-                f"rates {self.args.learning_rates}, or look for damaged latents with scripts/inspect_kvsplice.py."
+                f"rates {self.args.learning_rates}, or look for damaged latents with scripts/run/inspect_kvsplice.py."
             )
         if training:
             for name, term in terms.items():

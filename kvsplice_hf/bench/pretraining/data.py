@@ -31,7 +31,7 @@ from kvsplice_hf.text import HUB_SETS, load_texts, spread_evenly, stream_hub_tex
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
-# What separates documents within a file; scripts/gather_text.py writes it.
+# What separates documents within a file; scripts/research/gather_text.py writes it.
 DOCUMENT_BREAK = "\n\f\n"
 PARTS = ("train", "validation")
 _SUFFIXES = (".txt", ".md", ".rst")
@@ -108,7 +108,7 @@ def _files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ConfigError(
             f"--data has {str(path)!r}, which is neither a folder nor a file, nor one of pydoc, {', '.join(HUB_SETS)}. "
-            "A folder of text is made by scripts/gather_text.py."
+            "A folder of text is made by scripts/research/gather_text.py."
         )
     files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
     if not files:
@@ -142,7 +142,7 @@ def _hub_documents(name: str, limit: int | None, part: str) -> Iterator[str]:
     entry = HUB_SETS[name]
     shared = entry.calibration == entry.evaluation
     split = entry.evaluation if part == "validation" else entry.calibration
-    texts = stream_hub_texts(name, split, instead="pydoc or a folder of text from scripts/gather_text.py")
+    texts = stream_hub_texts(name, split, instead="pydoc or a folder of text from scripts/research/gather_text.py")
     if part == "validation":
         yield from islice(texts, _HUB_VALIDATION)
         return

@@ -128,7 +128,9 @@ def _check_shape(path: Path, values: dict[str, Any]) -> None:
 def _require_settings(where: str, settings: dict[str, Any] | None) -> None:
     unknown = sorted(map(str, set(settings or {}) - names_of_settings(KINDS)))
     if unknown:
-        raise ConfigError(f"{where} has {', '.join(unknown)}, which no setting of scripts/train_gpt2_mla.py is called.")
+        raise ConfigError(
+            f"{where} has {', '.join(unknown)}, which no setting of scripts/run/train_gpt2_mla.py is called."
+        )
 
 
 def _arm(path: Path, name: str, settings: dict[str, Any] | None, budgets: tuple[str, ...]) -> Arm:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Run the contract tests on several releases of transformers, one row of a table per release.
 
-    python scripts/check_releases.py                       # the matrix
-    python scripts/check_releases.py 5.15.0 5.23.0         # some of it
-    python scripts/check_releases.py newest --tests all    # whatever the package index has today
+    python scripts/measure/releases.py                       # the matrix
+    python scripts/measure/releases.py 5.15.0 5.23.0         # some of it
+    python scripts/measure/releases.py newest --tests all    # whatever the package index has today
 
 Each release gets an environment of its own under `.releases/`, in which only transformers, and what it insists on, is
 installed; everything else, torch above all, is that of the environment that runs this script. The contract: patch and
@@ -30,7 +30,7 @@ from rich.table import Table
 from kvsplice_hf.bench.command_line import parse_with_positional
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 # The oldest that is supported, the first whose sparse-attention models cache latents, two in between, the last two.
 RELEASES = ["5.15.0", "5.18.0", "5.20.2", "5.22.2", "5.23.0", "5.24.0"]
 CONTRACT = [

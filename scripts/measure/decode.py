@@ -6,12 +6,12 @@ recipes are interleaved, so that a slow moment of the machine hits all of them. 
 has to read, and how many times longer it takes than moving them at the speed at which this machine copies memory. The
 last line of stdout is one JSON object.
 
-    python scripts/benchmark_decode.py --context 4096 --prefill 2048
-    python scripts/benchmark_decode.py --recipes all --contexts 512 4096 16384 --batch_sizes 1 8 --padded --prefill 0
-    python scripts/benchmark_decode.py --memory         # peak memory of prefill + decode, one process per recipe
-    python scripts/benchmark_decode.py --memory_decode  # the same of decode steps alone
-    python scripts/benchmark_decode.py --profile        # where a decode step spends its time
-    python scripts/benchmark_decode.py --generate 64    # the decode part of `generate`, SmolLM2-135M
+    python scripts/measure/decode.py --context 4096 --prefill 2048
+    python scripts/measure/decode.py --recipes all --contexts 512 4096 16384 --batch_sizes 1 8 --padded --prefill 0
+    python scripts/measure/decode.py --memory         # peak memory of prefill + decode, one process per recipe
+    python scripts/measure/decode.py --memory_decode  # the same of decode steps alone
+    python scripts/measure/decode.py --profile        # where a decode step spends its time
+    python scripts/measure/decode.py --generate 64    # the decode part of `generate`, SmolLM2-135M
 """
 
 import contextlib

@@ -5,8 +5,8 @@ Every codec reads back whole windows without a cache; the first 4 tokens of each
 Every one but bf16 runs twice, on latents as they are and on standardised ones, and the better result counts; where
 there are many windows, the better on some of them runs on all. The last line of stdout is one JSON object.
 
-    python scripts/compare_codecs.py                                            # SmolLM2-135M as MLA, pydoc
-    python scripts/compare_codecs.py --evaluation pydoc book.txt --rivals fp8-g128 int4-g32 --ours 288 184
+    python scripts/measure/codecs.py                                            # SmolLM2-135M as MLA, pydoc
+    python scripts/measure/codecs.py --evaluation pydoc book.txt --rivals fp8-g128 int4-g32 --ours 288 184
 """
 
 import contextlib

@@ -5,7 +5,7 @@ Each row starts from the same weights and sees the same batches. How far the tra
 dimensions: of the relative change of the scale, and of the change of the shift (in standard deviations of the latent,
 where calibration has set the scale). The last line of stdout is one JSON object.
 
-    python scripts/study_transform.py --dataset pydoc varied --evaluation speeches.txt
+    python scripts/research/study_transform.py --dataset pydoc varied --evaluation speeches.txt
 """
 
 import tempfile

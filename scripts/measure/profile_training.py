@@ -4,8 +4,8 @@
 Models of one size with random weights take turns, so that a machine that slows down slows all of them; medians count.
 The last line of stdout is one JSON object.
 
-    python scripts/profile_training.py                                    # the nano size
-    python scripts/profile_training.py --config configs/gpt2_mla/124m.yaml --batch_size 1 --vocab_size 50257
+    python scripts/measure/profile_training.py                                    # the nano size
+    python scripts/measure/profile_training.py --config configs/gpt2_mla/124m.yaml --batch_size 1 --vocab_size 50257
 """
 
 import statistics

@@ -2,12 +2,12 @@
 """Train and measure a matrix of named arms and seeds, from a YAML file, into one folder of results.
 
 Every arm of a seed sees the same text in the same order. Finished runs are skipped, a run that was cut off goes on from
-its last checkpoint, and several processes on one folder share the work. scripts/report.py draws the result. The last
+its last checkpoint, and several processes on one folder share the work. scripts/research/report.py draws the result. The last
 line of stdout is one JSON object.
 
-    python scripts/ablate.py configs/ablations/nano.yaml
-    python scripts/ablate.py configs/ablations/nano.yaml --output_dir results/try --seeds 0 --arms GPT-2 MLA-48
-    python scripts/ablate.py configs/ablations/nano.yaml --set data=pydoc max_tokens=200000
+    python scripts/research/ablate.py configs/ablations/nano.yaml
+    python scripts/research/ablate.py configs/ablations/nano.yaml --output_dir results/try --seeds 0 --arms GPT-2 MLA-48
+    python scripts/research/ablate.py configs/ablations/nano.yaml --set data=pydoc max_tokens=200000
 """
 
 import json

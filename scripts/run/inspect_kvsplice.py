@@ -4,9 +4,9 @@
 Which coordinates hardly reach the heads takes the model's kv_b_proj to say; without --model their size in the decoded
 latent stands in. Numbers that are not finite are counted and left out. The last line of stdout is one JSON object.
 
-    python scripts/inspect_kvsplice.py --splice my-splice
-    python scripts/inspect_kvsplice.py --splice my-splice --model demo
-    python scripts/inspect_kvsplice.py --splice my-splice --model demo --prune 0.1 --output my-smaller-splice
+    python scripts/run/inspect_kvsplice.py --splice my-splice
+    python scripts/run/inspect_kvsplice.py --splice my-splice --model demo
+    python scripts/run/inspect_kvsplice.py --splice my-splice --model demo --prune 0.1 --output my-smaller-splice
 """
 
 import json

@@ -4,9 +4,9 @@
 Settings come from a YAML file, from the command line, or from both (the command line wins). Interrupted runs go on with
 `--resume_from_checkpoint OUTPUT/checkpoint-N`. The last line of stdout is one JSON object.
 
-    python scripts/finetune_kvsplice.py --config configs/finetune_demo.yaml
-    python scripts/finetune_kvsplice.py --config configs/finetune_demo.yaml --bytes_per_token 128 --max_steps 50
-    accelerate launch --num_processes 2 scripts/finetune_kvsplice.py --config configs/finetune_deepseek_v2_lite.yaml
+    python scripts/run/finetune_kvsplice.py --config configs/finetune_demo.yaml
+    python scripts/run/finetune_kvsplice.py --config configs/finetune_demo.yaml --bytes_per_token 128 --max_steps 50
+    accelerate launch --num_processes 2 scripts/run/finetune_kvsplice.py --config configs/finetune_deepseek_v2_lite.yaml
 """
 
 import contextlib

@@ -13,8 +13,8 @@ likely one, greedy decoding emits another token, and its answer is wrong whateve
 order, so a tie within rounding can fall either way.) `--generate` decodes with `model.generate` as well, counts its
 answers, and reports how often the two verdicts differ. The last line of stdout is one JSON object.
 
-    python scripts/eval_retrieval.py                        # SmolLM2-135M as MLA
-    python scripts/eval_retrieval.py --lengths 512,1024 --depths 0.1,0.5,0.9 --samples 2 --compression-ratio 0.9
+    python scripts/measure/retrieval.py                        # SmolLM2-135M as MLA
+    python scripts/measure/retrieval.py --lengths 512,1024 --depths 0.1,0.5,0.9 --samples 2 --compression-ratio 0.9
 """
 
 import itertools

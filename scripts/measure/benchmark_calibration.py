@@ -4,8 +4,8 @@
 Round by round the model runs forward over all windows as it is and once for each metric, in turn, so that a slow moment
 of the machine hits all of them. The last line of stdout is one JSON object.
 
-    python scripts/benchmark_calibration.py                    # SmolLM2-135M as MLA, pydoc
-    python scripts/benchmark_calibration.py --windows 32 --metrics fisher
+    python scripts/measure/benchmark_calibration.py                    # SmolLM2-135M as MLA, pydoc
+    python scripts/measure/benchmark_calibration.py --windows 32 --metrics fisher
 """
 
 import functools

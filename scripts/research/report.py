@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""A report on one or several folders of scripts/ablate.py: tables and figures in Markdown.
+"""A report on one or several folders of scripts/research/ablate.py: tables and figures in Markdown.
 
 Folders of one experiment are joined: seeds are added up, machines are compared. Intervals are over seeds (Student's t),
 differences are taken seed by seed. Results on other text are never mixed. The last line of stdout is one JSON object.
 
-    python scripts/report.py results/ablation-nano
-    python scripts/report.py results/ablation-nano results/ablation-nano-gpu --control MLA-24
+    python scripts/research/report.py results/ablation-nano
+    python scripts/research/report.py results/ablation-nano results/ablation-nano-gpu --control MLA-24
 """
 
 import math
@@ -42,7 +42,7 @@ Record = dict[str, Any]
 class Arguments:
     """A report on folders of results."""
 
-    folders: list[str] = field(metadata={"help": "folders of results of scripts/ablate.py"})
+    folders: list[str] = field(metadata={"help": "folders of results of scripts/research/ablate.py"})
     control: str | None = field(default=None, metadata={"help": "arm that others are compared with; the experiment's"})
     output: str = field(default="results", metadata={"help": "folder for the report"})
 
