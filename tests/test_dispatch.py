@@ -137,8 +137,8 @@ def test_the_environment_says_whether_they_are(value: str | None, monkeypatch: p
 
 
 def test_that_triton_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "kvsplice_hf.attend.triton.kernels", None)
-    monkeypatch.delattr("kvsplice_hf.attend.triton.kernels", raising=False)
+    monkeypatch.setitem(__import__("sys").modules, "kvsplice_hf.attend.triton.attention", None)
+    monkeypatch.delattr("kvsplice_hf.attend.triton.attention", raising=False)
     dispatch._triton_kernels.cache_clear()
     assert dispatch._triton_kernels() is None
     assert "Install kvsplice-hf[gpu]" in caplog.text

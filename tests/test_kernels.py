@@ -31,8 +31,8 @@ from kvsplice_hf.errors import UnsupportedError
 
 pytest.importorskip("triton", reason="the kernels need triton, which is not installed")
 
-from kvsplice_hf.attend.triton import kernels  # noqa: E402
-from kvsplice_hf.attend.triton.kernels import attend_packed, attend_rows, encode_pack, kernels_available  # noqa: E402
+from kvsplice_hf.attend.triton import attention as kernels  # noqa: E402
+from kvsplice_hf.attend.triton.attention import attend_packed, attend_rows, encode_pack, kernels_available  # noqa: E402
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 
@@ -450,5 +450,5 @@ def test_pieces_cover_a_row_and_waste_little() -> None:
 
 
 def test_importing_the_package_does_not_import_the_kernels() -> None:
-    command = "import sys, kvsplice_hf; sys.exit('kvsplice_hf.attend.triton.kernels' in sys.modules)"
+    command = "import sys, kvsplice_hf; sys.exit('kvsplice_hf.attend.triton.attention' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], timeout=120).returncode == 0
