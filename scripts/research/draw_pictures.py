@@ -125,7 +125,7 @@ def draw_overview() -> Any:
     _box(
         axes, 12.2, 4.2, 3.7, "kv_b_proj expands all S tokens\ninto keys and values of all heads,\nthen attention", GREY
     )
-    _box(axes, 2.8, 0.7, 3.5, "splice: project onto a\ncalibrated basis, quantise\n(0 to 8 bits per coordinate)", BLUE)
+    _box(axes, 2.8, 0.7, 3.5, "splice: project onto a\ncalibrated basis, quantise\n(0 to 16 bits per coordinate)", BLUE)
     _box(
         axes,
         6.9,
