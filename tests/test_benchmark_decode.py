@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import load_program
 from tiny_models import build
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -19,11 +20,10 @@ from kvsplice_hf.errors import ConfigError
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
 geometries: Any = importlib.import_module("kvsplice_hf.bench.geometries")
-decode: Any = importlib.import_module("benchmark_decode")
+decode: Any = load_program("measure/decode.py")
 
-SCRIPT = str(ROOT / "scripts" / "benchmark_decode.py")
+SCRIPT = str(ROOT / "scripts" / "measure" / "decode.py")
 QUICK = ["--geometry", "mini", "--layers", "1", "--repeats", "1", "--steps", "1", "--bandwidth_mb", "4"]
 # Hidden sizes that take no time; everything that concerns attention is as published.
 NARROW = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "vocab_size": 4096}

@@ -1,7 +1,6 @@
 """`convert_to_mla` gives a stock MLA model: exact where every rotation is kept, close and checked where it is not."""
 
 import copy
-import importlib
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 import transformers
 from byte_tokenizer import byte_tokenizer
+from programs import load_program
 from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, DynamicCache, PreTrainedModel
 
@@ -503,12 +503,11 @@ def test_settings_that_cannot_work_are_refused(gqa: PreTrainedModel, settings: d
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
-    """Runs scripts/convert_to_mla.py in this process on a byte model and a text file."""
+    """Runs scripts/run/convert_to_mla.py in this process on a byte model and a text file."""
     build("Llama", vocab_size=256).save_pretrained(tmp_path / "llama")
     byte_tokenizer().save_pretrained(tmp_path / "llama")
     (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {n} of a text about {n * n} things." for n in range(60)))
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
-    main = importlib.import_module("convert_to_mla").main
+    main = load_program("run/convert_to_mla.py").main
 
     def run(output: Path, *arguments: str) -> None:
         command = ["convert_to_mla.py", "--model", str(tmp_path / "llama"), "--output", str(output)]

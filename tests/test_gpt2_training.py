@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import load_program
 from transformers import AutoModelForCausalLM
 
 from kvsplice_hf import ConfigError
@@ -19,15 +20,14 @@ from kvsplice_hf.training.spam import AdamWSPAM, clip_spikes
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-ablate: Any = importlib.import_module("ablate")
-ablation: Any = importlib.import_module("ablation")
-gather_text: Any = importlib.import_module("gather_text")
+ablate: Any = load_program("research/ablate.py")
+ablation: Any = importlib.import_module("kvsplice_hf.bench.ablation")
+gather_text: Any = load_program("research/gather_text.py")
 pretraining_data: Any = importlib.import_module("kvsplice_hf.bench.pretraining.data")
 records: Any = importlib.import_module("kvsplice_hf.bench.records")
-report: Any = importlib.import_module("report")
+report: Any = load_program("research/report.py")
 text_sources: Any = importlib.import_module("kvsplice_hf.bench.pretraining.text_sources")
-train_gpt2_mla: Any = importlib.import_module("train_gpt2_mla")
+pretraining: Any = importlib.import_module("kvsplice_hf.bench.pretraining.run")
 
 SMOKE = ROOT / "configs" / "ablations" / "smoke.yaml"
 SMALL: dict[str, Any] = {
@@ -199,7 +199,7 @@ def test_gathered_text_has_no_repeats_and_a_manifest(tmp_path: Path, monkeypatch
 
 def train(folder: Path, cache: str, **changes: Any) -> dict[str, Any]:
     settings = SMALL | {"output_dir": str(folder), "cache": cache} | changes
-    return train_gpt2_mla.train(*train_gpt2_mla.parse([], **settings))
+    return pretraining.train(*pretraining.parse([], **settings))
 
 
 def losses(result: dict[str, Any]) -> list[float]:
@@ -208,8 +208,8 @@ def losses(result: dict[str, Any]) -> list[float]:
 
 _KILLED = """
 import json, os, signal, sys
-import torch, train_gpt2_mla
-from kvsplice_hf.bench.pretraining import callbacks as pretraining_callbacks
+import torch
+from kvsplice_hf.bench.pretraining import callbacks as pretraining_callbacks, run as pretraining
 torch.set_num_threads(1)
 tick = pretraining_callbacks.Clock.on_step_end
 def kill_at_step_5(self, args, state, control, **kwargs):
@@ -217,7 +217,7 @@ def kill_at_step_5(self, args, state, control, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     tick(self, args, state, control, **kwargs)
 pretraining_callbacks.Clock.on_step_end = kill_at_step_5
-train_gpt2_mla.train(*train_gpt2_mla.parse([], **json.loads(sys.argv[1])))
+pretraining.train(*pretraining.parse([], **json.loads(sys.argv[1])))
 """
 
 
@@ -227,7 +227,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_at_the_same_loss(tmp_path: Path,
     changes |= {"kv_lora_rank": 4, "dropout": 0.1}
     whole = train(tmp_path / "whole", cache, samples=1, sample_tokens=4, **changes)
     settings = SMALL | {"output_dir": str(tmp_path / "killed"), "cache": cache} | changes
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
         [sys.executable, "-c", _KILLED, json.dumps(settings)], capture_output=True, text=True, env=environment
     )
@@ -287,12 +287,12 @@ WRONG_SETTINGS = {
 @pytest.mark.parametrize(("settings", "phrase"), WRONG_SETTINGS.values(), ids=WRONG_SETTINGS)
 def test_settings_that_cannot_be_used_are_named(settings: dict[str, Any], phrase: str) -> None:
     with pytest.raises(ConfigError, match=phrase):
-        train_gpt2_mla.parse([], **settings)
+        pretraining.parse([], **settings)
 
 
 def test_configs_hold_known_settings_only() -> None:
     for path in (ROOT / "configs" / "gpt2_mla").glob("*.yaml"):
-        importlib.import_module("kvsplice_hf.bench.command_line").read_settings(path, train_gpt2_mla.KINDS)
+        importlib.import_module("kvsplice_hf.bench.command_line").read_settings(path, pretraining.KINDS)
     for path in (ROOT / "configs" / "ablations").glob("*.yaml"):
         assert list(ablation.read_ablation(path, None, {}).runs())
     nano = ablation.read_ablation(ROOT / "configs" / "ablations" / "nano.yaml", None, {})
@@ -303,15 +303,17 @@ def test_the_script_takes_a_config_file_and_the_command_line_over_it(tmp_path: P
     config = tmp_path / "settings.yaml"
     small = SMALL | {"cache": cache, "output_dir": str(tmp_path / "out"), "data": "pydoc", "max_steps": 500}
     config.write_text(json.dumps(small), encoding="utf-8")
-    made = run_main(train_gpt2_mla, "--config", str(config), "--max_steps", "2", "--kvsplice", '{"rank": 3}')
+    made = run_main(
+        load_program("run/train_gpt2_mla.py"), "--config", str(config), "--max_steps", "2", "--kvsplice", '{"rank": 3}'
+    )
     assert made["step"] == 2
     assert made["cache_bytes_per_token"] == 3 * 2
     assert {"machine", "versions", "command", "history"} <= set(made)
     with pytest.raises(SystemExit, match="holds a finished run"):
-        run_main(train_gpt2_mla, "--config", str(config))
+        run_main(load_program("run/train_gpt2_mla.py"), "--config", str(config))
     config.write_text("n_layers: 3", encoding="utf-8")
     with pytest.raises(SystemExit, match="holds n_layers"):
-        run_main(train_gpt2_mla, "--config", str(config))
+        run_main(load_program("run/train_gpt2_mla.py"), "--config", str(config))
 
 
 # Ablation and report
@@ -387,7 +389,7 @@ def test_two_processes_share_every_run(tmp_path: Path, cache: str) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = ["--output_dir", str(tmp_path), "--arms", "MLA-16, tuned 8", "--seeds", "0", "--set", f"cache={cache}"]
     process = subprocess.run(
-        [sys.executable, *launcher, "scripts/ablate.py", str(SMOKE), *options, "use_cpu=true"],
+        [sys.executable, *launcher, "scripts/research/ablate.py", str(SMOKE), *options, "use_cpu=true"],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -1,7 +1,6 @@
 """Pruning takes out the coordinates that hardly reach the heads: smaller rows, and as much error as it says."""
 
 import copy
-import importlib
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from byte_tokenizer import byte_tokenizer
+from programs import load_program
 from test_contract_models import batch_for, cached_logits, no_cache_logits, rms
 from test_packed import assert_same_but_for_flips, calibrated
 from tiny_models import build
@@ -419,7 +419,7 @@ def test_the_script_describes_a_packed_splice_without_its_model(tmp_path: Path) 
     model = spliced("packed bytes")
     with torch.no_grad():
         splices(model)[1].transform_shift[0] = float("nan")
-    command = [sys.executable, str(ROOT / "scripts" / "inspect_kvsplice.py")]
+    command = [sys.executable, str(ROOT / "scripts" / "run" / "inspect_kvsplice.py")]
     command += ["--splice", str(save_kvsplice(model, tmp_path))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -445,8 +445,7 @@ def test_the_script_describes_a_packed_splice_without_its_model(tmp_path: Path) 
 def run_script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     """In this process: a new one takes seconds to start."""
     monkeypatch.setattr(sys, "argv", ["inspect_kvsplice.py", *map(str, arguments)])
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    importlib.import_module("inspect_kvsplice").main()
+    load_program("run/inspect_kvsplice.py").main()
 
 
 def test_the_script_prunes_with_the_model_and_saves(

@@ -71,7 +71,7 @@ def test_imports_within_the_package_have_no_cycle() -> None:
 
 
 def test_scripts_use_public_names_only() -> None:
-    for script in (ROOT / "scripts").glob("*.py"):
+    for script in (ROOT / "scripts").rglob("*.py"):
         tree = ast.parse(script.read_text())
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
         for node in imports:

@@ -1,16 +1,15 @@
 """The matrix over releases of transformers says what passed, what was skipped and why, and what failed."""
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import SCRIPTS, load_program
 
 from kvsplice_hf import upstream
 
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.test_a" name="one"/><testcase classname="tests.test_a" name="two"/>
 <testcase classname="tests.test_a" name="three"><skipped message="has no hy_v4"/></testcase>
@@ -21,9 +20,8 @@ REPORT = """<testsuites><testsuite>
 
 
 @pytest.fixture
-def releases(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return importlib.import_module("check_releases")
+def releases() -> Any:
+    return load_program("measure/releases.py")
 
 
 def test_a_report_is_counted_with_reasons_and_names(releases: Any, tmp_path: Path) -> None:

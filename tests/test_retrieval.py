@@ -1,6 +1,5 @@
 """Passkey retrieval: prompts are what they are said to be, verdicts are right, and the script runs."""
 
-import importlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer, trained_model
+from programs import load_program
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerFast
@@ -25,8 +25,7 @@ from kvsplice_hf.upstream import CACHE_NAME, cache_argument
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-retrieval: Any = importlib.import_module("eval_retrieval")
+retrieval: Any = load_program("measure/retrieval.py")
 LENGTH = 200  # bytes; needle and question take 112 of them
 
 
@@ -245,7 +244,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_script_reports_every_cell(model_folder: str, tmp_path: Path) -> None:
     cells = ["--lengths", "160,130", "--depths", "0.2,0.8", "--samples", "1", "--chunk", "64", "--generate"]
-    script = [sys.executable, str(ROOT / "scripts" / "eval_retrieval.py")]
+    script = [sys.executable, str(ROOT / "scripts" / "measure" / "retrieval.py")]
     process = subprocess.run(
         [*script, "--model", model_folder, *cells, "--output", str(tmp_path)],
         capture_output=True,
@@ -289,7 +288,7 @@ def test_a_setting_that_cannot_work_is_named_without_a_traceback(
     short.write_text("One line.\n\nAnother line.")
     arguments = [str(short) if argument == "SHORT" else argument for argument in arguments]
     smallest = ["--lengths", "130", "--depths", "0.5", "--samples", "1", "--output", str(tmp_path / "results")]
-    monkeypatch.setattr(sys, "argv", ["eval_retrieval.py", "--model", model_folder, *smallest, *arguments])
+    monkeypatch.setattr(sys, "argv", ["retrieval.py", "--model", model_folder, *smallest, *arguments])
     with pytest.raises(SystemExit) as caught:
         retrieval.main()
     message = caught.value.code

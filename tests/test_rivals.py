@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer, trained_model
+from programs import load_program
 from tiny_models import build
 from torch import nn
 
@@ -22,9 +23,8 @@ from kvsplice_hf.patch.layers import find_mla_sites
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
 rivals: Any = importlib.import_module("kvsplice_hf.bench.rivals")
-compare_codecs: Any = importlib.import_module("compare_codecs")
+compare_codecs: Any = load_program("measure/codecs.py")
 
 R, P, T = 40, 8, 70  # R is no multiple of any group
 TRUNCATIONS = (rivals.PcaTruncation, rivals.WeightTruncation, rivals.PromptTruncation)
@@ -323,7 +323,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / "compare_codecs.py"), *arguments]
+    command = [sys.executable, str(ROOT / "scripts" / "measure" / "codecs.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

@@ -15,7 +15,7 @@ from kvsplice_hf.calibration.statistics import LayerStatistics, save_statistics
 
 
 ROOT = Path(__file__).parent.parent
-DECODE = ["benchmark_decode.py", "--geometry", "mini", "--layers", "2", "--context", "96", "--prefill", "32"]
+DECODE = ["measure/decode.py", "--geometry", "mini", "--layers", "2", "--context", "96", "--prefill", "32"]
 
 
 def run(*command: str) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_benchmark_decode_measures_peak_memory_of_every_recipe(tmp_path: Path) -
 
 def test_a_wrong_argument_is_named() -> None:
     process = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "benchmark_decode.py"), "--contxt", "5"],
+        [sys.executable, str(ROOT / "scripts" / "measure" / "decode.py"), "--contxt", "5"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -101,7 +101,7 @@ def test_the_throughput_script_measures_both_models_in_every_setting(model_folde
 def test_the_demo_answers_with_both_models(model_folder: str, tmp_path: Path) -> None:
     model = ["--model", model_folder, "--calibration-tokens", "2048", "--prompt", "What is"]
     settings = ["--samples", "1", "--new-tokens", "4", "--context", "64", "--window", "64"]
-    report = run("demo.py", *model, *settings, "--output", str(tmp_path))
+    report = run("run/demo.py", *model, *settings, "--output", str(tmp_path))
     assert set(report["answers"]) == set(report["speed"]) == {"original", "spliced"}
     assert all(answer["text"] for answer in report["answers"].values())
     assert report["bytes_per_token"]["spliced"] < report["bytes_per_token"]["original"]
@@ -129,7 +129,7 @@ def test_one_command_runs_benchmark_and_quality(model_folder: str, tmp_path: Pat
     assert "--modle" in wrong.stderr
 
 
-@pytest.mark.parametrize("script", ["demo.py", "eval_deepseek_quality.py", "benchmark_deepseek_kvsplice.py"])
+@pytest.mark.parametrize("script", ["run/demo.py", "eval_deepseek_quality.py", "benchmark_deepseek_kvsplice.py"])
 def test_a_model_that_is_not_there_is_named_without_a_traceback(script: str, tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / script), "--model", str(tmp_path / "nothing")],
@@ -144,7 +144,7 @@ def test_a_model_that_is_not_there_is_named_without_a_traceback(script: str, tmp
 
 def test_an_unknown_dtype_is_named_without_a_traceback(tmp_path: Path) -> None:
     process = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "demo.py"), "--dtype", "float7"],
+        [sys.executable, str(ROOT / "scripts" / "run" / "demo.py"), "--dtype", "float7"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -157,7 +157,7 @@ def test_an_unknown_dtype_is_named_without_a_traceback(tmp_path: Path) -> None:
 def test_every_part_of_calibration_can_be_left_out(model_folder: str, tmp_path: Path) -> None:
     sizes = ["--budget", "14", "--window", "64", "--evaluation-tokens", "512", "--calibration-tokens", "2048"]
     rows = ["--rows", "default", "no-sinks", "readers", "flat", "no-gain", "gaussian-steps", "rot-8"]
-    report = run("ablate_calibration.py", "--model", model_folder, *sizes, *rows, "--output", str(tmp_path))
+    report = run("research/ablate_calibration.py", "--model", model_folder, *sizes, *rows, "--output", str(tmp_path))
     losses = {row["name"]: row["texts"]["pydoc"]["kl_nats"] for row in report["results"]}
     assert list(losses) == rows[1:]
     assert losses["flat"] > losses["default"]
@@ -174,7 +174,8 @@ def test_training_speed_is_measured_side_by_side_with_what_it_is_made_of(tmp_pat
     config = tmp_path / "tiny.yaml"
     config.write_text("n_layer: 1\nn_embd: 32\nn_head: 2\nn_positions: 16\nkv_lora_rank: 12\n")
     report = run(
-        *("profile_training.py", "--config", str(config), "--batch_size", "2", "--vocab_size", "64", "--steps", "3"),
+        *("measure/profile_training.py", "--config", str(config), "--steps", "3"),
+        *("--batch_size", "2", "--vocab_size", "64"),
         *("--output", str(tmp_path)),
     )
     rows = {row["name"]: row for row in report["results"]}
@@ -198,7 +199,8 @@ def test_spectra_are_those_of_the_statistics(tmp_path: Path) -> None:
         save_statistics({0: layer}, tmp_path / f"{name}.safetensors", {"metric": "fisher"}, [])
     files = [str(tmp_path / f"{name}.safetensors") for name in ("even", "single")]
     rows = {
-        (row["file"], row["of"]): row for row in run("compare_spectra.py", *files, "--output", str(tmp_path))["rows"]
+        (row["file"], row["of"]): row
+        for row in run("research/compare_spectra.py", *files, "--output", str(tmp_path))["rows"]
     }
     assert rows["even", "variance"]["effective_rank"] == pytest.approx(7 / 8, abs=0.01)  # the sum is constant
     assert rows["single", "variance"]["top_0.125"] > 0.5

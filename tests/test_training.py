@@ -332,7 +332,7 @@ SMALL += ["--calibration", "pydoc", "--calibration_tokens", "1024", "--compressi
 
 def run_script(*options: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(ROOT / "scripts" / "finetune_kvsplice.py"), *options]
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / "run" / "finetune_kvsplice.py"), *options]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

@@ -468,7 +468,7 @@ def test_only_one_room_spells_the_old_name_of_the_cache_argument() -> None:
     scripts = PACKAGE.parent / "scripts"
     found = [
         f"{path.name}:{node.lineno}"
-        for path in (*PACKAGE.rglob("*.py"), *scripts.glob("*.py"))
+        for path in (*PACKAGE.rglob("*.py"), *scripts.rglob("*.py"))
         if path.name != "upstream.py"
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if (isinstance(node, ast.Constant) and node.value == "past_key_values")

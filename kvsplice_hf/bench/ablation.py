@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from train_gpt2_mla import KINDS, parse, settings_of
-
 from kvsplice_hf import ConfigError
 from kvsplice_hf.bench.command_line import names_of_settings, read_settings, read_yaml
 from kvsplice_hf.bench.pretraining.after_training import AfterTraining
+from kvsplice_hf.bench.pretraining.run import KINDS, parse, settings_of
 from kvsplice_hf.bench.records import RunKey
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from convert_to_mla import spread_windows
 from rich.table import Table
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -33,6 +32,7 @@ from kvsplice_hf.bench.command_line import (
     require_known,
     results_folder,
 )
+from kvsplice_hf.bench.texts import spread_windows
 from kvsplice_hf.calibration.collect import METRICS
 
 

@@ -9,24 +9,20 @@ there are many windows, the better on some of them runs on all. The last line of
     python scripts/measure/codecs.py --evaluation pydoc book.txt --rivals fp8-g128 int4-g32 --ours 288 184
 """
 
-import contextlib
 import functools
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
-from convert_to_mla import spread_windows
 from rich.table import Table
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser
 
-from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvsplice, unpatch_model
+from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig
 from kvsplice_hf.bench.command_line import (
     DEMO,
     console,
@@ -37,6 +33,7 @@ from kvsplice_hf.bench.command_line import (
     require_known,
     results_folder,
 )
+from kvsplice_hf.bench.comparison import Comparison, Row, loss_text, ours
 from kvsplice_hf.bench.rivals import (
     CACHE_BACKENDS,
     EXACT_TOKENS,
@@ -48,8 +45,6 @@ from kvsplice_hf.bench.rivals import (
     simulated,
 )
 from kvsplice_hf.errors import ConfigError
-from kvsplice_hf.patch.layers import find_mla_sites
-from kvsplice_hf.patch.state import patched_sites
 from kvsplice_hf.upstream import cache_argument
 
 
@@ -59,8 +54,6 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 _NAMES = [*RIVALS, *CACHE_BACKENDS]
 _OURS = "ours"
-# Most likely tokens of the stock model whose probabilities are kept; all others count as one token in the divergence.
-_TOP_TOKENS = 64
 # Updates per window of a cache of transformers. What it returns at the first one is not coded yet, so that an eighth of
 # each window is scored as the stock model: an advantage, but the first one also sets its scales.
 _UPDATES = 8
@@ -69,9 +62,6 @@ _UPDATES = 8
 _SCREENED = 3
 # Smallest loss in percent that the logarithmic axis shows.
 _SMALLEST_DRAWN = 0.01
-
-Forward = Callable[[torch.Tensor], torch.Tensor]
-Row = dict[str, Any]
 
 
 @dataclass
@@ -101,146 +91,14 @@ class Arguments:
     output: str = field(default="results", metadata={"help": "folder for the results"})
 
 
-@contextlib.contextmanager
-def ours(model: PreTrainedModel, calibrator: KVSpliceCalibrator, config: KVSpliceConfig) -> Iterator[float]:
-    """Our own codec; inside the context the model's rows are coded, after it everything is as before.
+class CodecComparison(Comparison):
+    """Our codec, its rivals and the caches of transformers, on one model and its texts."""
 
-    Args:
-        model: an unpatched model.
-        calibrator: of that model.
-        config: with a budget of bytes.
-
-    Yields:
-        The bytes that a row takes per token, averaged over layers.
-    """
-    patch_model_with_kvsplice(model, config, calibration=calibrator)
-    try:
-        yield statistics.fmean(patched.geometry.nbytes(site.dtype) for site, patched in patched_sites(model))
-    finally:
-        unpatch_model(model)
-
-
-@dataclass
-class StockScores:
-    """What is kept of the stock model on one text: enough for perplexity, and for divergence over its likely tokens.
-
-    Attributes:
-        windows: token ids, [W, T].
-        nll: negative log-likelihoods of the tokens after the first, nats, [W, T - 1].
-        top: log-probabilities of the most likely tokens at each place, [W, T - 1, K].
-        tokens: which tokens these are, [W, T - 1, K].
-    """
-
-    windows: torch.Tensor
-    nll: torch.Tensor
-    top: torch.Tensor
-    tokens: torch.Tensor
-
-    def some(self, count: int) -> "StockScores":
-        """Of windows spread over the text."""
-        every = len(self.windows) // count
-        parts = (self.windows, self.nll, self.top, self.tokens)
-        return StockScores(*(part[::every][:count] for part in parts)) if every > 1 else self
-
-
-@torch.no_grad()
-def score_stock(forward: Forward, windows: torch.Tensor, text: str) -> StockScores:
-    nll, top, tokens = [], [], []
-    for window in tqdm(windows, desc=f"stock: {text}", file=sys.stderr):
-        log_probabilities = _log_probabilities(forward, window)
-        best = log_probabilities.topk(min(_TOP_TOKENS, log_probabilities.shape[-1]), dim=-1)
-        nll.append(_nll(log_probabilities, window))
-        top.append(best.values.cpu())
-        tokens.append(best.indices.int().cpu())
-    return StockScores(windows, *map(torch.stack, (nll, top, tokens)))
-
-
-@torch.no_grad()
-def score(forward: Forward, stock: StockScores, label: str) -> Row:
-    """Perplexity of a codec beside that of the stock model on one text, with divergence and agreement."""
-    nll, divergence, agrees = [], [], []
-    for window, top, tokens in tqdm(
-        zip(stock.windows, stock.top, stock.tokens, strict=True), label, len(stock.windows), file=sys.stderr
-    ):
-        log_probabilities = _log_probabilities(forward, window)
-        nll.append(_nll(log_probabilities, window))
-        indices = tokens.long().to(log_probabilities.device)
-        divergence.append(lumped_divergence(top, log_probabilities.gather(-1, indices).cpu()).mean())
-        agrees.append((log_probabilities.argmax(-1) == indices[:, 0]).double().mean())
-    row = loss_of(torch.stack(nll), stock.nll)
-    row["kl_nats"] = _finite(torch.stack(divergence).mean().item())
-    row["top1_agreement"] = torch.stack(agrees).mean().item()
-    return row
-
-
-def _log_probabilities(forward: Forward, window: torch.Tensor) -> torch.Tensor:
-    """Of the tokens after each but the last of a window [T], [T - 1, vocabulary]."""
-    return forward(window)[:-1].float().log_softmax(-1)
-
-
-def _nll(log_probabilities: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-    targets = window[1:, None].to(log_probabilities.device)
-    return -log_probabilities.gather(-1, targets)[:, 0].double().cpu()
-
-
-def lumped_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) in nats from log-probabilities [..., K] of some tokens, all others taken as one token: [...].
-
-    Never above the divergence over the whole vocabulary.
-    """
-    p, q = p.double(), q.double()
-    known = (p.exp() * (p - q)).sum(-1)
-    # Where the known tokens hold all the probability, rounding may leave a remainder just below 0.
-    rest_p, rest_q = ((1 - side.exp().sum(-1)).clamp_min(1e-12) for side in (p, q))
-    return known + rest_p * (rest_p / rest_q).log()
-
-
-def loss_of(nll: torch.Tensor, stock: torch.Tensor) -> Row:
-    """Change of the perplexity in percent, and its standard error from the windows' differences (None for one).
-
-    Args:
-        nll: of the codec, [W, T - 1].
-        stock: of the stock model, the same windows.
-    """
-    change = (nll - stock).mean(1)
-    factor = change.mean().exp()
-    stderr = 100 * (factor * change.std() / math.sqrt(len(change))).item() if len(change) > 1 else None
-    return {
-        "perplexity": _finite(nll.mean().exp().item()),
-        "stock_perplexity": stock.mean().exp().item(),
-        "loss_percent": _finite(100 * change.mean().expm1().item()),
-        "loss_stderr_percent": _finite(stderr),
-        "windows": len(change),
-    }
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has neither NaN nor infinity."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-class Comparison:
-    """One model, its calibration, and the texts that the stock model has been scored on."""
-
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, args: Arguments) -> None:
-        self.model, self.tokenizer, self.args = model, tokenizer, args
-        share = args.calibration_tokens // len(args.calibration)
-        parts = [spread_windows(tokenizer, text, "calibration", args.window, share) for text in args.calibration]
-        self.calibration = torch.cat(parts)
-        self.stock = {
-            text: score_stock(
-                self.plain, spread_windows(tokenizer, text, "evaluation", args.window, args.evaluation_tokens), text
-            )
-            for text in dict.fromkeys(args.evaluation)
-        }
+    args: Arguments
 
     @functools.cached_property
     def statistics(self) -> dict[int, LayerStatistics]:
         return collect_statistics(self.model, tqdm(self.calibration.split(1), desc="calibration", file=sys.stderr))
-
-    def plain(self, window: torch.Tensor) -> torch.Tensor:
-        """Logits of a window [T] without a cache, [T, vocabulary]."""
-        return self.model(window[None].to(self.model.device), use_cache=False).logits[0]
 
     @property
     def chunk(self) -> int:
@@ -252,19 +110,6 @@ class Comparison:
         cache = backend.make_cache(self.model.config)
         chunks = window[None].to(self.model.device).split(self.chunk, dim=1)
         return torch.cat([self.model(ids, **cache_argument(cache), use_cache=True).logits[0] for ids in chunks])
-
-    def texts(self, forward: Forward, label: str, windows: int = sys.maxsize) -> dict[str, Row]:
-        """Scores on so many windows of each text."""
-        return {text: score(forward, stock.some(windows), f"{label}: {text}") for text, stock in self.stock.items()}
-
-    def bytes_of(self, codec: Rival | CacheBackend) -> float:
-        """Per token and layer, averaged over layers, which may differ in size."""
-        sites = [site for site in find_mla_sites(self.model) if site.stores_latent]
-        return statistics.fmean(codec.bytes_per_token(site.kv_lora_rank, site.qk_rope_head_dim) for site in sites)
-
-    def row(self, name: str, bytes_per_token: float, texts: dict[str, Row], **more: Any) -> Row:
-        ratio = bytes_per_token / self.bytes_of(RIVALS["bf16"])
-        return {"name": name, "bytes_per_token": bytes_per_token, "bytes_ratio": ratio, "texts": texts, **more}
 
     def rival(self, rival: Rival) -> Row:
         """The better of the two variants on all windows, with the other on those on which they competed."""
@@ -347,13 +192,6 @@ def table_of(rows: list[Row], texts: list[str]) -> Table:
     return table
 
 
-def loss_text(row: Row) -> str:
-    if row["loss_percent"] is None:
-        return "not finite"
-    stderr = row["loss_stderr_percent"]
-    return f"{row['loss_percent']:+.3f}" + ("" if stderr is None else f" ± {stderr:.3f}") + " %"
-
-
 def draw(rows: list[Row], texts: list[str], path: Path) -> None:
     """Loss against bytes, a panel per text. What is too small for the axis, or a gain, lies on its lower edge."""
     figure, panels = plt.subplots(
@@ -394,7 +232,7 @@ def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         check(args)
-        comparison = Comparison(*load_model(args.model, args.dtype), args)
+        comparison = CodecComparison(*load_model(args.model, args.dtype), args)
         rows = comparison.run()
     folder = results_folder(args.output, "codecs")
     draw(rows, list(comparison.stock), folder / "loss_against_bytes.png")

@@ -21,10 +21,10 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from train_gpt2_mla import KINDS
 from transformers import HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf.bench.command_line import console, environment, finish, read_settings, readable_errors, results_folder
+from kvsplice_hf.bench.pretraining.run import KINDS
 from kvsplice_hf.bench.pretraining.training import ModelArguments, build_model
 
 

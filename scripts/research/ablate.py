@@ -2,8 +2,8 @@
 """Train and measure a matrix of named arms and seeds, from a YAML file, into one folder of results.
 
 Every arm of a seed sees the same text in the same order. Finished runs are skipped, a run that was cut off goes on from
-its last checkpoint, and several processes on one folder share the work. scripts/research/report.py draws the result. The last
-line of stdout is one JSON object.
+its last checkpoint, and several processes on one folder share the work. scripts/research/report.py draws the result.
+The last line of stdout is one JSON object.
 
     python scripts/research/ablate.py configs/ablations/nano.yaml
     python scripts/research/ablate.py configs/ablations/nano.yaml --output_dir results/try --seeds 0 --arms GPT-2 MLA-48
@@ -21,16 +21,16 @@ from typing import Any
 
 import torch.distributed as dist
 import yaml
-from ablation import Ablation, read_ablation
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
-from train_gpt2_mla import train
 
 from kvsplice_hf import ConfigError
+from kvsplice_hf.bench.ablation import Ablation, read_ablation
 from kvsplice_hf.bench.command_line import console, environment, readable_errors, require_known
 from kvsplice_hf.bench.pretraining.after_training import run_after
 from kvsplice_hf.bench.pretraining.data import load_blocks
+from kvsplice_hf.bench.pretraining.run import train
 from kvsplice_hf.bench.records import RunKey, append_run, key_of, read_runs, write_experiment
 
 

@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from compare_codecs import Comparison, Row, loss_text, ours
 from rich.table import Table
 from transformers import HfArgumentParser
 
@@ -31,6 +30,7 @@ from kvsplice_hf.bench.command_line import (
     require_known,
     results_folder,
 )
+from kvsplice_hf.bench.comparison import Comparison, Row, loss_text, ours
 from kvsplice_hf.calibration import allocate, calibrator, collect, fit, solve
 from kvsplice_hf.code.codec import BEND
 from kvsplice_hf.text import spread_evenly

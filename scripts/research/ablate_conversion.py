@@ -4,7 +4,7 @@
 Every row is a conversion of the same model, measured on the same text, which calibration does not see. The last line of
 stdout is one JSON object.
 
-    python scripts/research/ablate_conversion.py                                         # SmolLM2-135M, all tables: an hour
+    python scripts/research/ablate_conversion.py                    # SmolLM2-135M, all tables: an hour
     python scripts/research/ablate_conversion.py --model my-llama --tables steps widths
     python scripts/research/ablate_conversion.py --tables lengths --window 4096 --evaluation_tokens 8192
 """
@@ -18,11 +18,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from convert_to_mla import Loaded, compare, load, spread_windows
 from rich.table import Table
 from transformers import HfArgumentParser, PreTrainedModel
 
-from kvsplice_hf.bench.command_line import DEMO, console, environment, finish, readable_errors, results_folder
+from kvsplice_hf.bench.command_line import (
+    DEMO,
+    LoadedModel,
+    console,
+    environment,
+    finish,
+    readable_errors,
+    results_folder,
+)
+from kvsplice_hf.bench.conversion import compare, load_original
+from kvsplice_hf.bench.texts import spread_windows
 from kvsplice_hf.convert import convert_to_mla
 from kvsplice_hf.convert.rotation import VirtualHeads, choose_slots, closed_form_queries, virtual_heads
 from kvsplice_hf.convert.sampling import LayerActivations, activations, capture_inputs
@@ -55,7 +64,7 @@ class Arguments:
 class Ablation:
     """One model, its calibration text, and the tables of conversions of it."""
 
-    def __init__(self, original: Loaded, args: Arguments) -> None:
+    def __init__(self, original: LoadedModel, args: Arguments) -> None:
         self.model, self.tokenizer = original
         self.args = args
         self.calibration = self.windows(args.calibration_window)
@@ -146,7 +155,7 @@ def moment_heads(
 
 
 @torch.no_grad()
-def exactness(original: Loaded, converted: PreTrainedModel, window: torch.Tensor) -> dict[str, Any]:
+def exactness(original: LoadedModel, converted: PreTrainedModel, window: torch.Tensor) -> dict[str, Any]:
     """Greatest difference of the logits, their greatest size, and whether greedy text is identical."""
     ids = window[None].to(original.model.device)
     before, after = original.model(ids).logits, converted(ids).logits
@@ -174,7 +183,7 @@ def kl_nats(logits: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def run(args: Arguments) -> dict[str, Any]:
-    original = load(args.model, "float32")
+    original = load_original(args.model, "float32")
     ablation = Ablation(original, args)
     windows = spread_windows(original.tokenizer, "pydoc", "evaluation", args.window, args.evaluation_tokens)
     report: dict[str, Any] = {}

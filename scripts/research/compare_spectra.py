@@ -3,9 +3,9 @@
 
 For each layer, the variances of the latent along its principal axes, and the costs of the coordinates of calibration
 (variance times how much the model's predictions feel it). The faster they fall, the more a low rank or unequal widths
-gain. The last line of stdout is one JSON object.
+gain. The files are those of `KVSpliceCalibrator.save`. The last line of stdout is one JSON object.
 
-    python scripts/research/compare_spectra.py smollm2.safetensors gpt2-mla.safetensors    # files of KVSpliceCalibrator.save
+    python scripts/research/compare_spectra.py smollm2.safetensors gpt2-mla.safetensors
 """
 
 import statistics as means

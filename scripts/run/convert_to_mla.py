@@ -8,33 +8,28 @@ of stdout is one JSON object.
     python scripts/run/convert_to_mla.py --model HuggingFaceTB/SmolLM2-135M-Instruct --output smollm2-mla
     python scripts/run/convert_to_mla.py --model SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2-mla --rope-dim 64
     python scripts/run/convert_to_mla.py --model my-llama --output my-llama-mla --rope-dim all
-    python scripts/run/convert_to_mla.py --model my-llama --output my-llama-mla --kv-lora-rank 256 --calibration notes.txt
+    python scripts/run/convert_to_mla.py --model my-llama --output my-mla --kv-lora-rank 256 --calibration notes.txt
 """
 
 import json
-import math
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser, PreTrainedModel
+from transformers import DynamicCache, HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import cache_nbytes
-from kvsplice_hf.bench.command_line import DEMO, console, environment, parse_dtype, readable_errors
+from kvsplice_hf.bench.command_line import console, environment, readable_errors
+from kvsplice_hf.bench.conversion import compare, load_original
+from kvsplice_hf.bench.texts import spread_windows
 from kvsplice_hf.convert import convert_to_mla
-from kvsplice_hf.demo import load_original_demo_model
-from kvsplice_hf.text import load_texts, spread_evenly, token_windows
 from kvsplice_hf.upstream import cache_argument
 
 
 _CACHE_TOKENS = 64
-_HEAD_TOKENS = 256
 
 
 @dataclass
@@ -52,69 +47,6 @@ class Arguments:
     calibration_window: int = field(default=2048, metadata={"help": "tokens per calibration sequence: as long as used"})
     window: int = field(default=1024, metadata={"help": "tokens per evaluated sequence"})
     dtype: str = field(default="auto", metadata={"help": "dtype to load and save in: auto, float32, bfloat16, float16"})
-
-
-class Loaded(NamedTuple):
-    """A model and its tokenizer."""
-
-    model: PreTrainedModel
-    tokenizer: Any
-
-
-def load(name: str, dtype: str) -> Loaded:
-    """The model of a folder, hub name or GGUF file; "demo" is SmolLM2-135M as it is, from an installed package."""
-    if name == DEMO:
-        return Loaded(*load_original_demo_model(torch.float32 if dtype == "auto" else parse_dtype(dtype)))
-    path = Path(name)
-    if path.suffix != ".gguf":
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return Loaded(model.eval(), AutoTokenizer.from_pretrained(name))
-    # GGUF weights are unpacked on loading; "auto" has no meaning for them.
-    dtype = "float32" if dtype == "auto" else dtype
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    return Loaded(model.eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
-
-
-def spread_windows(tokenizer: Any, source: str, split: str, window: int, tokens: int) -> torch.Tensor:
-    """About `tokens` tokens in windows that lie evenly over one half of a text, int64 [windows, window]."""
-    windows = token_windows(tokenizer, load_texts(source, split), window)
-    return spread_evenly(windows, max(1, tokens // window))
-
-
-@torch.no_grad()
-def compare(original: PreTrainedModel, converted: PreTrainedModel, windows: torch.Tensor) -> dict[str, Any]:
-    """Perplexity before and after, its change with a standard error over windows, and by position in the window, and
-    the mean divergence (nats) of the next-token distributions.
-    """
-    losses, divergence = [], 0.0
-    for window in tqdm(windows, desc="evaluation", file=sys.stderr):
-        ids, labels = window[None].to(original.device), window[1:, None].to(original.device)
-        states = [
-            model.get_decoder()(ids, use_cache=False).last_hidden_state[0, :-1] for model in (original, converted)
-        ]
-        loss = []
-        # The head in pieces: logits of a long window over a large vocabulary would be gigabytes.
-        split = [tensor.split(_HEAD_TOKENS) for tensor in (*states, labels)]
-        for *pieces, label in zip(*split, strict=True):
-            heads = (model.get_output_embeddings() for model in (original, converted))
-            before, after = (F.log_softmax(head(p).float(), -1) for head, p in zip(heads, pieces, strict=True))
-            divergence += F.kl_div(after, before, reduction="sum", log_target=True).item()
-            loss.append(-torch.cat([before.gather(1, label), after.gather(1, label)], 1).double().cpu())
-        losses.append(torch.cat(loss))
-    loss = torch.stack(losses)  # [windows, T - 1, 2]
-    before, after = loss.mean((0, 1)).tolist()
-    change = loss[..., 1] - loss[..., 0]
-    stderr = (change.mean(1).std() / math.sqrt(len(change))).item() if len(change) > 1 else None
-    return {
-        "perplexity_before": math.exp(before),
-        "perplexity_after": math.exp(after),
-        "perplexity_change_percent": 100 * math.expm1(after - before),
-        "perplexity_change_stderr_percent": None if stderr is None else 100 * stderr,
-        "perplexity_change_percent_by_1024_positions": [
-            100 * math.expm1(part.mean().item()) for part in change.split(1024, dim=1)
-        ],
-        "kl_nats": divergence / change.numel(),
-    }
 
 
 @torch.no_grad()
@@ -138,7 +70,7 @@ def run(args: Arguments) -> dict[str, Any]:
     Raises:
         KVSpliceError: the model or a setting cannot be used.
     """
-    original, tokenizer = load(args.model, args.dtype)
+    original, tokenizer = load_original(args.model, args.dtype)
     rope_dim = args.rope_dim if args.rope_dim == "all" else int(args.rope_dim)
     calibration = None
     if rope_dim != "all" or args.kv_lora_rank is not None:
