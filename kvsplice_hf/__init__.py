@@ -26,9 +26,10 @@ from kvsplice_hf.manage.loading import load_kvsplice
 from kvsplice_hf.manage.merging import merge_kvsplice, unmerge_kvsplice
 from kvsplice_hf.manage.pruning import LayerPruning, prune_kvsplice, pruning_candidates
 from kvsplice_hf.manage.sizes import KVCacheSize, KVSpliceCache, cache_nbytes, get_kv_cache_size
+from kvsplice_hf.patch.apply import unpatch_model
 from kvsplice_hf.patch.saving import save_kvsplice
 from kvsplice_hf.patch.state import splice_disabled
-from kvsplice_hf.patching import patch_model_with_kvsplice, unpatch_model
+from kvsplice_hf.patching import patch_model_with_kvsplice
 from kvsplice_hf.version import __version__
 
 

@@ -14,6 +14,7 @@ SCHEMA_VERSION = 1
 DEFAULT_BYTES_RATIO = 0.25
 # The exact tokens of a sequence of this length are counted into a budget of bytes per token.
 REFERENCE_LENGTH = 4096
+DEFAULT_CODEC = "rows"
 ALLOCATIONS = ("auto", "global", "layer")
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 INITIALISATIONS = ("svd", "orthogonal", "identity")
@@ -54,6 +55,7 @@ class KVSpliceConfig:
             in at a length of 4096. Needs calibration.
         bits: the same as bits per number of the stock row. Of these four budgets give one; with none, packed codes at
             a quarter of the stock row in bf16.
+        codec: name of the codec that packs rows; "rows" is `RowCodec`, others are registered (docs/how_to_add.md).
         allocation: "global" lets layers compete for bytes, "layer" gives each the same, "auto" takes what loses less on
             calibration text that was held out ("global" where there is none).
         layers: which latents to splice: "all", "last:n", or a sequence of cache layer indices (`layer_idx`).
@@ -75,6 +77,7 @@ class KVSpliceConfig:
     rank: int | None = None
     bytes_per_token: float | None = None
     bits: float | None = None
+    codec: str = DEFAULT_CODEC
     allocation: str = "auto"
     layers: str | tuple[int, ...] = "all"
     layer_pattern: str | None = None
@@ -99,6 +102,10 @@ class KVSpliceConfig:
             raise ConfigError(f"`sink_tokens` is {self.sink_tokens!r}; it must be an integer of 0 or more.")
         if not isinstance(self.use_layernorm, bool):
             raise ConfigError(f"`use_layernorm` is {self.use_layernorm!r}; it must be True or False.")
+        if not (isinstance(self.codec, str) and self.codec):
+            raise ConfigError(f"`codec` is {self.codec!r}; it must be the name of a registered codec.")
+        if self.codec != DEFAULT_CODEC and not self.is_packed:
+            raise ConfigError("`codec` packs rows: give `bytes_per_token`, `bits`, or no budget.")
         if self.is_packed and self.use_layernorm:
             raise ConfigError("`use_layernorm` works on codes stored as numbers: give `compression_ratio` or `rank`.")
         if self.layer_pattern is not None and not (isinstance(self.layer_pattern, str) and self.layer_pattern):
@@ -184,6 +191,8 @@ class KVSpliceConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values, sorted by name."""
         values = asdict(self)
+        if self.codec == DEFAULT_CODEC:  # so that releases that know one codec only read the files of that one
+            del values["codec"]
         if not isinstance(self.layers, str):
             values["layers"] = list(self.layers)
         return dict(sorted(values.items()))

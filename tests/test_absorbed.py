@@ -9,7 +9,7 @@ import torch
 from kvsplice_hf import LearnedKVSplice
 from kvsplice_hf.attend import reference as streaming
 from kvsplice_hf.cache.exact import UNFILLED, ExactTokens
-from kvsplice_hf.cache.layers import CompressedLatent
+from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.patch.absorbed import absorbed_attention
 
 

@@ -20,10 +20,12 @@ from kvsplice_hf import (
     patch_model_with_kvsplice,
     save_kvsplice,
 )
+from kvsplice_hf.attend.choice import encode
 from kvsplice_hf.attend.native import calls as native
 from kvsplice_hf.attend.reference import attend_packed
 from kvsplice_hf.code.codec import RowCodec
-from kvsplice_hf.code.projection import LearnedKVSplice, initialise_
+from kvsplice_hf.code.initialise import initialise_
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import ConfigError
 
 
@@ -135,7 +137,7 @@ def a_splice() -> Any:
     initialise_(splice, "svd", random(40, 12))
     with torch.no_grad():
         latent, k_rot = random(1, 1, 9, 12), random(1, 1, 9, 4, seed=1)
-        return splice.encode(latent), splice.rows(latent, k_rot), *splice.round_trip(latent, k_rot)
+        return splice.encode(latent), encode(splice, latent, k_rot), *splice.round_trip(latent, k_rot)
 
 
 STATISTICS: list[KVSpliceCalibrator] = []

@@ -21,20 +21,14 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from kvsplice_hf.cache.dynamic import SplicedDynamicLayer, SplicedIndexedLayer, SplicedSlidingWindowLayer
 from kvsplice_hf.cache.exact import UNFILLED
-from kvsplice_hf.cache.layers import (
-    CompressedLatent,
-    RowGeometry,
-    SplicedDynamicLayer,
-    SplicedIndexedLayer,
-    SplicedLayerMixin,
-    SplicedSlidingWindowLayer,
-    SplicedStaticIndexedLayer,
-    SplicedStaticLayer,
-    SplicedStaticSlidingWindowLayer,
-    splice_cache_layer,
-)
-from kvsplice_hf.code.projection import LearnedKVSplice, initialise_
+from kvsplice_hf.cache.layers import splice_cache_layer
+from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
+from kvsplice_hf.cache.splicing import SplicedLayerMixin
+from kvsplice_hf.cache.static import SplicedStaticIndexedLayer, SplicedStaticLayer, SplicedStaticSlidingWindowLayer
+from kvsplice_hf.code.initialise import initialise_
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError
 from kvsplice_hf.manage.sizes import cache_nbytes
 

@@ -14,10 +14,13 @@ import transformers
 from tiny_models import TINY_MODELS, build, tiny_batch
 from torch import nn
 
+from kvsplice_hf.code.files import CONFIG_NAME, WEIGHTS_NAME
 from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, NotMLAError, PatchStateError, UnsupportedError
-from kvsplice_hf.manage.loading import CONFIG_NAME, WEIGHTS_NAME, load_kvsplice, save_kvsplice
-from kvsplice_hf.patching import find_patch, is_patched, patch_model_with_kvsplice
+from kvsplice_hf.manage.loading import load_kvsplice
+from kvsplice_hf.patch.saving import save_kvsplice
+from kvsplice_hf.patch.state import find_patch, is_patched
+from kvsplice_hf.patching import patch_model_with_kvsplice
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 

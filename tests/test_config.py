@@ -104,9 +104,21 @@ def test_a_config_is_equal_after_a_trip_through_json(config: KVSpliceConfig, tmp
 
 def test_json_names_every_field_in_order_and_lists_layers() -> None:
     values = EVERY_FIELD.to_dict()
-    assert list(values) == sorted(field.name for field in dataclasses.fields(KVSpliceConfig))
+    assert list(values) == sorted({field.name for field in dataclasses.fields(KVSpliceConfig)} - {"codec"})
     assert values["layers"] == [3, 1]
     assert values["schema_version"] == SCHEMA_VERSION
+
+
+def test_json_names_the_codec_where_it_is_not_the_one_that_all_releases_know() -> None:
+    assert "codec" not in KVSpliceConfig().to_dict()
+    other = KVSpliceConfig(codec="other")
+    assert KVSpliceConfig.from_dict(other.to_dict()) == other
+
+
+@pytest.mark.parametrize(("values", "phrase"), [({"codec": ""}, "registered"), ({"codec": "x", "rank": 2}, "packs")])
+def test_a_codec_is_a_name_and_for_packed_rows_only(values: dict[str, Any], phrase: str) -> None:
+    with pytest.raises(ConfigError, match=phrase):
+        KVSpliceConfig(**values)
 
 
 def test_an_unknown_field_is_named_with_the_known_ones() -> None:

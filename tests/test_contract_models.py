@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from kvsplice_hf import KVSpliceConfig, cache_nbytes, get_kv_cache_size, patch_model_with_kvsplice
-from kvsplice_hf.cache.layers import SplicedLayerMixin
+from kvsplice_hf.cache.splicing import SplicedLayerMixin
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 

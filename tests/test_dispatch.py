@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from kvsplice_hf import RowCodec
-from kvsplice_hf.attend import backend as dispatch
+from kvsplice_hf.attend import choice as dispatch
 from kvsplice_hf.attend import reference as streaming
-from kvsplice_hf.attend.backend import attend, pack
+from kvsplice_hf.attend.choice import attend, pack
+from kvsplice_hf.attend.triton import backend as triton_backend
 
 
 R, P = 6, 2
@@ -55,9 +56,9 @@ class Kernels(SimpleNamespace):
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(kernels: Any) -> Any:
-        monkeypatch.setattr(dispatch, "_triton_kernels", lambda: kernels)
+        monkeypatch.setattr(triton_backend, "_triton_kernels", lambda: kernels)
         monkeypatch.setattr(dispatch, "_verdicts", {})
-        monkeypatch.setattr(dispatch, "_IN_INTERPRETER", True)
+        monkeypatch.setattr(triton_backend, "_IN_INTERPRETER", True)
         return kernels
 
     return install
@@ -128,7 +129,7 @@ def test_the_environment_says_whether_they_are(value: str | None, monkeypatch: p
     monkeypatch.delenv("KVSPLICE_KERNELS", raising=False)
     if value is not None:
         monkeypatch.setenv("KVSPLICE_KERNELS", value)
-    spec = importlib.util.find_spec("kvsplice_hf.attend.backend")
+    spec = importlib.util.find_spec("kvsplice_hf.attend.choice")
     assert spec is not None
     assert spec.loader is not None
     another = importlib.util.module_from_spec(spec)  # as at import, beside the module that others use
@@ -137,9 +138,9 @@ def test_the_environment_says_whether_they_are(value: str | None, monkeypatch: p
 
 
 def test_that_triton_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "kvsplice_hf.attend.triton.attention", None)
-    monkeypatch.delattr("kvsplice_hf.attend.triton.attention", raising=False)
-    dispatch._triton_kernels.cache_clear()
-    assert dispatch._triton_kernels() is None
+    monkeypatch.setitem(__import__("sys").modules, "kvsplice_hf.attend.triton.calls", None)
+    monkeypatch.delattr("kvsplice_hf.attend.triton.calls", raising=False)
+    triton_backend._triton_kernels.cache_clear()
+    assert triton_backend._triton_kernels() is None
     assert "Install kvsplice-hf[gpu]" in caplog.text
-    dispatch._triton_kernels.cache_clear()
+    triton_backend._triton_kernels.cache_clear()

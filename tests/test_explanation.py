@@ -17,7 +17,7 @@ from kvsplice_hf import (
     patch_model_with_kvsplice,
     splice_disabled,
 )
-from kvsplice_hf.attend import backend as dispatch
+from kvsplice_hf.attend import choice as dispatch
 from kvsplice_hf.attend.native import calls as native
 from kvsplice_hf.patch import absorbed as absorbed_module
 from kvsplice_hf.patch import attention as attention_module

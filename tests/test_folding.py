@@ -25,9 +25,9 @@ from kvsplice_hf import (
     splice_disabled,
     unpatch_model,
 )
+from kvsplice_hf.code.files import CONFIG_NAME, WEIGHTS_NAME
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import TrainingError
-from kvsplice_hf.manage.loading import CONFIG_NAME, WEIGHTS_NAME
 from kvsplice_hf.manage.merging import merge_kvsplice, unmerge_kvsplice
 from kvsplice_hf.upstream import cache_argument, cache_of
 

@@ -9,7 +9,7 @@ from tiny_models import TINY_MODELS, build, tiny_batch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from kvsplice_hf import KVSpliceCache, KVSpliceConfig, patch_model_with_kvsplice
-from kvsplice_hf.cache.layers import SplicedLayerMixin
+from kvsplice_hf.cache.splicing import SplicedLayerMixin
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 

@@ -40,7 +40,7 @@ from kvsplice_hf import (
     unpatch_model,
     upstream,
 )
-from kvsplice_hf.cache.layers import SplicedLayerMixin
+from kvsplice_hf.cache.splicing import SplicedLayerMixin
 from kvsplice_hf.gpt2_mla import (
     GPT2_MLA,
     GPT2_MLA_KV,

@@ -24,15 +24,18 @@ from kvsplice_hf import (
     RowCodec,
     patch_model_with_kvsplice,
 )
-from kvsplice_hf.attend import backend as dispatch
+from kvsplice_hf.attend import choice as dispatch
+from kvsplice_hf.attend.triton import backend as triton_backend
 from kvsplice_hf.code.codec import WIDTHS
 from kvsplice_hf.errors import UnsupportedError
 
 
 pytest.importorskip("triton", reason="the kernels need triton, which is not installed")
 
-from kvsplice_hf.attend.triton import attention as kernels  # noqa: E402
-from kvsplice_hf.attend.triton.attention import attend_packed, attend_rows, encode_pack, kernels_available  # noqa: E402
+from kvsplice_hf.attend.triton import calls as kernels  # noqa: E402
+from kvsplice_hf.attend.triton import tables  # noqa: E402
+from kvsplice_hf.attend.triton.calls import attend_packed, attend_rows, encode_pack, kernels_available  # noqa: E402
+from kvsplice_hf.attend.triton.pieces import pieces_of  # noqa: E402
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 
@@ -349,9 +352,9 @@ def test_copies_of_a_codec_work_and_tables_are_not_part_of_it(device: str) -> No
         assert torch.equal(encode_pack(rows_for(shape, device), other), packed)
         for found, wanted in zip(attend_packed(query, packed, other, shape.rank), expected, strict=True):
             assert torch.equal(found, wanted)
-    before = len(kernels._tables)
+    before = len(tables._tables)
     del codec, other
-    assert len(kernels._tables) < before
+    assert len(tables._tables) < before
 
 
 @on_devices("", [()])
@@ -417,9 +420,9 @@ def test_a_patched_model_decodes_on_the_kernels(device: str, packed: bool, monke
         return torch.stack([model(ids[:2, i : i + 1], **cache_argument(cache)).logits for i in (9, 10)])
 
     monkeypatch.setattr(dispatch, "_verdicts", {})
-    monkeypatch.setattr(dispatch, "_triton_kernels", lambda: None)
+    monkeypatch.setattr(triton_backend, "_triton_kernels", lambda: None)
     expected = decoded()
-    monkeypatch.setattr(dispatch, "_triton_kernels", lambda: kernels)
+    monkeypatch.setattr(triton_backend, "_triton_kernels", lambda: kernels)
     for _ in range(2):  # the first call of each kind is computed both ways
         torch.testing.assert_close(decoded(), expected, atol=1e-4, rtol=0)
     assert dispatch._verdicts
@@ -442,13 +445,15 @@ def test_without_a_gpu_or_the_interpreter_the_kernels_say_what_they_need() -> No
 
 def test_pieces_cover_a_row_and_waste_little() -> None:
     for n in range(1, 1537):
-        pieces = [piece for piece in kernels._pieces(n) if piece]
+        pieces = [piece for piece in pieces_of(n) if piece]
         assert all(16 <= piece <= 512 and piece & (piece - 1) == 0 for piece in pieces)
         assert sum(pieces) - pieces[-1] < n <= sum(pieces)
         assert sum(pieces) <= max(n + 15, 1.25 * n)
-    assert kernels._pieces(576) == (512, 64, 0)
+    assert pieces_of(576) == (512, 64, 0)
 
 
 def test_importing_the_package_does_not_import_the_kernels() -> None:
-    command = "import sys, kvsplice_hf; sys.exit('kvsplice_hf.attend.triton.attention' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", command], timeout=120).returncode == 0
+    command = "import sys, kvsplice_hf.attend.triton; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    of_triton = {name for name in result.stdout.split() if name.startswith("kvsplice_hf.attend.triton")}
+    assert of_triton <= {"kvsplice_hf.attend.triton", "kvsplice_hf.attend.triton.backend"}

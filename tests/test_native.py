@@ -23,12 +23,12 @@ from kvsplice_hf import (
     RowCodec,
     patch_model_with_kvsplice,
 )
-from kvsplice_hf.attend import backend as dispatch
+from kvsplice_hf.attend import choice as dispatch
 from kvsplice_hf.attend import reference as streaming
 from kvsplice_hf.attend.native import calls as native
 from kvsplice_hf.attend.native import library as native_library
 from kvsplice_hf.cache.exact import UNFILLED, ExactTokens
-from kvsplice_hf.cache.layers import CompressedLatent
+from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.errors import ConfigError, UnsupportedError
 from kvsplice_hf.patch.absorbed import _step, absorbed_attention
 
@@ -309,8 +309,8 @@ def test_new_tokens_are_encoded_as_pytorch_encodes_them(
 @torch.no_grad()
 def test_codes_with_a_layer_norm_are_left_to_pytorch() -> None:
     latent, k_rot = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 2)
-    LearnedKVSplice(8, 4).rows(latent, k_rot)  # after which calls of this kind go to C++
-    codes = LearnedKVSplice(8, 4, use_layernorm=True).rows(latent, k_rot)[..., :4]
+    dispatch.encode(LearnedKVSplice(8, 4), latent, k_rot)  # after which calls of this kind go to C++
+    codes = dispatch.encode(LearnedKVSplice(8, 4, use_layernorm=True), latent, k_rot)[..., :4]
     torch.testing.assert_close(codes.mean(-1), torch.zeros(1, 1, 1), atol=1e-5, rtol=0)
 
 

@@ -28,7 +28,7 @@ from kvsplice_hf import (
     upstream,
 )
 from kvsplice_hf.gpt2_mla import GPT2MLAConfig, GPT2MLAForCausalLM
-from kvsplice_hf.patching import find_patch, is_patched, patched_sites
+from kvsplice_hf.patch.state import find_patch, is_patched, patched_sites
 from kvsplice_hf.training import freeze_all_but_kvsplice
 from kvsplice_hf.upstream import cache_argument, cache_of
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvsplice_hf.code.projection import LearnedKVSplice, initialise_
+from kvsplice_hf.code.initialise import initialise_
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import ConfigError
 
 

@@ -39,12 +39,13 @@ from kvsplice_hf import (
     unpatch_model,
     upstream,
 )
+from kvsplice_hf.code.files import CONFIG_NAME, WEIGHTS_NAME
 from kvsplice_hf.code.projection import LearnedKVSplice
-from kvsplice_hf.manage.loading import CONFIG_NAME, WEIGHTS_NAME, read_splices
+from kvsplice_hf.manage.loading import read_splices
 from kvsplice_hf.manage.merging import merge_kvsplice, unmerge_kvsplice
 from kvsplice_hf.manage.pruning import effective_scales, plan_pruning, prune_kvsplice, pruning_candidates
-from kvsplice_hf.patch.attention import SITE_ATTRIBUTE
-from kvsplice_hf.patching import patched_sites
+from kvsplice_hf.patch.layer_patch import SITE_ATTRIBUTE
+from kvsplice_hf.patch.state import patched_sites
 from kvsplice_hf.upstream import cache_argument
 
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from kvsplice_hf import KVSpliceConfig, load_kvsplice, patch_model_with_kvsplice, save_kvsplice
-from kvsplice_hf.patching import splice_disabled
+from kvsplice_hf.patch.state import splice_disabled
 from kvsplice_hf.training import freeze_all_but_kvsplice
 from kvsplice_hf.training.monitor import splice_metrics
 from kvsplice_hf.training.objectives import divergence_from

@@ -44,8 +44,7 @@ from kvsplice_hf import (
 )
 from kvsplice_hf.attend.native import library as native_library
 from kvsplice_hf.calibration import auto
-from kvsplice_hf.manage.loading import _CODEC_BUFFERS as _BUFFERS
-from kvsplice_hf.patching import patched_sites
+from kvsplice_hf.patch.state import patched_sites
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
 
 
@@ -702,7 +701,7 @@ def test_weights_with_other_widths_are_loaded_whole_or_refused(tmp_path: Path) -
     model.load_state_dict(turned)
     assert not torch.equal(logits(model), before)
     for _, patched in patched_sites(model):
-        fresh = RowCodec(*(getattr(patched.splice.codec, name).detach() for name in _BUFFERS))
+        fresh = RowCodec(*(getattr(patched.splice.codec, name).detach() for name in RowCodec.saved))
         assert all(torch.equal(table, getattr(patched.splice.codec, name)) for name, table in fresh.named_buffers())
     with pytest.raises(RuntimeError, match="load_kvsplice"):
         model.load_state_dict(with_widths(model, lambda widths: torch.full_like(widths, 8)))

@@ -20,7 +20,7 @@ from kvsplice_hf import (
 )
 from kvsplice_hf.attend import reference as streaming
 from kvsplice_hf.attend.reference import attend_packed, attend_rows
-from kvsplice_hf.cache.layers import CompressedLatent
+from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.patch.absorbed import absorbed_attention
 from kvsplice_hf.upstream import cache_argument
 

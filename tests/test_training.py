@@ -28,7 +28,7 @@ from kvsplice_hf import (
     splice_disabled,
     unpatch_model,
 )
-from kvsplice_hf.patching import patched_sites
+from kvsplice_hf.patch.state import patched_sites
 from kvsplice_hf.training import (
     KVSpliceTrainer,
     KVSpliceTrainingArguments,

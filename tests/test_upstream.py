@@ -35,7 +35,8 @@ from kvsplice_hf import (
     unpatch_model,
     upstream,
 )
-from kvsplice_hf.cache.layers import CompressedLatent, SplicedLayerMixin
+from kvsplice_hf.cache.rows import CompressedLatent
+from kvsplice_hf.cache.splicing import SplicedLayerMixin
 from kvsplice_hf.evaluation import score_windows
 from kvsplice_hf.gpt2_mla import GPT2MLAConfig, GPT2MLAForCausalLM
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice

@@ -1,252 +1,115 @@
-"""Which code reads and writes rows: Triton kernels on a GPU, C++ on a CPU, PyTorch anywhere else.
+"""What a backend is: code that computes on rows faster than PyTorch does, and what it is handed.
 
-Both kinds of kernels serve calls without gradients and dropout that are not being compiled. The first call of each kind
-is computed in both ways; where the kernel fails, or disagrees with PyTorch, a warning says so and PyTorch serves from
-then on. A call that says nothing about the kernel is not judged by: one with numbers that are not finite, or with
-tensors that the kernel refuses by name. Calls under autocast are kinds of their own. `KVSPLICE_KERNELS=torch` in the
-environment, when the package is imported, leaves the kernels out. `explain` tells what serves a model, and why.
+A backend serves whole calls without gradients and dropout. PyTorch (`reference`) computes the same, serves wherever no
+backend does, and is what the first calls of every backend are compared with (`choice`).
 
-Legend: as in `streaming`.
+Legend: as in `reference`, and `R` kv_lora_rank, `P` qk_rope_head_dim, `N` qk_nope_head_dim, `V` v_head_dim,
+`K` exact tokens.
 """
 
-import functools
-import logging
-import os
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from kvsplice_hf.attend.native import calls as native
-from kvsplice_hf.attend.reference import Attended, attend_packed, attend_rows
 from kvsplice_hf.code.codec import RowCodec
-from kvsplice_hf.errors import KVSpliceError
+from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.projection import SpliceWeights
 
 
-logger = logging.getLogger(__name__)
+class Attended(NamedTuple):
+    """Attention over some of the keys.
 
-# Read once: a lookup in the environment takes as long as some of the calls that would ask for it.
-_WITHOUT_KERNELS = os.environ.get("KVSPLICE_KERNELS") == "torch"
-_IN_INTERPRETER = "TRITON_INTERPRET" in os.environ
-# Products of bf16 numbers of the same sign differ by about this much, relative to the largest of them.
-_TOLERANCE = 0.03
-# More query rows than these are a prefill, which matrix products serve well.
-_MOST_QUERIES = 1024
-# More new tokens than these are a prefill as well, when they are encoded.
-_MOST_TOKENS = 32
-# What each kind of call has shown on its first use: True for the kernel. And what was against it.
-_verdicts: dict[tuple[Any, ...], bool] = {}
-_reasons: dict[tuple[Any, ...], str] = {}
-
-
-def attend(
-    query: torch.Tensor,
-    rows: torch.Tensor,
-    codec: RowCodec | None,
-    value_dim: int,
-    bias: torch.Tensor | None,
-    *,
-    scaling: float,
-    dropout: float = 0.0,
-) -> Attended:
-    """Attention over stored rows.
-
-    Args:
-        query: [B, M, n].
-        rows: [B, S, n], or packed uint8 [B, S, row_bytes] of `codec`.
-        codec: None where rows are numbers.
-        value_dim, bias, scaling, dropout: as in `streaming.attend_rows`.
+    Attributes:
+        mixed: weighted mean of their values, float32 [B, M, r].
+        lse: logarithm of the sum of their exponentiated scores, float32 [B, M].
     """
 
-    def by_torch() -> Attended:
-        if codec is not None:
-            return attend_packed(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout)
-        return attend_rows(query, rows, value_dim, bias, scaling=scaling, dropout=dropout)
-
-    kernels = None if dropout or query.shape[1] > _MOST_QUERIES else _kernels_for(query, rows, *_steps_of(codec))
-    if kernels is None:
-        return by_torch()
-
-    def by_kernel() -> Attended:
-        of_queries = None if bias is None else bias[:, 0]
-        if codec is not None:
-            return Attended(*kernels.attend_packed(query, rows, codec, value_dim, of_queries, scaling=scaling))
-        return Attended(*kernels.attend_rows(query, rows, value_dim, of_queries, scaling=scaling))
-
-    kind = ("attend", codec is None, bias is None, query.dtype, rows.dtype, query.device)
-    return _either(kind, by_kernel, by_torch, _attend_alike)
+    mixed: torch.Tensor
+    lse: torch.Tensor
 
 
-def decode(step: native.Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The attention output of one new token per sequence, [B, 1, H, V], in the dtype of the query.
+class Step(NamedTuple):
+    """A decode step of one layer: one new query per sequence and head, and what it attends to.
 
-    In one call of C++ where that serves, by `by_torch` anywhere else.
+    Attributes:
+        query: [B, H, 1, N + P], the last P numbers rotated.
+        rows: the stored rows, [B, 1, S, r + P], or packed [B, 1, S, row_bytes].
+        codec: of the rows, or None where they are numbers.
+        weight: that of `kv_b_proj`, [H * (N + V), R].
+        v_dim: V.
+        projection: of the codes in the rows.
+        exact: latents of exact tokens [B, K, R], and where rows are packed their P rotated numbers behind; or None.
+        positions: which rows are those, [B, K]; outside [0, S) where there is none.
+        bias: added to the scores, float32 [B or 1, 1, S]; or None.
+        sinks: one logit per head, [H], that carries no value; or None.
+        scaling: factor on the scores.
     """
-    if _kernels_for(*step.numbers, *_steps_of(step.codec)) is not native:
-        return by_torch()
-    kind = ("decode", step.codec is None, step.bias is None, step.exact is None, step.query.dtype, step.rows.dtype)
-    return _either(kind, lambda: native.decode(step).to(step.query.dtype), by_torch, _numbers_alike)
+
+    query: torch.Tensor
+    rows: torch.Tensor
+    codec: Codec | None
+    weight: torch.Tensor
+    v_dim: int
+    projection: SpliceWeights
+    exact: torch.Tensor | None
+    positions: torch.Tensor | None
+    bias: torch.Tensor | None
+    sinks: torch.Tensor | None
+    scaling: float
+
+    @property
+    def numbers(self) -> list[torch.Tensor]:
+        """All tensors but the positions."""
+        given = (self.query, self.rows, self.weight, self.exact, self.bias, self.sinks, *self.projection)
+        return [tensor for tensor in given if tensor is not None]
 
 
-def encode(
-    latent: torch.Tensor,
-    k_rot: torch.Tensor,
-    projection: native.Projection,
-    codec: RowCodec | None,
-    by_torch: Callable[[], torch.Tensor],
-) -> torch.Tensor:
-    """The rows that a cache stores of a few new tokens: in one call of C++ where that serves, or by `by_torch`.
+class Backend(ABC):
+    """The interface. `docs/how_to_add.md` shows how to write one; `choice.BACKENDS` names those that there are.
 
-    Args:
-        latent, k_rot: [..., R] and [..., P].
-        projection, codec: of the rows.
+    Attributes:
+        name: in messages, and in the tables of `explain`.
+        operations: which of the methods below it has: "attend", "decode", "encode", "pack". PyTorch does the others.
+        codecs: the kinds of codec whose rows it reads and writes.
     """
-    given = [latent, *(tensor for tensor in projection if tensor is not None), *_steps_of(codec)]
-    if k_rot.shape[-1]:
-        given.append(k_rot)
-    if latent.numel() > _MOST_TOKENS * latent.shape[-1] or _kernels_for(*given) is not native:
-        return by_torch()
-    alike = _numbers_alike if codec is None else _bytes_alike
-    kind = ("encode", codec is None, projection.offset is None, latent.dtype, projection.compress.dtype)
-    return _either(kind, lambda: native.encode(latent, k_rot, projection, codec), by_torch, alike)
 
+    name: ClassVar[str]
+    operations: ClassVar[frozenset[str]]
+    codecs: ClassVar[frozenset[str]] = frozenset({RowCodec.kind})
 
-def pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
-    """`codec.pack(rows)`: bytes [..., row_bytes] of rows [..., n]."""
-    kernels = _kernels_for(rows, *_steps_of(codec))
-    if kernels is None:
-        return codec.pack(rows)
-    kind = ("pack", rows.dtype, rows.device)
-    return _either(kind, lambda: kernels.encode_pack(rows, codec), lambda: codec.pack(rows), _bytes_alike)
+    @abstractmethod
+    def claims(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether calls with these tensors are for this backend, by where they lie. The first to claim has them."""
 
+    @abstractmethod
+    def refusal(self, tensors: Sequence[torch.Tensor]) -> str | None:
+        """Why it does not serve calls with these tensors, which it claims; or None where it does."""
 
-def _steps_of(codec: RowCodec | None) -> tuple[torch.Tensor, ...]:
-    """What may be in training, or sharded, of a codec."""
-    return () if codec is None else (codec.scales, codec.centres)
+    def attend(
+        self,
+        query: torch.Tensor,
+        rows: torch.Tensor,
+        codec: Codec | None,
+        value_dim: int,
+        bias: torch.Tensor | None,
+        *,
+        scaling: float,
+    ) -> Attended:
+        """Attention over stored rows; arguments as in `choice.attend`, but bias float32 [B or 1, T or 1, S]."""
+        raise NotImplementedError
 
+    def decode(self, step: Step) -> torch.Tensor:
+        """The attention output of a step, [B, 1, H, V], of any float type."""
+        raise NotImplementedError
 
-def _kernels_for(*tensors: torch.Tensor) -> Any:
-    """The module whose kernels serve a call with these tensors, or None."""
-    if refusal(tensors) is not None:
-        return None
-    return _triton_kernels() if _for_triton(tensors) else native
+    def encode(
+        self, latent: torch.Tensor, k_rot: torch.Tensor, weights: SpliceWeights, codec: Codec | None
+    ) -> torch.Tensor:
+        """The rows of latents [..., R] and rotated keys [..., P]: what `LearnedKVSplice.rows` gives."""
+        raise NotImplementedError
 
-
-def _for_triton(tensors: Sequence[torch.Tensor]) -> bool:
-    return _IN_INTERPRETER or not tensors[0].is_cpu
-
-
-def refusal(tensors: Sequence[torch.Tensor]) -> str | None:
-    """Why PyTorch serves calls with these tensors, or None where a kernel does."""
-    if _WITHOUT_KERNELS:
-        return "KVSPLICE_KERNELS=torch leaves the kernels out"
-    if torch.compiler.is_compiling():
-        return "inside torch.compile PyTorch serves"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return "gradients are on, and the kernels have none: run under torch.no_grad()"
-    if _for_triton(tensors):
-        kernels = _triton_kernels()
-        if kernels is None:
-            return "Triton is not installed: pip install kvsplice-hf[gpu]"
-        return None if kernels.kernels_available(tensors[0].device) else "the Triton kernels do not serve this device"
-    if not all(map(native.reads, tensors)):
-        unread = next(tensor for tensor in tensors if not native.reads(tensor))
-        return f"the C++ code does not read {type(unread).__name__}s in {unread.dtype} on {unread.device}"
-    if not native.kernels_available("cpu"):
-        return "the C++ code could not be compiled; a warning has said why"
-    return None
-
-
-def verdicts() -> dict[str, str]:
-    """By kind of call: "serves", or why the kernel was given up for it."""
-    return {_title(kind): "serves" if good else _reasons.get(kind, "") for kind, good in _verdicts.items()}
-
-
-def _title(kind: tuple[Any, ...]) -> str:
-    return ", ".join(str(part) for part in kind if part not in (None, False))
-
-
-@functools.cache
-def _triton_kernels() -> ModuleType | None:
-    """The module of the Triton kernels, or None where Triton is missing."""
-    try:
-        from kvsplice_hf.attend.triton import kernels
-    except ImportError as error:
-        logger.warning(
-            "Triton is not installed (%s): PyTorch reads the codes, which is slower. Install kvsplice-hf[gpu].", error
-        )
-        return None
-    return kernels
-
-
-def _either(
-    kind: tuple[Any, ...], by_kernel: Callable[[], Any], by_torch: Callable[[], Any], alike: Callable[[Any, Any], bool]
-) -> Any:
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        kind = (*kind, "autocast")  # PyTorch computes other numbers there
-    if kind in _verdicts:
-        return _judged(kind, by_kernel, by_torch)
-    expected = by_torch()
-    if not _all_finite(expected):  # of what nobody can compare, nothing is learned
-        return expected
-    try:
-        found = by_kernel()
-        _verdicts[kind] = alike(found, expected)
-        reason = "its result differs from that of PyTorch"
-    except (KVSpliceError, MemoryError) as error:  # this call, not the kernel
-        _warn_once(kind, f"{type(error).__name__}: {error}")
-        return expected
-    except Exception as error:  # whatever the compiler or driver of this machine raises
-        _verdicts[kind], reason = False, f"{type(error).__name__}: {error}"
-    if _verdicts[kind]:
-        return found  # as in all later calls, to the last bit
-    _reasons[kind] = reason
-    logger.warning(
-        "The kernel for %s is not used: %s. PyTorch serves instead, in this process. kvsplice_hf.explain(model) tells "
-        "what that concerns.",
-        _title(kind),
-        reason,
-    )
-    return expected
-
-
-def _judged(kind: tuple[Any, ...], by_kernel: Callable[[], Any], by_torch: Callable[[], Any]) -> Any:
-    if not _verdicts[kind]:
-        return by_torch()
-    try:
-        return by_kernel()
-    except (KVSpliceError, MemoryError) as error:
-        _warn_once(kind, f"{type(error).__name__}: {error}")
-        return by_torch()
-
-
-@functools.cache
-def _warn_once(kind: tuple[Any, ...], reason: str) -> None:
-    logger.warning(
-        "The kernel for %s did not serve a call: %s. PyTorch has; others are not concerned.", _title(kind), reason
-    )
-
-
-def _all_finite(result: Any) -> bool:
-    tensors = result if isinstance(result, tuple) else (result,)
-    # Sums over no row at all are the logarithm of nothing, and no sign of damage.
-    return all(bool((torch.isfinite(t) | (t == -torch.inf)).all()) for t in tensors if t.is_floating_point())
-
-
-def _attend_alike(found: Attended, expected: Attended) -> bool:
-    # Queries that see no row (padding) have any result.
-    sees = expected.lse > torch.finfo(torch.float32).min / 2
-    mixed = (found.mixed - expected.mixed).abs().amax(-1)[sees]
-    lse = (found.lse - expected.lse).abs()[sees]
-    size = expected.mixed.abs().amax()
-    return bool((mixed <= _TOLERANCE * size).all() and (lse <= _TOLERANCE * (1 + expected.lse.abs()[sees])).all())
-
-
-def _numbers_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found - expected).abs().amax() <= _TOLERANCE * expected.abs().amax())
-
-
-def _bytes_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    # A number between two levels may fall to either for its last digit.
-    return found.shape == expected.shape and int((found != expected).sum()) <= max(2, 0.01 * found.numel())
+    def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:
+        """`codec.pack(rows)`: bytes [..., row_bytes] of rows [..., n]."""
+        raise NotImplementedError

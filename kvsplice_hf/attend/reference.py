@@ -11,12 +11,13 @@ Legend: `B` batch, `M` query rows (heads times queries, all reading the same row
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from kvsplice_hf.attend.backend import Attended
 from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.codecs import Codec
 
 
 # Scores held in memory at once: at most this many numbers (for at least _SMALLEST_BLOCK rows).
@@ -27,18 +28,6 @@ _MAX_UNPACKED = 1 << 18
 # transformers would hold.
 _SMALLEST_SHARE = 32
 _SMALLEST_BLOCK = 128
-
-
-class Attended(NamedTuple):
-    """Attention over some of the keys.
-
-    Attributes:
-        mixed: weighted mean of their values, float32 [B, M, r].
-        lse: logarithm of the sum of their exponentiated scores, float32 [B, M].
-    """
-
-    mixed: torch.Tensor
-    lse: torch.Tensor
 
 
 class _Running:
@@ -80,6 +69,24 @@ class _Running:
         total = self.total.clamp(min=torch.finfo(self.total.dtype).tiny)
         mixed = (self.sums / total.transpose(1, 2)).transpose(1, 2)
         return Attended(mixed, (self.peak + total.log())[..., 0])
+
+
+def attend(
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    codec: Codec | None,
+    value_dim: int,
+    bias: torch.Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+) -> Attended:
+    """Attention over rows of numbers [B, S, n], or over rows [B, S, row_bytes] of any codec; see `attend_rows`."""
+    if codec is None:
+        return attend_rows(query, rows, value_dim, bias, scaling=scaling, dropout=dropout)
+    if isinstance(codec, RowCodec):
+        return attend_packed(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout)
+    return attend_unpacked(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout)
 
 
 def attend_rows(
@@ -155,6 +162,27 @@ def attend_packed(
     sums, lse = running.result()
     mixed = codec.base.expand(*sums.shape[:2], -1).index_add(-1, index, sums * codec.column_scales)
     return Attended(mixed[..., :value_dim], lse)
+
+
+def attend_unpacked(
+    query: torch.Tensor,
+    packed: torch.Tensor,
+    codec: Codec,
+    value_dim: int,
+    bias: torch.Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+) -> Attended:
+    """Attention over rows of any codec, a block of rows unpacked at a time. Arguments as in `attend_packed`."""
+    running, turned = _Running(dropout), query.float().transpose(1, 2)
+    batch, rows = packed.shape[:2]
+    size = min(_MAX_UNPACKED // (batch * codec.row_dim + 1), _MAX_SCORES // (batch * query.shape[1]))
+    for block in _blocks(rows, size):
+        part = codec.unpack(packed[:, block])
+        scores = (part @ turned).transpose(1, 2) * scaling
+        running.add(_biased(scores, bias, block), functools.partial(_mix_rows, part[..., :value_dim]))
+    return running.result()
 
 
 def _mix_columns(columns: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

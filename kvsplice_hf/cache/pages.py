@@ -7,7 +7,7 @@ bytes can be laid out differently:
 
     block = for each layer: [ row 0 | row 1 | ... | row of the last token of the page ] [ exact latents of K tokens ]
 
-with rows as in `cache.py`, of the width that each layer has. The exact latents belong to the first K tokens of a
+with rows as in `rows.py`, of the width that each layer has. The exact latents belong to the first K tokens of a
 request, all of which lie in its first block; the room for them in other blocks stays unused. Since they lie inside the
 block, a shared prefix, a fork and an offloaded request bring them along.
 
@@ -28,8 +28,9 @@ import torch
 from transformers import GenerationConfig
 
 from kvsplice_hf import upstream
+from kvsplice_hf.attend.choice import encode
 from kvsplice_hf.cache.exact import ExactTokens
-from kvsplice_hf.cache.layers import CompressedLatent, RowGeometry
+from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
 from kvsplice_hf.call import current_state
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError, UnsupportedError
@@ -185,7 +186,7 @@ class PagedRows:
         upstream.check_update_arguments(args, kwargs)
         pages, batch = self._layers[layer_idx], self._batch
         assert batch is not None
-        rows = pages.splice.rows(key_states, value_states)[0, 0]
+        rows = encode(pages.splice, key_states, value_states)[0, 0]
         pages.rows[batch.blocks, batch.offsets] = rows.contiguous().view(torch.uint8)
         if batch.early.numel():
             exact = key_states[0, 0, batch.early]

@@ -15,7 +15,7 @@ from kvsplice_hf.calibration.allocate import Distortion, allocate, measure_disto
 from kvsplice_hf.calibration.collect import METRICS, Batch, Collector
 from kvsplice_hf.calibration.data import as_batches, share_of_process
 from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model
-from kvsplice_hf.calibration.fit import LayerFit, fit_rank, fit_widths
+from kvsplice_hf.calibration.fit import LayerFit, fit_codec, fit_rank, fit_widths
 from kvsplice_hf.calibration.holdout import split_holdout
 from kvsplice_hf.calibration.solve import LayerSolution, solve_layer
 from kvsplice_hf.calibration.statistics import (
@@ -24,6 +24,8 @@ from kvsplice_hf.calibration.statistics import (
     merge_across_processes,
     save_statistics,
 )
+from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.codecs import codec_class
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CalibrationError, ConfigError
 from kvsplice_hf.patch.layers import MLASite, find_mla_sites
@@ -45,7 +47,7 @@ class CalibrationReport:
         row_bytes: bytes of a stored row of each (where rows are not packed, in bf16).
         predicted_loss: nats per token of each, by the metric.
         spectra: cost of dropping each coordinate (descending, k_rot last), nats per token, one tensor per layer.
-        widths: bits per coordinate `[code | k_rot]`, one tensor per layer; empty where rows are not packed.
+        widths: bits per coordinate `[code | k_rot]`, one tensor per layer; empty where rows have no widths.
     """
 
     layers: list[int]
@@ -281,7 +283,9 @@ class KVSpliceCalibrator:
         for layer_idx in chosen:
             self.statistics[layer_idx].check(f"layer {layer_idx}")
         solutions = [self._solution(layer_idx) for layer_idx in chosen]
-        fit = self._fit_bytes if config.is_packed else self._fit_ranks
+        fit = self._fit_ranks
+        if config.is_packed:
+            fit = self._fit_bytes if codec_class(config.codec).fitted_together else self._fit_codecs
         fits = fit(config, chosen, solutions)
         return dict(zip(chosen, fits, strict=True)), _report(chosen, solutions, fits)
 
@@ -311,6 +315,16 @@ class KVSpliceCalibrator:
         widths = allocate(solutions, distortions, budget, per_layer=config.allocation == "layer")
         parts = zip(chosen, solutions, widths, strict=True)
         return [fit_widths(self.statistics[layer_idx], solution, width) for layer_idx, solution, width in parts]
+
+    def _fit_codecs(self, config: KVSpliceConfig, chosen: list[int], solutions: list[LayerSolution]) -> list[LayerFit]:
+        self._require_tokens(max(solution.latent_dim for solution in solutions))
+        kind = codec_class(config.codec)
+        return [
+            fit_codec(
+                self.statistics[layer_idx], solution, kind, config.row_budget(len(solution.cost)), f"layer {layer_idx}"
+            )
+            for layer_idx, solution in zip(chosen, solutions, strict=True)
+        ]
 
     def _require_tokens(self, rank: int) -> None:
         needed = _TOKENS_PER_DIMENSION * rank
@@ -357,5 +371,5 @@ def _report(chosen: list[int], solutions: list[LayerSolution], fits: list[LayerF
         row_bytes=[fit.codec.row_bytes if fit.codec else size for fit, size in zip(fits, in_bf16, strict=True)],
         predicted_loss=[fit.predicted_loss for fit in fits],
         spectra=[solution.cost for solution in solutions],
-        widths=[fit.codec.widths if fit.codec else empty for fit in fits],
+        widths=[fit.codec.widths if isinstance(fit.codec, RowCodec) else empty for fit in fits],
     )

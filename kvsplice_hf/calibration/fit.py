@@ -1,4 +1,4 @@
-"""From a solution and its widths to parameters: a `LearnedKVSplice`, with a `RowCodec` where codes are packed.
+"""From a solution and its widths to parameters: a `LearnedKVSplice`, with a codec where rows are packed.
 
 Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `r` spliced rank, `M` sampled rows.
 """
@@ -12,7 +12,9 @@ from kvsplice_hf.calibration.allocate import fit_scales, sigmas_of, standardised
 from kvsplice_hf.calibration.solve import LayerSolution
 from kvsplice_hf.calibration.statistics import LayerStatistics
 from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.projection import LearnedKVSplice
+from kvsplice_hf.errors import ConfigError
 
 
 _SMALLEST_STD = 1e-6  # relative to the largest; a dimension that never varies keeps a finite scale
@@ -33,7 +35,7 @@ class LayerFit:
     transform_shift: torch.Tensor
     compress: torch.Tensor
     expand: torch.Tensor
-    codec: RowCodec | None
+    codec: Codec | None
     predicted_loss: float
 
     @property
@@ -76,8 +78,38 @@ def fit_widths(statistics: LayerStatistics, solution: LayerSolution, widths: tor
     return _layer_fit(statistics, solution, kept, codec, loss)
 
 
+def fit_codec(
+    statistics: LayerStatistics, solution: LayerSolution, kind: type[Codec], budget: float, where: str
+) -> LayerFit:
+    """Packed rows of all coordinates, by a codec that is fitted to this layer alone.
+
+    Args:
+        statistics, solution: of the layer.
+        kind: the class of the codec.
+        budget: bytes of a row, at most.
+        where: names the layer in the error.
+
+    Raises:
+        ConfigError: the codec's rows are larger.
+    """
+    R, sigmas = solution.latent_dim, sigmas_of(solution)
+    # As the cache will hold them: codes in units of their root mean square, k_rot in its own.
+    rotated = solution.codes[:, R:] / solution.rot_weight.sqrt() + solution.rot_mean
+    rows = torch.cat([solution.codes[:, :R] / sigmas[:R], rotated], dim=-1)
+    codec = kind.fit(rows, R, budget)
+    if codec.row_bytes > budget:
+        raise ConfigError(
+            f"Rows of the codec {kind.kind!r} take {codec.row_bytes} bytes in {where}; the budget is {budget:.1f}. "
+            "Give more `bytes_per_token` or `bits`, or another `codec`."
+        )
+    units = torch.cat([sigmas[:R], solution.rot_weight.sqrt()])
+    loss = ((codec.round_trip(rows) - rows) * units).square().sum(-1).mean() / 2
+    everything = torch.ones(R, dtype=torch.bool, device="cpu")
+    return _layer_fit(statistics, solution, everything, codec, float(loss))
+
+
 def _layer_fit(
-    statistics: LayerStatistics, solution: LayerSolution, kept: torch.Tensor, codec: RowCodec | None, loss: float
+    statistics: LayerStatistics, solution: LayerSolution, kept: torch.Tensor, codec: Codec | None, loss: float
 ) -> LayerFit:
     std = statistics.covariance.diagonal().clamp(min=0).sqrt()
     std = torch.maximum(std, _SMALLEST_STD * std.max()).clamp(min=1e-30)

@@ -18,65 +18,36 @@ Legend: `n` = r + P coordinates of a row, `r` of which share a gain.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from kvsplice_hf.code.codecs import Codec, register_codec
+from kvsplice_hf.code.fields import FIELDS, Field, as_bf16, as_bytes, join_fields, pieces_of, split_fields
+from kvsplice_hf.code.levels import BEND, reaches_of, sinh_, unit_levels
 from kvsplice_hf.errors import ConfigError
 
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 16)
-_FIELDS = (8, 4, 2, 1)
 # A gain is 2^((byte - 128) / 16): steps of 4.4 %, from 1/256 to 245.
 _GAIN_STEPS = 16
 _GAIN_ONE = 128
 # Rows that are unpacked at once: what this takes in passing should fit into a cache of the processor.
 _AT_ONCE = 1024
-# How much the grid of each width is bent (0: uniform), fitted to Gaussian and Laplacian coordinates: few levels sit
-# where the samples are, many levels are bounded by the tails.
-BEND = {1: 0.0, 2: 0.7, 3: 1.3, 4: 1.7, 5: 2.0, 6: 2.2, 7: 2.4, 8: 2.6}
-# sinh(x) / x as a polynomial in x^2, for |x| up to the largest bend: a Chebyshev fit with a relative error below 5e-7.
-# Several times faster than the sinh of the library, which keeps its precision for any x.
-_SINH = (1.0000004732391539, 0.16666250581334213, 0.00833884425232733, 0.00019595608535080897, 3.1881204272216436e-06)
-
-
-class Field(NamedTuple):
-    """Where one field of a code is.
-
-    Attributes:
-        byte: in the row.
-        shift: of its lowest bit in that byte.
-        bits: how many.
-        place: of its lowest bit in the code.
-    """
-
-    byte: int
-    shift: int
-    bits: int
-    place: int
-
-
 # Of the table `column_fields`.
-NUMBERS_PER_COLUMN = len(_FIELDS) * len(Field._fields)
-
-
-def unit_levels(width: int) -> torch.Tensor:
-    """The 2^width levels of a coordinate with scale 1, ascending within (-1, 1), float32."""
-    grid = (2 * torch.arange(2**width, dtype=torch.float64, device="cpu") + 1) / 2**width - 1
-    bend = BEND[width]
-    return (grid if bend == 0 else torch.sinh(bend * grid) / math.sinh(bend)).float()
+NUMBERS_PER_COLUMN = len(FIELDS) * len(Field._fields)
 
 
 def row_bytes(widths: torch.Tensor, gained: int) -> int:
     """Bytes of a row whose coordinates have these widths, [n]; with a gain if `gained` > 0 of them share one."""
     total = 2 * int((widths == 16).sum()) + int(gained > 0)
     small = torch.where(widths == 16, 0, widths.to(torch.int64))
-    return total + sum(-(-int((small & field > 0).sum()) * field // 8) for field in _FIELDS)
+    return total + sum(-(-int((small & field > 0).sum()) * field // 8) for field in FIELDS)
 
 
-class RowCodec(nn.Module):
+@register_codec
+class RowCodec(Codec):
     """Packs rows of numbers into bytes, and back.
 
     Buffers: `widths` uint8 [n], `scales` and `centres` float32 [n]. They stay float32 whatever the model is cast to:
@@ -97,6 +68,10 @@ class RowCodec(nn.Module):
         >>> codec.pack(torch.randn(2, 1, 7, 4)).shape
         torch.Size([2, 1, 7, 3])
     """
+
+    kind = "rows"
+    saved = ("widths", "scales", "centres", "sigmas")
+    fitted_together = True
 
     widths: torch.Tensor
     scales: torch.Tensor
@@ -130,7 +105,7 @@ class RowCodec(nn.Module):
         ungained = torch.arange(len(widths), dtype=torch.int64, device=widths.device) >= len(self.sigmas)
         order = torch.argsort(100 * ungained - small, stable=True)
         order = order[small[order] > 0]
-        for field in _FIELDS:
+        for field in FIELDS:
             coordinates = order[small[order] & field > 0]
             # The larger fields of the same code come first, in its lower bits.
             shifts = small[coordinates] & ~(2 * field - 1)
@@ -150,7 +125,7 @@ class RowCodec(nn.Module):
     def _add_columns(self, order: torch.Tensor) -> None:
         """Tables of `read_columns`, whose columns are the coordinates `order`, and after them the 16-bit numbers."""
         widths = self.widths[order].long()
-        bends, reaches = self._bends[order], _reaches(self._bends[order])
+        bends, reaches = self._bends[order], reaches_of(self._bends[order])
         # sinh(slope * code + start) / reach is the level; two levels without a bend are the sinh of something as well.
         # (An integer tensor with a Python number of another kind would take the dtype that is the default just now.)
         last = torch.where(bends > 0, bends * (1 - 0.5 ** widths.float()), math.asinh(0.5))
@@ -161,13 +136,11 @@ class RowCodec(nn.Module):
         self.gained_columns = int((order < len(self.sigmas)).sum())
         # Whether the columns behind those hold none of the coordinates that share a gain.
         self.gains_all = len(self.sigmas) > 0 and not bool((self._raw < len(self.sigmas)).any())
-        self._pieces = {field: _pieces(widths.tolist(), field) for field in _FIELDS}
-        fields = [fields + (len(_FIELDS) - len(fields)) * [Field(0, 0, 0, 0)] for fields in self._fields(len(order))]
+        self._pieces = {field: pieces_of(widths.tolist(), field) for field in FIELDS}
+        fields = [fields + (len(FIELDS) - len(fields)) * [Field(0, 0, 0, 0)] for fields in self._fields(len(order))]
         # Where the codes are in a row, int32 [columns, 4 fields, 4 attributes of a `Field`].
         table = torch.tensor(fields, dtype=torch.int32, device=order.device)
-        self.register_buffer(
-            "column_fields", table.view(len(order), len(_FIELDS), len(Field._fields)), persistent=False
-        )
+        self.register_buffer("column_fields", table.view(len(order), len(FIELDS), len(Field._fields)), persistent=False)
 
     def _fields(self, columns: int) -> list[list[Field]]:
         """Where the code of each column is in a row."""
@@ -228,6 +201,35 @@ class RowCodec(nn.Module):
     def base(self) -> torch.Tensor:
         """See `read_columns`, [n]."""
         return torch.where(self.widths == 16, 0.0, self.centres.detach())
+
+    @property
+    def steps(self) -> tuple[torch.Tensor, ...]:
+        """Scales and centres: an optimiser may train them (`train_steps`)."""
+        return self.scales, self.centres
+
+    def reads_rows_of(self, other: Codec) -> bool:
+        """Where the widths are the same: all tables follow from them."""
+        return isinstance(other, RowCodec) and torch.equal(self.widths, other.widths)
+
+    def without(self, kept: torch.Tensor) -> "RowCodec":
+        of_row = torch.ones(self.row_dim, dtype=torch.bool, device=kept.device)
+        of_row[: len(kept)] = kept
+        smaller = RowCodec(
+            widths=self.widths[of_row],
+            scales=self.scales.detach()[of_row],
+            centres=self.centres.detach()[of_row],
+            sigmas=self.sigmas[of_row[: len(self.sigmas)]],
+        )
+        if isinstance(self.scales, nn.Parameter):
+            smaller.train_steps()
+            smaller.scales.requires_grad_(self.scales.requires_grad)
+            smaller.centres.requires_grad_(self.centres.requires_grad)
+        return smaller.train(self.training)
+
+    @classmethod
+    def saved_shapes(cls, row_dim: int, rank: int) -> tuple[torch.Size, ...]:
+        row = torch.Size([row_dim])
+        return row, row, row, torch.Size([rank])
 
     def value_columns(self, value_dim: int) -> int:
         """How many columns, from the first, hold all of the first `value_dim` coordinates; see `read_columns`."""
@@ -308,11 +310,11 @@ class RowCodec(nn.Module):
         """Bytes uint8 [..., row_bytes] of rows [..., n]."""
         gains = self.gains(rows)
         codes = self.quantise(rows, gains)
-        parts = [gains, _as_bytes(rows[..., self._raw].to(torch.bfloat16))]
-        for field in _FIELDS:
+        parts = [gains, as_bytes(rows[..., self._raw].to(torch.bfloat16))]
+        for field in FIELDS:
             coordinates, shifts = self._plane(field)
             values = (codes[..., coordinates] >> shifts) & (2**field - 1)
-            parts.append(_join_fields(values, field))
+            parts.append(join_fields(values, field))
         return torch.cat(parts, dim=-1)
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
@@ -346,10 +348,10 @@ class RowCodec(nn.Module):
             Columns [B, m, S] and gains [B, 1, S], float32. The gains are None where rows have none.
         """
         start = int(len(self.sigmas) > 0)
-        raw = _as_bf16(packed[..., start : start + 2 * len(self._raw)]).transpose(1, 2).float()
+        raw = as_bf16(packed[..., start : start + 2 * len(self._raw)]).transpose(1, 2).float()
         gains = gain_factors(packed[..., :start]).transpose(1, 2) if start else None
         codes = self._code_lines(packed).float()
-        columns = _sinh_(codes.mul_(self.column_slopes[:, None]).add_(self.column_starts[:, None]))
+        columns = sinh_(codes.mul_(self.column_slopes[:, None]).add_(self.column_starts[:, None]))
         return (torch.cat([columns, raw], dim=1) if raw.shape[1] else columns), gains
 
     def codes(self, packed: torch.Tensor) -> torch.Tensor:
@@ -382,7 +384,7 @@ class RowCodec(nn.Module):
             if not pieces:
                 continue
             start, end = end, end + -(-pieces[-1].fields.stop * field // 8)
-            values = _split_fields(lines[:, start:end], field)
+            values = split_fields(lines[:, start:end], field)
             for piece in pieces:
                 codes[:, piece.columns] |= values[:, piece.fields] << piece.shift
         return codes
@@ -394,76 +396,9 @@ class RowCodec(nn.Module):
         return f"row_dim={self.row_dim}, row_bytes={self.row_bytes}"
 
 
-def _as_bytes(numbers: torch.Tensor) -> torch.Tensor:
-    """The bytes [..., 2 k] of bf16 numbers [..., k]."""
-    # Through one dimension: a tensor with sizes 0 or 1 may have any strides there, which `view` refuses.
-    return numbers.reshape(-1).view(torch.uint8).view(*numbers.shape[:-1], 2 * numbers.shape[-1])
-
-
-def _as_bf16(packed: torch.Tensor) -> torch.Tensor:
-    """The bf16 numbers [..., k] of bytes [..., 2 k]."""
-    return packed.reshape(-1).clone().view(torch.bfloat16).view(*packed.shape[:-1], packed.shape[-1] // 2)
-
-
-def _join_fields(values: torch.Tensor, field: int) -> torch.Tensor:
-    """Bytes [..., m] of fields uint8 [..., k], m = ceil(k * field / 8): byte j holds fields j, j + m, j + 2 m ..."""
-    per_byte = 8 // field
-    size = -(-values.shape[-1] // per_byte)
-    values = F.pad(values, (0, size * per_byte - values.shape[-1]))
-    joined = values[..., :size]
-    for index in range(1, per_byte):
-        joined = joined | (values[..., index * size : (index + 1) * size] << (index * field))
-    return joined
-
-
-def _split_fields(lines: torch.Tensor, field: int) -> torch.Tensor:
-    """Fields uint8 [B, m * 8 / field, S] of lines of bytes [B, m, S]."""
-    if field == 8:
-        return lines
-    return torch.cat([(lines >> shift) & (2**field - 1) for shift in range(0, 8, field)], dim=1)
-
-
 def gain_factors(gains: torch.Tensor) -> torch.Tensor:
     """What gains uint8 multiply by, float32."""
     return torch.exp2((gains.float() - _GAIN_ONE) / _GAIN_STEPS)
-
-
-def _sinh_(x: torch.Tensor) -> torch.Tensor:
-    """sinh in place, for |x| up to the largest bend."""
-    square = x * x
-    sum_ = square * _SINH[-1]
-    for coefficient in _SINH[-2:0:-1]:
-        sum_.add_(coefficient).mul_(square)
-    return x.mul_(sum_.add_(_SINH[0]))
-
-
-def _reaches(bends: torch.Tensor) -> torch.Tensor:
-    """The sinh at the end of a grid bent so much."""
-    return torch.where(bends > 0, torch.sinh(bends), 1.0)
-
-
-class _Piece(NamedTuple):
-    """Neighbouring columns whose fields lie side by side in a plane and go to the same bits of their codes."""
-
-    columns: slice
-    fields: slice
-    shift: int
-
-
-def _pieces(widths: list[int], field: int) -> list[_Piece]:
-    """The pieces of a plane, for columns of these widths."""
-    pieces: list[_Piece] = []
-    seen = 0
-    for column, width in enumerate(widths):
-        if not width & field:
-            continue
-        shift, last = width & ~(2 * field - 1), pieces[-1] if pieces else None
-        if last is not None and last.columns.stop == column and last.shift == shift:
-            pieces[-1] = _Piece(slice(last.columns.start, column + 1), slice(last.fields.start, seen + 1), shift)
-        else:
-            pieces.append(_Piece(slice(column, column + 1), slice(seen, seen + 1), shift))
-        seen += 1
-    return pieces
 
 
 def _check(widths: torch.Tensor, scales: torch.Tensor, centres: torch.Tensor, sigmas: torch.Tensor) -> None:

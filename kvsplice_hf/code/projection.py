@@ -8,19 +8,15 @@ a merged splice keeps `A`, `D` and `mu` instead of computing them from its param
 Legend: `B` batch, `T` tokens, `R` kv_lora_rank, `r` spliced rank.
 """
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kvsplice_hf.attend.backend import encode, pack
-from kvsplice_hf.attend.native.calls import Projection
-from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, TrainingError, UnsupportedError
 from kvsplice_hf.weights.offload import read_all, read_parameter
 
@@ -47,6 +43,22 @@ class SpliceMatrix(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} x {self.weight.shape[1]}"
+
+
+class SpliceWeights(NamedTuple):
+    """What encoding and decoding of a splice multiply by.
+
+    Attributes:
+        compress, expand: [r, R] and [R, r].
+        scale, shift: the parameters of the transform, [R]; None where it is merged into the others.
+        offset: mu of a merged splice, [R]; None otherwise.
+    """
+
+    compress: torch.Tensor
+    expand: torch.Tensor
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+    offset: torch.Tensor | None
 
 
 class LearnedKVSplice(nn.Module):
@@ -95,7 +107,7 @@ class LearnedKVSplice(nn.Module):
         self.compress = SpliceMatrix(rank, latent_dim, **factory)
         self.expand = SpliceMatrix(latent_dim, rank, **factory)
         self.code_norm = nn.LayerNorm(rank, **factory) if use_layernorm else None
-        self.codec: RowCodec | None = None
+        self.codec: Codec | None = None
         # What `identity` was made of, and what it was.
         self._known_identity: tuple[Any, str] = (None, "")
 
@@ -123,8 +135,7 @@ class LearnedKVSplice(nn.Module):
         tensors += (parts["compress"]._parameters["weight"], parts["expand"]._parameters["weight"])
         codec = parts.get("codec")
         if codec is not None:
-            tensors.append(codec._buffers["widths"])
-            tensors += (codec._buffers.get(name, codec._parameters.get(name)) for name in ("scales", "centres"))
+            tensors += codec.meaning()
         return tensors
 
     @torch.no_grad()
@@ -228,18 +239,21 @@ class LearnedKVSplice(nn.Module):
         Raises:
             UnsupportedError: accelerate offloads buffers, and with them the tables of the codec.
         """
-        self._require_codec_here()
+        self.require_codec_here()
+        rows = self.numbers_to_store(latent, k_rot)
+        return rows if self.codec is None else self.codec.pack(rows)
 
-        def by_torch() -> torch.Tensor:
-            rows = torch.cat([self.encode(latent), k_rot.to(latent.dtype)], dim=-1)
-            return rows if self.codec is None else pack(rows, self.codec)
+    def numbers_to_store(self, latent: torch.Tensor, k_rot: torch.Tensor) -> torch.Tensor:
+        """`[code | k_rot]` [..., r + P] of latents [..., R] and rotated keys [..., P], in the latents' dtype."""
+        return torch.cat([self.encode(latent), k_rot.to(latent.dtype)], dim=-1)
 
-        if self.code_norm is not None or latent.device.type != "cpu":
-            return by_torch()
-        return encode(latent, k_rot, self.weights(), self.codec, by_torch)
+    def require_codec_here(self) -> None:
+        """Check that the tables of the codec are on a device.
 
-    def _require_codec_here(self) -> None:
-        if self.codec is not None and self.codec._buffers["widths"].is_meta:  # type: ignore[union-attr]
+        Raises:
+            UnsupportedError: accelerate offloads buffers, and with them the tables.
+        """
+        if self.codec is not None and any(tensor.is_meta for tensor in self.codec.meaning()):
             raise UnsupportedError(
                 "The tables that read packed rows are on the meta device: accelerate offloads buffers. Dispatch the "
                 "model with offload_buffers=False; they are a few kilobytes per layer."
@@ -254,7 +268,7 @@ class LearnedKVSplice(nn.Module):
         codes = self.encode(latent)
         if self.codec is None:
             return self.decode(codes), k_rot
-        self._require_codec_here()
+        self.require_codec_here()
         rows = self.codec.round_trip(torch.cat([codes, k_rot.to(codes.dtype)], dim=-1))
         return self.decode(rows[..., : self.rank]), rows[..., self.rank :]
 
@@ -269,11 +283,11 @@ class LearnedKVSplice(nn.Module):
         weight, (scale, shift) = read_parameter(self.expand, "weight"), self._transform()
         return (weight / scale[:, None]).to(weight.dtype), (-shift / scale).to(weight.dtype)
 
-    def weights(self) -> Projection:
-        """What encoding and decoding multiply by, for the C++ code."""
+    def weights(self) -> SpliceWeights:
+        """What encoding and decoding multiply by, as it is held."""
         if self.is_merged:
-            return Projection(self._folded_compress, self._folded_expand, None, None, self._folded_offset)
-        return Projection(
+            return SpliceWeights(self._folded_compress, self._folded_expand, None, None, self._folded_offset)
+        return SpliceWeights(
             read_parameter(self.compress, "weight"),
             read_parameter(self.expand, "weight"),
             read_parameter(self, "transform_scale"),
@@ -289,14 +303,6 @@ class LearnedKVSplice(nn.Module):
         return f"latent_dim={self.latent_dim}, rank={self.rank}"
 
 
-@contextlib.contextmanager
-def normal_tensors() -> Iterator[None]:
-    """Within this context tensors are made that can be trained later on, also where the caller is in inference mode."""
-    enabled = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(enabled):
-        yield
-
-
 def _stamp(tensors: list[Any]) -> list[int]:
     """Another one after one of the tensors was written to, replaced or moved."""
     try:
@@ -304,35 +310,3 @@ def _stamp(tensors: list[Any]) -> list[int]:
     except RuntimeError:  # spread over processes, or made in inference mode, where no versions are counted
         local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
         return [n for t in local for n in (t.data_ptr(), -1 if t.is_inference() else t._version)]
-
-
-@torch.no_grad()
-def initialise_(splice: LearnedKVSplice, method: str, reader_weight: torch.Tensor | None = None) -> None:
-    """Set `compress` to the transpose of an orthonormal basis [R, r], and `expand` to that basis.
-
-    Args:
-        splice: the module to initialise, in place.
-        method: "svd" keeps the r directions of the latent that `kv_b_proj` reads most strongly (the right singular
-            vectors of its weight: the best rank-r approximation for white latents, Eckart-Young); "orthogonal" takes
-            random ones (seeded, the global generator is not touched); "identity" the first r dimensions.
-        reader_weight: the weight of `kv_b_proj`, [H * (N + V), R]; needed by "svd" only.
-
-    Raises:
-        ConfigError: an unknown method, or "svd" without `reader_weight`.
-    """
-    R, r = splice.latent_dim, splice.rank
-    if method == "svd":
-        if reader_weight is None:
-            raise ConfigError('The initialisation "svd" needs the weight of kv_b_proj.')
-        # The right singular vectors of W, from the R x R Gram matrix: W has many more rows than columns.
-        weight = reader_weight.cpu().double()
-        basis = torch.linalg.eigh(weight.T @ weight).eigenvectors.flip(-1)[:, :r]
-    elif method == "orthogonal":
-        basis = torch.empty(R, r, dtype=torch.float64, device="cpu")
-        nn.init.orthogonal_(basis, generator=torch.Generator().manual_seed(0))
-    elif method == "identity":
-        basis = torch.eye(R, r, dtype=torch.float64, device="cpu")
-    else:
-        raise ConfigError(f'Unknown initialisation {method!r}; known: "svd", "orthogonal", "identity".')
-    splice.compress.weight.copy_(basis.T)
-    splice.expand.weight.copy_(basis)

@@ -7,8 +7,10 @@ second way. What differs is that the parameters of the splice are the model's ow
 from torch import nn
 
 from kvsplice_hf.config import KVSpliceConfig
+from kvsplice_hf.patch.apply import unpatch_model
 from kvsplice_hf.patch.state import is_patched, models_around
-from kvsplice_hf.patching import patch_model_with_kvsplice, save_splice_with_model, unpatch_model
+from kvsplice_hf.patch.surroundings import save_splice_with_model
+from kvsplice_hf.patching import patch_model_with_kvsplice
 
 
 def build_in_splice(model: nn.Module, config: KVSpliceConfig) -> None:

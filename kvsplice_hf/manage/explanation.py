@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from kvsplice_hf.attend import backend as dispatch
+from kvsplice_hf.attend import choice
 from kvsplice_hf.call import current_state
-from kvsplice_hf.patch.attention import PatchedSite, absorbed_refusal
+from kvsplice_hf.patch.expansion import absorbed_refusal
+from kvsplice_hf.patch.layer_patch import PatchedSite
 from kvsplice_hf.patch.layers import MLASite
 from kvsplice_hf.patch.state import all_patched_sites
 from kvsplice_hf.weights.offload import execution_device
@@ -96,7 +97,7 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
         >>> print(explain(model))
     """
     layers = [_explain_layer(site, state, tokens) for site, state in all_patched_sites(model)]
-    return Explanation(layers, dispatch.verdicts(), tokens)
+    return Explanation(layers, choice.verdicts(), tokens)
 
 
 def _explain_layer(site: MLASite, state: PatchedSite, tokens: int) -> LayerPath:
@@ -109,7 +110,8 @@ def _explain_layer(site: MLASite, state: PatchedSite, tokens: int) -> LayerPath:
     reason = absorbed_refusal(site.module, state, 1, tokens) or _gradients_of_packed(site, state)
     if reason is not None:
         return path(EXPANDED, prefill, {"codes": reason})
-    kernel = "C++" if execution_device(site.module.kv_b_proj).type == "cpu" else "Triton"
+    backend = choice.claiming(list(_tensors_of_a_step(site, state)))
+    kernel = "any kernel" if backend is None else backend.name
     reason = _kernel_refusal(site, state)
     if reason is not None:
         return path("PyTorch", prefill, {kernel: reason})
@@ -124,10 +126,10 @@ def _gradients_of_packed(site: MLASite, state: PatchedSite) -> str | None:
 
 
 def _kernel_refusal(site: MLASite, state: PatchedSite) -> str | None:
-    reason = dispatch.refusal(list(_tensors_of_a_step(site, state)))
+    reason = choice.refusal(list(_tensors_of_a_step(site, state)), state.splice.codec)
     if reason is not None:
         return reason
-    given_up = [f"{kind}: {verdict}" for kind, verdict in dispatch.verdicts().items() if verdict != "serves"]
+    given_up = [f"{kind}: {verdict}" for kind, verdict in choice.verdicts().items() if verdict != "serves"]
     mine = [line for line in given_up if line.startswith(("decode", "attend"))]
     return f"given up in this process for {'; '.join(mine)}" if mine else None
 
@@ -141,7 +143,7 @@ def _tensors_of_a_step(site: MLASite, state: PatchedSite) -> Iterator[torch.Tens
     yield torch.empty(1, 1, dtype=row_dtype, device=device)
     yield from (tensor for tensor in splice.weights() if tensor is not None)
     if splice.codec is not None:
-        yield from (splice.codec.scales, splice.codec.centres)
+        yield from splice.codec.steps
 
 
 def _requires_gradients(module: Any) -> Iterator[bool]:

@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import ConfigError, PatchStateError, UnsupportedError
-from kvsplice_hf.patch.attention import PatchedSite
+from kvsplice_hf.patch.layer_patch import PatchedSite
 from kvsplice_hf.patch.layers import MLASite, effective_weight
 from kvsplice_hf.patch.state import all_patched_sites, models_around, patched_sites
 from kvsplice_hf.upstream import drop_persistent_manager
@@ -174,28 +173,11 @@ def _remove(splice: LearnedKVSplice, coordinates: tuple[int, ...]) -> None:
     kept = torch.ones(splice.rank, dtype=torch.bool, device=compress.device)
     kept[list(coordinates)] = False
     if splice.codec is not None:
-        splice.codec = _without(splice.codec, kept)
+        splice.codec = splice.codec.without(kept)
     # The modules stay: hooks hang on them.
     splice.compress.weight = nn.Parameter(compress[kept], compress.requires_grad)
     splice.expand.weight = nn.Parameter(expand[:, kept].contiguous(), expand.requires_grad)
     splice.rank = int(kept.sum())
-
-
-def _without(codec: RowCodec, kept: torch.Tensor) -> RowCodec:
-    """The codec of rows with only those first r coordinates that `kept` [r] marks."""
-    of_row = torch.ones(codec.row_dim, dtype=torch.bool, device=kept.device)
-    of_row[: len(kept)] = kept
-    smaller = RowCodec(
-        widths=codec.widths[of_row],
-        scales=codec.scales.detach()[of_row],
-        centres=codec.centres.detach()[of_row],
-        sigmas=codec.sigmas[of_row[: len(codec.sigmas)]],
-    )
-    if isinstance(codec.scales, nn.Parameter):
-        smaller.train_steps()
-        smaller.scales.requires_grad_(codec.scales.requires_grad)
-        smaller.centres.requires_grad_(codec.centres.requires_grad)
-    return smaller.train(codec.training)
 
 
 def _resize_rows(readers: list[tuple[MLASite, PatchedSite]], splice: LearnedKVSplice) -> None:

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from kvsplice_hf.cache.layers import splice_cache_layer
 from kvsplice_hf.errors import ConfigError
-from kvsplice_hf.patch.attention import SITE_ATTRIBUTE
+from kvsplice_hf.patch.layer_patch import SITE_ATTRIBUTE
 from kvsplice_hf.patch.layers import MLASite, find_mla_sites
 from kvsplice_hf.patch.state import find_patch, is_patched, patched_sites
 from kvsplice_hf.upstream import cache_of

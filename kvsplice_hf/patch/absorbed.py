@@ -20,11 +20,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kvsplice_hf.attend.backend import attend, decode
-from kvsplice_hf.attend.native import calls as native
-from kvsplice_hf.attend.reference import Attended
+from kvsplice_hf.attend.backend import Attended, Step
+from kvsplice_hf.attend.choice import attend, decode
 from kvsplice_hf.cache.exact import ExactTokens, visible_keys
-from kvsplice_hf.cache.layers import CompressedLatent
+from kvsplice_hf.cache.rows import CompressedLatent
 
 
 class AbsorbedWeights(NamedTuple):
@@ -127,8 +126,8 @@ def _step(
     mask: torch.Tensor | None,
     scaling: float,
     learned_sinks: torch.Tensor | None,
-) -> native.Step:
-    return native.Step(
+) -> Step:
+    return Step(
         query=query,
         rows=latent.rows,
         codec=latent.splice.codec,

@@ -1,30 +1,18 @@
-"""Writes the splice alone: `kvsplice_config.json` and `kvsplice_model.safetensors`.
+"""Saves the splices of a patched model, alone: see `code.files`, and docs/checkpoint_format.md."""
 
-The format is described in docs/checkpoint_format.md. `checkpoint` reads it.
-"""
-
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-import transformers
 from torch import nn
 
-from kvsplice_hf import folders
-from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
-from kvsplice_hf.patch.attention import PatchedSite
+from kvsplice_hf.code.files import key_of, write_splice_files
+from kvsplice_hf.config import KVSpliceConfig
+from kvsplice_hf.patch.layer_patch import PatchedSite
 from kvsplice_hf.patch.layers import MLASite
 from kvsplice_hf.patch.state import find_patch, patched_sites
 from kvsplice_hf.weights.offload import read_all
 from kvsplice_hf.weights.sharding import whole
-
-
-CONFIG_NAME = "kvsplice_config.json"
-WEIGHTS_NAME = "kvsplice_model.safetensors"
-FORMAT = "kvsplice"
 
 
 def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: bool = True) -> Path:
@@ -88,22 +76,9 @@ def _write(
         layers[str(site.layer_idx)] = _describe_layer(site, patched, config)
     if not is_main_process:
         return directory
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     base = sites[0][0].module.config.to_dict()
-    description = {
-        "base_model_name_or_path": base.get("_name_or_path", ""),
-        "config": config.to_dict(),
-        "format": FORMAT,
-        "layers": layers,
-        "model_type": base["model_type"],
-        "schema_version": SCHEMA_VERSION,
-        "transformers_version": transformers.__version__,
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
-    } | more
-    # Each whole or not at all. A process that is killed between the two leaves files that do not fit; loading says so.
-    folders.write_bytes(directory / WEIGHTS_NAME, weights)
-    folders.write_bytes(directory / CONFIG_NAME, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
+    about = {"base_model_name_or_path": base.get("_name_or_path", ""), "model_type": base["model_type"]} | more
+    write_splice_files(directory, config, layers, tensors, about)
     return directory
 
 
@@ -113,8 +88,3 @@ def _describe_layer(site: MLASite, patched: PatchedSite, config: KVSpliceConfig)
     if not config.is_packed and config.rank_for(site.kv_lora_rank, site.name) != rank:
         sizes["pruned_from"] = config.rank_for(site.kv_lora_rank, site.name)
     return sizes
-
-
-def key_of(layer_idx: int, name: str) -> str:
-    # By cache layer, not by path: a splice trained on `...ForCausalLM` fits the bare model as well.
-    return f"layers.{layer_idx}.kvsplice.{name}"

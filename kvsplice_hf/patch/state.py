@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from kvsplice_hf.call import Listener, SpliceState, current_state, states_of_thread
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import PatchStateError
-from kvsplice_hf.patch.attention import SITE_ATTRIBUTE, PatchedSite
+from kvsplice_hf.patch.layer_patch import SITE_ATTRIBUTE, PatchedSite
 from kvsplice_hf.patch.layers import MLASite, sites_of
 
 

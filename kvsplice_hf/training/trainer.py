@@ -17,8 +17,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import SCHEDULER_NAME
 
 from kvsplice_hf import folders
+from kvsplice_hf.code.files import CONFIG_NAME, WEIGHTS_NAME
 from kvsplice_hf.errors import ConfigError, TrainingError
-from kvsplice_hf.manage.loading import CONFIG_NAME, WEIGHTS_NAME, load_kvsplice, save_kvsplice
+from kvsplice_hf.manage.loading import load_kvsplice
+from kvsplice_hf.patch.saving import save_kvsplice
 from kvsplice_hf.patch.state import find_patch, splice_disabled
 from kvsplice_hf.training.monitor import HistogramCallback, splice_metrics
 from kvsplice_hf.training.objectives import (

@@ -32,7 +32,7 @@ from kvsplice_hf.bench.command_line import (
 )
 from kvsplice_hf.bench.comparison import Comparison, Row, loss_text, ours
 from kvsplice_hf.calibration import allocate, calibrator, collect, fit, solve
-from kvsplice_hf.code.codec import BEND
+from kvsplice_hf.code.levels import BEND
 from kvsplice_hf.text import spread_evenly
 
 

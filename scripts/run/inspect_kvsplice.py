@@ -23,7 +23,8 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import ConfigError, LearnedKVSplice, load_kvsplice, save_kvsplice
 from kvsplice_hf.bench.command_line import console, environment, load_model, readable_errors
-from kvsplice_hf.manage.loading import CONFIG_NAME, read_splices
+from kvsplice_hf.code.files import CONFIG_NAME
+from kvsplice_hf.manage.loading import read_splices
 from kvsplice_hf.manage.pruning import LayerPruning, effective_scales, plan_pruning, prune_kvsplice, pruning_candidates
 from kvsplice_hf.training.parameters import statistics_of
 

@@ -1,21 +1,24 @@
 """Attention over stored rows, and what makes rows, in C++ for the CPU.
 
-The source is in `csrc`; what it computes is that of `streaming`, `absorbed`, `projection` and `codec`.
+The source is in `csrc`; it computes what `attend.reference`, `patch.absorbed`, `code.projection` and `code.codec` do.
 
 The library knows nothing of PyTorch: it is handed addresses and sizes.
 
-Legend: as in `streaming`.
+Legend: as in `attend.backend`.
 """
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from kvsplice_hf.attend.backend import Step
 from kvsplice_hf.attend.native import types
 from kvsplice_hf.attend.native.library import load_library
 from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.projection import SpliceWeights
 from kvsplice_hf.errors import ConfigError, UnsupportedError
 
 
@@ -92,67 +95,6 @@ def attend_packed(
     return _attend(query, packed, codec, value_dim, bias, scaling)
 
 
-class Projection(NamedTuple):
-    """The weights of a splice; see `projection`.
-
-    Attributes:
-        compress, expand: [r, R] and [R, r].
-        scale, shift: the parameters of the transform, [R]; None where it is merged into the others.
-        offset: mu of a merged splice, [R]; None otherwise.
-    """
-
-    compress: torch.Tensor
-    expand: torch.Tensor
-    scale: torch.Tensor | None
-    shift: torch.Tensor | None
-    offset: torch.Tensor | None
-
-    def contiguous(self) -> "Projection":
-        return Projection._make(None if tensor is None else tensor.contiguous() for tensor in self)
-
-    @property
-    def transform(self) -> types.Transform:
-        count = self.expand.shape[0]
-        scale, shift, offset = (types.numbers_of(tensor, count) for tensor in (self.scale, self.shift, self.offset))
-        return types.Transform(scale, shift, offset)
-
-
-class Step(NamedTuple):
-    """One new query per sequence and head, and what it is to attend to. See `absorbed` for the letters.
-
-    Attributes:
-        query: [B, H, 1, N + P], the last P numbers rotated.
-        rows: the stored rows, [B, 1, S, r + P], or packed [B, 1, S, row_bytes].
-        codec: of the rows, or None where they are numbers.
-        weight: that of `kv_b_proj`, [H * (N + V), R].
-        v_dim: V.
-        projection: of the codes in the rows.
-        exact: latents of exact tokens [B, K, R], and where rows are packed their P rotated numbers behind; or None.
-        positions: which rows are those, [B, K]; outside [0, S) where there is none.
-        bias: added to the scores, float32 [B or 1, 1, S]; or None.
-        sinks: one logit per head, [H], that carries no value; or None.
-        scaling: factor on the scores.
-    """
-
-    query: torch.Tensor
-    rows: torch.Tensor
-    codec: RowCodec | None
-    weight: torch.Tensor
-    v_dim: int
-    projection: Projection
-    exact: torch.Tensor | None
-    positions: torch.Tensor | None
-    bias: torch.Tensor | None
-    sinks: torch.Tensor | None
-    scaling: float
-
-    @property
-    def numbers(self) -> list[torch.Tensor]:
-        """All tensors but the positions."""
-        given = (self.query, self.rows, self.weight, self.exact, self.bias, self.sinks, *self.projection)
-        return [tensor for tensor in given if tensor is not None]
-
-
 def decode(step: Step) -> torch.Tensor:
     """The attention output of one new token per sequence, in float32: [B, 1, H, V].
 
@@ -162,7 +104,8 @@ def decode(step: Step) -> torch.Tensor:
     """
     library = _require_library()
     # Kept by name until the library is done: it sees addresses only.
-    projection, weight = step.projection.contiguous(), step.weight.contiguous()
+    projection, weight = _contiguous(step.projection), step.weight.contiguous()
+    codec = None if step.codec is None else row_codec(step.codec)
     batch, heads, _, width = step.query.shape
     latent_dim, rank = projection.expand.shape
     nope_dim = weight.shape[0] // heads - step.v_dim
@@ -176,7 +119,7 @@ def decode(step: Step) -> torch.Tensor:
     output = _room(batch, 1, heads, step.v_dim)
     rows = _problem(
         step.rows,
-        step.codec,
+        codec,
         batch,
         heads,
         dim,
@@ -197,13 +140,36 @@ def decode(step: Step) -> torch.Tensor:
         query=types.address(query, torch.float32, batch * heads * width),
         weight=types.numbers_of(weight, heads * (nope_dim + step.v_dim) * latent_dim),
         expand=types.numbers_of(projection.expand, latent_dim * rank),
-        transform=projection.transform,
+        transform=_transform_of(projection),
         exact=types.numbers_of(exact, 0 if exact is None else exact.numel()),  # its sizes are checked above
         sinks=types.address(sinks, torch.float32, heads),
         output=types.address(output, torch.float32, batch * heads * step.v_dim),
     )
     _run(library.kvsplice_decode, given)
     return output
+
+
+def row_codec(codec: Codec) -> RowCodec:
+    """The codec of rows, of the one kind that the library reads.
+
+    Raises:
+        ConfigError: it is of another kind.
+    """
+    if isinstance(codec, RowCodec):
+        return codec
+    raise ConfigError(f"Got rows of the codec {codec.kind!r}; the library reads those of {RowCodec.kind!r}.")
+
+
+def _contiguous(weights: SpliceWeights) -> SpliceWeights:
+    return SpliceWeights._make(None if tensor is None else tensor.contiguous() for tensor in weights)
+
+
+def _transform_of(weights: SpliceWeights) -> types.Transform:
+    count = weights.expand.shape[0]
+    scale, shift, offset = (
+        types.numbers_of(tensor, count) for tensor in (weights.scale, weights.shift, weights.offset)
+    )
+    return types.Transform(scale, shift, offset)
 
 
 def _room(*sizes: int) -> torch.Tensor:
@@ -215,7 +181,8 @@ def _check_step(step: Step, dim: int) -> None:
     """Refuse tensors that the library would read beyond; `dim` numbers are a row."""
     batch, heads, _, width = step.query.shape
     latent_dim, rank = step.projection.expand.shape
-    codec, exact, positions = step.codec, step.exact, step.positions
+    codec = None if step.codec is None else row_codec(step.codec)
+    exact, positions = step.exact, step.positions
     row_width = dim if codec is None else codec.row_bytes
     exact_width = latent_dim + (0 if codec is None else dim - rank)
     fits = (
@@ -243,7 +210,7 @@ def _check_step(step: Step, dim: int) -> None:
 
 
 def encode(
-    latent: torch.Tensor, k_rot: torch.Tensor, projection: Projection, codec: RowCodec | None = None
+    latent: torch.Tensor, k_rot: torch.Tensor, projection: SpliceWeights, codec: RowCodec | None = None
 ) -> torch.Tensor:
     """The rows that a cache stores of latents [..., R] and rotated keys [..., P]; see `LearnedKVSplice.rows`.
 
@@ -262,7 +229,7 @@ def encode(
         UnsupportedError: the library is not there.
     """
     library = _require_library()
-    latent, k_rot, projection = latent.contiguous(), k_rot.contiguous(), projection.contiguous()
+    latent, k_rot, projection = latent.contiguous(), k_rot.contiguous(), _contiguous(projection)
     rank, latent_dim = projection.compress.shape
     dim, tokens = rank + k_rot.shape[-1], latent.numel() // latent_dim
     found, needed = (latent.shape[-1], latent.shape[:-1]), (latent_dim, k_rot.shape[:-1])
@@ -281,7 +248,7 @@ def encode(
         rotated=k_rot.shape[-1],
         latents=types.numbers_of(latent, tokens * latent_dim),
         rotations=types.numbers_of(k_rot, tokens * (dim - rank)),
-        transform=projection.transform,
+        transform=_transform_of(projection),
         compress=types.numbers_of(projection.compress, rank * latent_dim),
         kind=types.KINDS[dtype],
         packer=types.packer_of(codec),

@@ -1,0 +1,241 @@
+"""Which code reads and writes rows: Triton kernels on a GPU, C++ on a CPU, PyTorch anywhere else.
+
+Kernels serve calls without gradients and dropout that are not being compiled. The first call of each kind is computed
+in both ways; where the kernel fails, or disagrees with PyTorch, a warning says so and PyTorch serves from then on. A
+call that says nothing about the kernel is not judged by: one with numbers that are not finite, or with tensors that the
+kernel refuses by name. Calls under autocast are kinds of their own. `KVSPLICE_KERNELS=torch` in the environment, when
+the package is imported, leaves the kernels out. `explain` tells what serves a model, and why.
+
+Legend: as in `reference`.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from kvsplice_hf.attend import reference
+from kvsplice_hf.attend.backend import Attended, Backend, Step
+from kvsplice_hf.attend.native.backend import NativeBackend
+from kvsplice_hf.attend.triton.backend import TritonBackend
+from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.projection import LearnedKVSplice
+from kvsplice_hf.errors import KVSpliceError
+
+
+logger = logging.getLogger(__name__)
+
+# In the order in which they are asked. To add a backend is to add it here.
+BACKENDS: tuple[Backend, ...] = (TritonBackend(), NativeBackend())
+# Read once: a lookup in the environment takes as long as some of the calls that would ask for it.
+_WITHOUT_KERNELS = os.environ.get("KVSPLICE_KERNELS") == "torch"
+# Products of bf16 numbers of the same sign differ by about this much, relative to the largest of them.
+_TOLERANCE = 0.03
+# More query rows than these are a prefill, which matrix products serve well.
+_MOST_QUERIES = 1024
+# More new tokens than these are a prefill as well, when they are encoded.
+_MOST_TOKENS = 32
+# What each kind of call has shown on its first use: True for the kernel. And what was against it.
+_verdicts: dict[tuple[Any, ...], bool] = {}
+_reasons: dict[tuple[Any, ...], str] = {}
+
+
+def attend(
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    codec: Codec | None,
+    value_dim: int,
+    bias: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Attended:
+    """Attention over stored rows.
+
+    Args:
+        query: [B, M, n].
+        rows: [B, S, n], or packed uint8 [B, S, row_bytes] of `codec`.
+        codec: None where rows are numbers.
+        value_dim, bias, scaling, dropout: as in `reference.attend_rows`.
+    """
+
+    def by_torch() -> Attended:
+        return reference.attend(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout)
+
+    backend = None if dropout or query.shape[1] > _MOST_QUERIES else _backend_for("attend", (query, rows), codec)
+    if backend is None:
+        return by_torch()
+
+    def by_kernel() -> Attended:
+        of_queries = None if bias is None else bias[:, 0]
+        return backend.attend(query, rows, codec, value_dim, of_queries, scaling=scaling)
+
+    kind = ("attend", codec is None, bias is None, query.dtype, rows.dtype, query.device, backend.name)
+    return _either(kind, by_kernel, by_torch, _attend_alike)
+
+
+def decode(step: Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The attention output of one new token per sequence, [B, 1, H, V], in the dtype of the query.
+
+    In one call where a backend serves that, by `by_torch` anywhere else.
+    """
+    backend = _backend_for("decode", step.numbers, step.codec)
+    if backend is None:
+        return by_torch()
+    given = (step.codec is None, step.bias is None, step.exact is None, step.query.dtype, step.rows.dtype)
+    kind = ("decode", *given, backend.name)
+    return _either(kind, lambda: backend.decode(step).to(step.query.dtype), by_torch, _numbers_alike)
+
+
+def encode(splice: LearnedKVSplice, latent: torch.Tensor, k_rot: torch.Tensor) -> torch.Tensor:
+    """`splice.rows(latent, k_rot)`: the rows that a cache stores of latents [..., R] and rotated keys [..., P].
+
+    Raises:
+        UnsupportedError: as `LearnedKVSplice.rows`.
+    """
+    splice.require_codec_here()
+    codec = splice.codec
+
+    def by_torch() -> torch.Tensor:
+        rows = splice.numbers_to_store(latent, k_rot)
+        return rows if codec is None else pack(rows, codec)
+
+    if splice.code_norm is not None or latent.numel() > _MOST_TOKENS * latent.shape[-1]:
+        return by_torch()
+    weights = splice.weights()
+    given = [latent, *(tensor for tensor in weights if tensor is not None)]
+    if k_rot.shape[-1]:
+        given.append(k_rot)
+    backend = _backend_for("encode", given, codec)
+    if backend is None:
+        return by_torch()
+    alike = _numbers_alike if codec is None else _bytes_alike
+    kind = ("encode", codec is None, weights.offset is None, latent.dtype, weights.compress.dtype, backend.name)
+    return _either(kind, lambda: backend.encode(latent, k_rot, weights, codec), by_torch, alike)
+
+
+def pack(rows: torch.Tensor, codec: Codec) -> torch.Tensor:
+    """`codec.pack(rows)`: bytes [..., row_bytes] of rows [..., n]."""
+    backend = _backend_for("pack", (rows,), codec)
+    if backend is None:
+        return codec.pack(rows)
+    kind = ("pack", rows.dtype, rows.device, backend.name)
+    return _either(kind, lambda: backend.pack(rows, codec), lambda: codec.pack(rows), _bytes_alike)
+
+
+def _backend_for(operation: str, tensors: Sequence[torch.Tensor], codec: Codec | None) -> Backend | None:
+    """The backend that serves a call with these tensors, or None where PyTorch does."""
+    if torch.compiler.is_compiling():  # before anything that dynamo would have to look into
+        return None
+    found = tensors if codec is None else (*tensors, *codec.steps)
+    backend = claiming(found)
+    if backend is None or operation not in backend.operations:
+        return None
+    return backend if _refusal_of(backend, found, codec) is None else None
+
+
+def claiming(tensors: Sequence[torch.Tensor]) -> Backend | None:
+    """The backend whose calls with these tensors are, whether it serves them or not."""
+    return next((backend for backend in BACKENDS if backend.claims(tensors)), None)
+
+
+def refusal(tensors: Sequence[torch.Tensor], codec: Codec | None = None) -> str | None:
+    """Why PyTorch serves calls with these tensors, or None where a backend does."""
+    backend = claiming(tensors)
+    return "no backend serves this device" if backend is None else _refusal_of(backend, tensors, codec)
+
+
+def _refusal_of(backend: Backend, tensors: Sequence[torch.Tensor], codec: Codec | None) -> str | None:
+    if _WITHOUT_KERNELS:
+        return "KVSPLICE_KERNELS=torch leaves the kernels out"
+    if torch.compiler.is_compiling():
+        return "inside torch.compile PyTorch serves"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "gradients are on, and the kernels have none: run under torch.no_grad()"
+    if codec is not None and codec.kind not in backend.codecs:
+        return f"{backend.name} does not read rows of the codec {codec.kind!r}"
+    return backend.refusal(tensors)
+
+
+def verdicts() -> dict[str, str]:
+    """By kind of call: "serves", or why the kernel was given up for it."""
+    return {_title(kind): "serves" if good else _reasons.get(kind, "") for kind, good in _verdicts.items()}
+
+
+def _title(kind: tuple[Any, ...]) -> str:
+    return ", ".join(str(part) for part in kind if part not in (None, False))
+
+
+def _either(
+    kind: tuple[Any, ...], by_kernel: Callable[[], Any], by_torch: Callable[[], Any], alike: Callable[[Any, Any], bool]
+) -> Any:
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        kind = (*kind, "autocast")  # PyTorch computes other numbers there
+    if kind in _verdicts:
+        return _judged(kind, by_kernel, by_torch)
+    expected = by_torch()
+    if not _all_finite(expected):  # of what nobody can compare, nothing is learned
+        return expected
+    try:
+        found = by_kernel()
+        _verdicts[kind] = alike(found, expected)
+        reason = "its result differs from that of PyTorch"
+    except (KVSpliceError, MemoryError) as error:  # this call, not the kernel
+        _warn_once(kind, f"{type(error).__name__}: {error}")
+        return expected
+    except Exception as error:  # whatever the compiler or driver of this machine raises
+        _verdicts[kind], reason = False, f"{type(error).__name__}: {error}"
+    if _verdicts[kind]:
+        return found  # as in all later calls, to the last bit
+    _reasons[kind] = reason
+    logger.warning(
+        "The kernel for %s is not used: %s. PyTorch serves instead, in this process. kvsplice_hf.explain(model) tells "
+        "what that concerns.",
+        _title(kind),
+        reason,
+    )
+    return expected
+
+
+def _judged(kind: tuple[Any, ...], by_kernel: Callable[[], Any], by_torch: Callable[[], Any]) -> Any:
+    if not _verdicts[kind]:
+        return by_torch()
+    try:
+        return by_kernel()
+    except (KVSpliceError, MemoryError) as error:
+        _warn_once(kind, f"{type(error).__name__}: {error}")
+        return by_torch()
+
+
+@functools.cache
+def _warn_once(kind: tuple[Any, ...], reason: str) -> None:
+    logger.warning(
+        "The kernel for %s did not serve a call: %s. PyTorch has; others are not concerned.", _title(kind), reason
+    )
+
+
+def _all_finite(result: Any) -> bool:
+    tensors = result if isinstance(result, tuple) else (result,)
+    # Sums over no row at all are the logarithm of nothing, and no sign of damage.
+    return all(bool((torch.isfinite(t) | (t == -torch.inf)).all()) for t in tensors if t.is_floating_point())
+
+
+def _attend_alike(found: Attended, expected: Attended) -> bool:
+    # Queries that see no row (padding) have any result.
+    sees = expected.lse > torch.finfo(torch.float32).min / 2
+    mixed = (found.mixed - expected.mixed).abs().amax(-1)[sees]
+    lse = (found.lse - expected.lse).abs()[sees]
+    size = expected.mixed.abs().amax()
+    return bool((mixed <= _TOLERANCE * size).all() and (lse <= _TOLERANCE * (1 + expected.lse.abs()[sees])).all())
+
+
+def _numbers_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((found - expected).abs().amax() <= _TOLERANCE * expected.abs().amax())
+
+
+def _bytes_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    # A number between two levels may fall to either for its last digit.
+    return found.shape == expected.shape and int((found != expected).sum()) <= max(2, 0.01 * found.numel())

@@ -1,0 +1,53 @@
+"""The C++ code as a backend."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kvsplice_hf.attend.backend import Attended, Backend, Step
+from kvsplice_hf.attend.native import calls
+from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.projection import SpliceWeights
+
+
+class NativeBackend(Backend):
+    """C++ on a CPU, for all four operations."""
+
+    name = "C++"
+    operations = frozenset({"attend", "decode", "encode", "pack"})
+
+    def claims(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return tensors[0].is_cpu
+
+    def refusal(self, tensors: Sequence[torch.Tensor]) -> str | None:
+        if not all(map(calls.reads, tensors)):
+            unread = next(tensor for tensor in tensors if not calls.reads(tensor))
+            return f"the C++ code does not read {type(unread).__name__}s in {unread.dtype} on {unread.device}"
+        if not calls.kernels_available("cpu"):
+            return "the C++ code could not be compiled; a warning has said why"
+        return None
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        rows: torch.Tensor,
+        codec: Codec | None,
+        value_dim: int,
+        bias: torch.Tensor | None,
+        *,
+        scaling: float,
+    ) -> Attended:
+        if codec is None:
+            return Attended(*calls.attend_rows(query, rows, value_dim, bias, scaling=scaling))
+        return Attended(*calls.attend_packed(query, rows, calls.row_codec(codec), value_dim, bias, scaling=scaling))
+
+    def decode(self, step: Step) -> torch.Tensor:
+        return calls.decode(step)
+
+    def encode(
+        self, latent: torch.Tensor, k_rot: torch.Tensor, weights: SpliceWeights, codec: Codec | None
+    ) -> torch.Tensor:
+        return calls.encode(latent, k_rot, weights, None if codec is None else calls.row_codec(codec))
+
+    def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:
+        return calls.encode_pack(rows, calls.row_codec(codec))

@@ -1,0 +1,162 @@
+"""What a spliced cache layer stores of a token, and what it hands to the attention module.
+
+One token of one layer is one row `[code | k_rot]`.
+
+Legend: `B` batch, `T` new tokens, `S` stored tokens, `K` exact tokens, `R` kv_lora_rank, `r` spliced rank,
+`P` qk_rope_head_dim.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvsplice_hf import upstream
+from kvsplice_hf.cache.exact import ExactTokens, overlay_exact
+from kvsplice_hf.code.projection import LearnedKVSplice
+
+
+@dataclass(frozen=True)
+class RowGeometry:
+    """Sizes of one layer's rows: R, r, P, K, and the bytes of a row where rows are packed."""
+
+    kv_lora_rank: int
+    rank: int
+    qk_rope_head_dim: int
+    sink_tokens: int
+    packed_bytes: int | None = None
+
+    @property
+    def row_dim(self) -> int:
+        """Width of a stored row: r + P numbers, or bytes where rows are packed."""
+        return self.rank + self.qk_rope_head_dim if self.packed_bytes is None else self.packed_bytes
+
+    @property
+    def exact_dim(self) -> int:
+        """Numbers per exact token: the latent, and k_rot where the rows do not hold it exactly."""
+        return self.kv_lora_rank + (0 if self.packed_bytes is None else self.qk_rope_head_dim)
+
+    def row_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of stored rows, in a model whose latents have `dtype`."""
+        return dtype if self.packed_bytes is None else torch.uint8
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a stored row, in a model whose latents have `dtype`."""
+        return self.row_dim * self.row_dtype(dtype).itemsize
+
+
+class CompressedLatent:
+    """What a spliced cache layer's `update` returns in place of the latent.
+
+    It carries the projection that made the codes, because some models expand a latent that another layer stored.
+
+    Attributes:
+        rows: [B, 1, S, r + P], or packed [B, 1, S, bytes]; a view of the cache.
+        splice: the projection of the layer that stored the rows.
+        exact: the exact first tokens, or None.
+        new_tokens: T, how many of the rows belong to the current call.
+        first_row: row of the first new token, an integer, or a tensor in a static cache.
+        dtype: of the latents; by default that of the rows, which are then not packed.
+        fresh: the new tokens' latents and rotated keys as they came, where gradients of them are wanted; else None.
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        splice: LearnedKVSplice,
+        exact: ExactTokens | None,
+        new_tokens: int,
+        first_row: int | torch.Tensor,
+        dtype: torch.dtype | None = None,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        self.dtype = rows.dtype if dtype is None else dtype
+        self._numbers: torch.Tensor | None = None
+        self.rows = rows
+        self.splice = splice
+        self.exact = exact
+        self.new_tokens = new_tokens
+        self.first_row = first_row
+        self.fresh = fresh
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """`[code | k_rot]`, [B, 1, S, r + P]; unpacked once where rows are packed."""
+        if self._numbers is None:
+            self._numbers = self.splice.numbers(self.rows, self.dtype)
+        return self._numbers
+
+    @property
+    def is_packed(self) -> bool:
+        return self.splice.codec is not None
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """[B, 1, S, r]."""
+        return self.numbers[..., : self.splice.rank]
+
+    @property
+    def k_rot(self) -> torch.Tensor:
+        """[B, 1, S, P], the exact ones in their places."""
+        k_rot = self.numbers[..., self.splice.rank :]
+        if self.exact is None or not self.is_packed:
+            return k_rot
+        return overlay_exact(k_rot.clone(), self._exact_part(slice(self.splice.latent_dim, None)))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the codes: the models read the number of keys from what `expand_kv` returned."""
+        return torch.Size((*self.rows.shape[:-1], self.splice.rank))
+
+    def latent(self) -> torch.Tensor:
+        """Decoded latents [B, 1, S, R], the exact ones in their places."""
+        latent = self.splice.decode(self.codes)
+        if self.exact is None:
+            return latent
+        return overlay_exact(latent, self._exact_part(slice(self.splice.latent_dim)))
+
+    def with_new(self, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All latents [B, 1, S, R] and rotated keys [B, 1, S, P], those of the new tokens as given.
+
+        Args:
+            latent, k_rot: of the new tokens, after their round trip: [B, 1, T, R] and [B, 1, T, P].
+        """
+        past = slice(self.rows.shape[2] - self.new_tokens)
+        latent = torch.cat([self.splice.decode(self.codes[:, :, past]), latent], dim=2)
+        k_rot = torch.cat([self.numbers[:, :, past, self.splice.rank :], k_rot], dim=2)
+        if self.exact is None:
+            return latent, k_rot
+        latent = overlay_exact(latent, self._exact_part(slice(self.splice.latent_dim)))
+        if self.is_packed:
+            k_rot = overlay_exact(k_rot, self._exact_part(slice(self.splice.latent_dim, None)))
+        return latent, k_rot
+
+    def _exact_part(self, columns: slice) -> ExactTokens:
+        assert self.exact is not None
+        return ExactTokens(self.exact.latents[..., columns], self.exact.positions)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "CompressedLatent":
+        """The same on another device (accelerate moves shared latents between layer groups)."""
+        exact = None if self.exact is None else self.exact.to(device, non_blocking)
+        rows = self.rows.to(device, non_blocking=non_blocking)
+        fresh = self.fresh
+        if fresh is not None:
+            fresh = fresh[0].to(device, non_blocking=non_blocking), fresh[1].to(device, non_blocking=non_blocking)
+        return CompressedLatent(rows, self.splice, exact, self.new_tokens, self.first_row, self.dtype, fresh)
+
+    def __getattr__(self, name: str) -> Any:
+        # Nothing of a tensor but what is above: code that goes on as if it had keys has not asked for them.
+        raise upstream.changed(
+            "an attention module", f"`{name}` of compressed codes was asked for, as if they were a tensor."
+        )
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise upstream.changed(
+            "an attention module",
+            f"compressed codes came to {getattr(function, '__name__', function)}, and not to the attention function "
+            "registered under the name in the config.",
+        )
+
+    def __repr__(self) -> str:
+        return f"CompressedLatent(rows={tuple(self.rows.shape)}, rank={self.splice.rank})"

@@ -1,0 +1,156 @@
+"""What all spliced cache layers have in common: rows are encoded on the way in, and first tokens kept exactly.
+
+The stock cache layers of transformers are reused whole: a spliced layer gives them the rows as their `keys` and nothing
+(width 0) as their `values`, so that cropping, beam reordering, sliding windows, static buffers, offloading and the
+indexer's keys work as upstream wrote them.
+
+Legend: `B` batch, `T` new tokens, `S` stored tokens, `K` exact tokens, `R` kv_lora_rank, `r` spliced rank,
+`P` qk_rope_head_dim.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from kvsplice_hf import upstream
+from kvsplice_hf.attend.choice import encode
+from kvsplice_hf.cache.exact import ExactTokens, empty_exact_tokens, fill_exact_tokens
+from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
+from kvsplice_hf.code.projection import LearnedKVSplice
+from kvsplice_hf.errors import CacheMismatchError
+
+
+# The stock layer that a mixin below is combined with. Typed loosely: its `update` returns tensors, ours does not.
+_StockLayer: Any = CacheLayerMixin
+
+
+class SplicedLayerMixin(_StockLayer):
+    """Encodes on the way into a stock cache layer. Combined below with each kind of layer.
+
+    Args:
+        geometry: sizes of the rows.
+        splice: the projection to encode with. The attention module's hook sets it again at each call.
+        stock_kwargs: arguments of the stock layer.
+    """
+
+    def __init__(self, geometry: RowGeometry, splice: LearnedKVSplice, **stock_kwargs: Any) -> None:
+        super().__init__(**stock_kwargs)
+        self.geometry = geometry
+        self.splice = splice
+        # Of the splice that the stored rows were made with; see `LearnedKVSplice.identity`. Empty: not known, because
+        # the layer was made inside `torch.compile`, which cannot look into parameters.
+        self.identity = "" if torch.compiler.is_compiling() else splice.identity
+        self.exact: ExactTokens | None = None
+        # Set by the attention module's hook just before its forward: `update` does not get to see the mask.
+        self.attention_mask: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SplicedLayerMixin":
+        clone = object.__new__(type(self))
+        memo[id(self)] = clone
+        for name, value in vars(self).items():
+            # A copied cache (prompt reuse) goes on with the same model: its projection is referred to, not copied.
+            known = memo.get(id(value), value) if name == "splice" else copy.deepcopy(value, memo)
+            setattr(clone, name, known)
+        return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled cache must not carry the model's weights along; the hook hands the projection over again.
+        return {**vars(self), "splice": None, "attention_mask": None}
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate for the batch, dtype and device of `key_states`; widths come from the geometry.
+
+        `early_initialization` calls this with the head size of the expanded keys, which does not matter here.
+        """
+        row_dtype = self.geometry.row_dtype(key_states.dtype)
+        rows = key_states.new_empty(key_states.shape[0], 1, 0, self.geometry.row_dim, dtype=row_dtype)
+        super().lazy_initialization(rows, rows[..., :0])
+        self._allocate_exact(key_states)
+
+    def _allocate_exact(self, key_states: torch.Tensor) -> None:
+        if self.geometry.sink_tokens > 0:
+            sizes = (key_states.shape[0], self.geometry.sink_tokens, self.geometry.exact_dim)
+            self.exact = empty_exact_tokens(*sizes, dtype=key_states.dtype, device=key_states.device)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[CompressedLatent, torch.Tensor | CompressedLatent]:
+        """Encode and store new tokens.
+
+        Args:
+            key_states: latents [B, 1, T, R].
+            value_states: rotated keys [B, 1, T, P].
+
+        Returns:
+            All stored tokens as a `CompressedLatent`, and their rotated keys [B, 1, S, P]; where rows are packed, the
+            same `CompressedLatent` again, which unpacks when it is read.
+
+        Raises:
+            CacheMismatchError: the shapes are not those of this layer's latents.
+        """
+        upstream.check_update_arguments(args, kwargs)
+        self._check_shapes(key_states, value_states)
+        rows = encode(self.splice, key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first_row = self._first_new_row()
+        all_rows = self._store(rows, *args, **kwargs)
+        kept = key_states if self.splice.codec is None else torch.cat([key_states, value_states], dim=-1)
+        exact = self._track_exact(kept, first_row, all_rows)
+        self.attention_mask = None
+        if isinstance(first_row, int):  # rows may have left a sliding window at the front
+            first_row = min(first_row, all_rows.shape[2] - rows.shape[2])
+        fresh = (key_states, value_states) if self._wants_gradients(key_states, value_states) else None
+        latent = CompressedLatent(all_rows, self.splice, exact, rows.shape[2], first_row, key_states.dtype, fresh)
+        return latent, latent if latent.is_packed else latent.k_rot
+
+    def _wants_gradients(self, *states: torch.Tensor) -> bool:
+        """Whether what is computed from new tokens may be differentiated. (Static caches are not for training.)"""
+        return False
+
+    def _check_shapes(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        found = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
+        needed = (1, self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim)
+        if found != needed:
+            raise CacheMismatchError(
+                f"A spliced cache layer got keys with (heads, width) {found[:2]} and values of width {found[2]}; it "
+                f"needs latents with {needed[:2]} and rotated keys of width {needed[2]}. Either the cache belongs to "
+                "another model, or this version of transformers caches expanded keys and values here."
+            )
+
+    def _first_new_row(self) -> int | torch.Tensor:
+        return self.keys.shape[-2]
+
+    def _store(self, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().update(rows, rows[..., :0], *args, **kwargs)[0]
+
+    def _track_exact(
+        self, latents: torch.Tensor, first_row: int | torch.Tensor, all_rows: torch.Tensor
+    ) -> ExactTokens | None:
+        """Keep what is new among the exact tokens; return them as indexed in `all_rows`."""
+        if self.exact is None:
+            return None
+        self._set_exact(fill_exact_tokens(self.exact, latents[:, 0], self.attention_mask, first_row))
+        return self.exact
+
+    def _set_exact(self, exact: ExactTokens) -> None:
+        self.exact = exact
+
+    def _map_exact(self, function: Any) -> None:
+        if self.exact is not None:
+            self.exact = ExactTokens(*map(function, self.exact))
+
+    def offload(self) -> None:
+        super().offload()
+        self._map_exact(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        if self.is_initialized:
+            self._map_exact(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_exact(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))

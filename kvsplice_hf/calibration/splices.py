@@ -1,0 +1,133 @@
+"""From settings to splices: the one question that patching asks.
+
+It decides what the splices are fitted to, collects statistics where there are none yet, and compares allocations. To
+compare, and to let a model write its own text, a model is patched for a moment and is afterwards as it was.
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvsplice_hf.calibration.auto import auto_calibrate, own_text
+from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
+from kvsplice_hf.calibration.collect import predicts
+from kvsplice_hf.calibration.fit import LayerFit, write_fit_
+from kvsplice_hf.calibration.holdout import divergence, log_probabilities
+from kvsplice_hf.code.codecs import codec_class
+from kvsplice_hf.code.initialise import initialise_, normal_tensors
+from kvsplice_hf.code.projection import LearnedKVSplice
+from kvsplice_hf.config import KVSpliceConfig
+from kvsplice_hf.patch.apply import apply_splices, layers_to_patch, unpatch_model
+from kvsplice_hf.patch.layers import MLASite, effective_weight
+from kvsplice_hf.weights.offload import execution_device
+
+
+logger = logging.getLogger(__name__)
+
+
+def splices_for(
+    model: nn.Module, sites: list[MLASite], config: KVSpliceConfig, calibration: Any = None, tokenizer: Any = None
+) -> dict[int, LearnedKVSplice]:
+    """The splices of the layers that store a latent, by cache layer index, fitted as the settings say.
+
+    Args:
+        model: the model, not patched.
+        sites: its layers to patch.
+        config: the settings.
+        calibration, tokenizer: as in `patch_model_with_kvsplice`.
+
+    Raises:
+        CalibrationError: the calibration text or statistics cannot be used, or are too few for the rank.
+        ConfigError: the budget does not fit, or weights are missing or damaged.
+    """
+    return _make_splices(sites, config, _fits(model, sites, config, calibration, tokenizer))
+
+
+def _fits(
+    model: nn.Module, sites: list[MLASite], config: KVSpliceConfig, calibration: Any, tokenizer: Any
+) -> dict[int, LayerFit]:
+    """What calibration found for each layer; nothing where the weights alone decide."""
+    if calibration is None and not config.is_packed:
+        if config.init == "svd" and config.compression_ratio != 1.0:
+            logger.warning(
+                "No calibration: the projection keeps what the weights of kv_b_proj read most, which says little about "
+                "what matters. On real weights half the rank chosen in this way multiplied the perplexity by 97 "
+                '(docs/calibration.md). Pass calibration="auto", or text and tokenizer.'
+            )
+        return {}
+    stores = [site for site in sites if site.stores_latent]
+    for site in stores:  # weights that are missing or damaged are named before the model is run
+        effective_weight(site)
+    if isinstance(calibration, (str, Path)) and str(calibration).endswith(".safetensors"):
+        calibration = KVSpliceCalibrator.load(calibration)
+    if not isinstance(calibration, KVSpliceCalibrator):
+        calibrator = KVSpliceCalibrator(model, layer_pattern=config.layer_pattern, sink_tokens=config.sink_tokens)
+        if calibration is None or (isinstance(calibration, str) and calibration == "auto"):
+            auto_calibrate(model, calibrator, tokenizer, lambda: _own_text(model, config))
+        else:
+            calibrator.collect(calibration, tokenizer=tokenizer)
+        calibration = calibrator
+    calibration.require_model(stores, model)
+    competing = config.is_packed and codec_class(config.codec).fitted_together
+    if competing and config.allocation == "auto" and calibration.holdout and predicts(model):
+        return _better_allocation(model, sites, config, calibration)
+    return calibration.fit(config, [site.layer_idx for site in stores])[0]
+
+
+def _better_allocation(
+    model: nn.Module, sites: list[MLASite], config: KVSpliceConfig, calibrator: KVSpliceCalibrator
+) -> dict[int, LayerFit]:
+    """Bytes that layers compete for, unless giving each the same loses less on text that was held out."""
+    layers = [site.layer_idx for site in sites if site.stores_latent]
+    stock = log_probabilities(model, calibrator.holdout)
+    fits, losses = {}, {}
+    for allocation in ("global", "layer"):
+        fits[allocation] = calibrator.fit(replace(config, allocation=allocation), layers)[0]
+        apply_splices(model, sites, _make_splices(sites, config, fits[allocation]), config)
+        try:
+            losses[allocation] = divergence(stock, log_probabilities(model, calibrator.holdout))
+        finally:
+            unpatch_model(model)
+    best = min(losses, key=lambda allocation: losses[allocation])
+    logger.info("Divergence on held-out text, nats per token: %s. Taken: %s.", losses, best)
+    return fits[best]
+
+
+def _own_text(model: Any, config: KVSpliceConfig) -> list[dict[str, torch.Tensor]]:
+    """Text the model writes, faster than unpatched: at full rank the splice changes nothing but the speed."""
+    exact = KVSpliceConfig(compression_ratio=1.0, init="identity", layer_pattern=config.layer_pattern)
+    sites = layers_to_patch(model, exact)
+    apply_splices(model, sites, _make_splices(sites, exact, {}), exact)
+    try:
+        return own_text(model)
+    finally:
+        unpatch_model(model)
+
+
+def _make_splices(
+    sites: list[MLASite], config: KVSpliceConfig, fits: dict[int, LayerFit]
+) -> dict[int, LearnedKVSplice]:
+    with normal_tensors():
+        return {site.layer_idx: _make_splice(site, config, fits) for site in sites if site.stores_latent}
+
+
+def _make_splice(site: MLASite, config: KVSpliceConfig, fits: dict[int, LayerFit]) -> LearnedKVSplice:
+    module, fit = site.module, fits.get(site.layer_idx)
+    rank = config.rank_for(site.kv_lora_rank, site.name) if fit is None else fit.rank
+    device = execution_device(module.kv_b_proj)
+    # The constructors of linear layers draw random numbers, which are overwritten right away. A patch must not change
+    # what a seeded program draws next.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        splice = LearnedKVSplice(
+            site.kv_lora_rank, rank, use_layernorm=config.use_layernorm, device=device, dtype=site.dtype
+        )
+    if fit is None:
+        weight = effective_weight(site, device) if config.init == "svd" else None
+        initialise_(splice, config.init, weight)
+    else:
+        write_fit_(splice, fit)
+    return splice.train(module.training)

@@ -1,0 +1,158 @@
+"""The files of saved splices: `kvsplice_config.json` and `kvsplice_model.safetensors`.
+
+The format is described in docs/checkpoint_format.md.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from kvsplice_hf import folders
+from kvsplice_hf.code.codecs import Codec, codec_class
+from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
+from kvsplice_hf.errors import CheckpointError, ConfigError
+
+
+CONFIG_NAME = "kvsplice_config.json"
+WEIGHTS_NAME = "kvsplice_model.safetensors"
+FORMAT = "kvsplice"
+
+
+class SavedSplices(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        config: the settings.
+        layers: by cache layer index its sizes: `kv_lora_rank`, `rank`, and `pruned_from` where it was pruned.
+        tensors: under the names of `key_of`.
+    """
+
+    config: KVSpliceConfig
+    layers: dict[int, dict[str, Any]]
+    tensors: dict[str, torch.Tensor]
+
+
+def key_of(layer_idx: int, name: str) -> str:
+    # By cache layer, not by path: a splice trained on `...ForCausalLM` fits the bare model as well.
+    return f"layers.{layer_idx}.kvsplice.{name}"
+
+
+def write_splice_files(
+    directory: Path,
+    config: KVSpliceConfig,
+    layers: dict[str, dict[str, Any]],
+    tensors: dict[str, torch.Tensor],
+    about: dict[str, Any],
+) -> None:
+    """Write both files; the folder is made if needed.
+
+    Args:
+        directory: where to.
+        config, layers, tensors: as in `SavedSplices`.
+        about: further entries of the JSON file.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    description = {
+        "config": config.to_dict(),
+        "format": FORMAT,
+        "layers": layers,
+        "schema_version": SCHEMA_VERSION,
+        "transformers_version": transformers.__version__,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    } | about
+    # Each whole or not at all. A process that is killed between the two leaves files that do not fit; loading says so.
+    folders.write_bytes(directory / WEIGHTS_NAME, weights)
+    folders.write_bytes(directory / CONFIG_NAME, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
+
+
+def codec_of(saved: SavedSplices, layer_idx: int, directory: Path) -> Codec | None:
+    """The codec that was saved for a layer, or None where its rows are numbers.
+
+    Raises:
+        CheckpointError: it is not known here, or its values cannot be used.
+    """
+    try:
+        kind = codec_class(saved.config.codec)
+        values = [saved.tensors.get(key_of(layer_idx, f"codec.{name}")) for name in kind.saved]
+        found = [value for value in values if value is not None]
+        return kind.from_saved(found) if len(found) == len(kind.saved) else None
+    except ConfigError as error:
+        raise CheckpointError(f"The codec of layer {layer_idx} in {directory} cannot be used: {error}") from error
+
+
+def read_splice_files(directory: Path) -> SavedSplices:
+    """What the two files of a folder hold, checked against each other.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of a newer schema.
+    """
+    description = _read_description(directory / CONFIG_NAME)
+    config = _read_config(directory / CONFIG_NAME, description)
+    layers = _read_layers(directory / CONFIG_NAME, description)
+    return SavedSplices(config, layers, _read_weights(directory / WEIGHTS_NAME, description["weights_sha256"]))
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"No saved splice at {path.parent}: {error}. It takes the files of save_kvsplice."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: it is not JSON ({error}). Save the splice again.") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise CheckpointError(f'{path} is not a saved splice: "format" should be "{FORMAT}".')
+    version = description.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path} has schema version {version!r}; this release reads up to {SCHEMA_VERSION}. Upgrade kvsplice_hf."
+        )
+    missing = sorted({"config", "layers", "model_type", "weights_sha256"} - set(description))
+    if missing:
+        raise CheckpointError(f"{path} is damaged: it lacks {missing}. Save the splice again.")
+    return description
+
+
+def _read_config(path: Path, description: dict[str, Any]) -> KVSpliceConfig:
+    try:
+        return KVSpliceConfig.from_dict(description["config"])
+    except (ConfigError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} holds settings that cannot be used: {error}") from error
+
+
+def _read_layers(path: Path, description: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    try:
+        layers = {int(layer_idx): dict(sizes) for layer_idx, sizes in description["layers"].items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f'{path} is damaged: "layers" cannot be read ({error}). Save the splice again.'
+        ) from error
+    for layer_idx, sizes in layers.items():
+        if any(type(sizes.get(name)) is not int for name in ("kv_lora_rank", "rank")):
+            raise CheckpointError(f"{path} is damaged: the sizes of layer {layer_idx} are {sizes}. Save it again.")
+    return layers
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"The weights of the splice cannot be read: {error}.") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise CheckpointError(
+            f"{path} is truncated or was changed: its SHA-256 is {found}, {CONFIG_NAME} says {sha256}. "
+            "Copy both files again."
+        )
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Save the splice again.") from error

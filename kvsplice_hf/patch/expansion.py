@@ -1,0 +1,152 @@
+"""`expand_kv` of a patched attention module: rows are decoded, or handed on to attention on codes.
+
+Legend: `B` batch, `T` new tokens, `S` stored tokens, `H` heads, `R` kv_lora_rank, `r` spliced rank,
+`P` qk_rope_head_dim, `N` qk_nope_head_dim, `V` v_head_dim.
+"""
+
+from typing import Any
+
+import torch
+
+from kvsplice_hf import upstream
+from kvsplice_hf.cache.exact import exact_in_full_sequence
+from kvsplice_hf.cache.pages import PagedLatent
+from kvsplice_hf.cache.rows import CompressedLatent
+from kvsplice_hf.call import Call, note_expansion, running_call
+from kvsplice_hf.errors import FoldingError, UnsupportedError
+from kvsplice_hf.patch.attention import WRAPPED_ATTENTION, foldable_weight, is_ours, unfoldable_message
+from kvsplice_hf.patch.layer_patch import SITE_ATTRIBUTE, PatchedSite, title_of
+
+
+def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | PagedLatent, k_rot: Any) -> tuple[Any, Any]:
+    """`expand_kv` of a patched attention module.
+
+    Given rows from a cache, decode them, or pass them on for absorbed attention. Given a plain latent (no cache:
+    training, perplexity), encode and decode it, so that the numbers are the same with and without a cache.
+
+    Raises:
+        UpstreamChangedError: a plain latent came where rows should have come, or past the hook before the forward.
+    """
+    site: PatchedSite = getattr(self, SITE_ATTRIBUTE)
+    note_expansion()
+    if isinstance(kv_nope, PagedLatent):  # taken apart in the attention function, which comes back here
+        return kv_nope, kv_nope
+    if isinstance(kv_nope, CompressedLatent):
+        if not _needs_round_trip(self, kv_nope) and _attend_absorbed(self, site, kv_nope):
+            return kv_nope, kv_nope
+        latent, k_rot = _decoded(self, site, kv_nope)
+    else:
+        call = _call_without_cache(self, kv_nope)
+        latent = kv_nope
+        if call.state.enabled:
+            latent, k_rot = _round_trip(self, site, call, kv_nope, k_rot)
+    return type(self).expand_kv(self, latent, k_rot)
+
+
+def _call_without_cache(module: Any, latent: torch.Tensor) -> Call:
+    """The running call, which has handed a plain latent [B, 1, T, R] to `expand_kv`, and may do so."""
+    call = running_call(module)
+    if call is None:
+        raise upstream.changed(
+            title_of(module),
+            "`expand_kv` was reached past the hook before the forward of the module, which sees the cache. Call the "
+            "module itself, not its `forward`.",
+        )
+    if not call.state.enabled:
+        return call
+    if call.reads_cache:
+        raise upstream.changed(
+            title_of(module), "it got a cache with codes, but handed a plain latent to `expand_kv` instead of them."
+        )
+    if call.new_tokens is not None and latent.shape[2] != call.new_tokens:
+        raise upstream.changed(
+            title_of(module),
+            f"{latent.shape[2]} plain latents reached `expand_kv` in a call with {call.new_tokens} new tokens and no "
+            "cache among its arguments: the past lies in a cache that the patch did not see.",
+        )
+    return call
+
+
+def _needs_round_trip(module: Any, rows: CompressedLatent) -> bool:
+    """Whether the new tokens have to be decoded: packed rows have no gradients, and somebody may want to see them."""
+    call = running_call(module)
+    listened = call is not None and call.state.on_round_trip is not None
+    return rows.fresh is not None and (rows.is_packed or listened)
+
+
+def _decoded(module: Any, site: PatchedSite, rows: CompressedLatent) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [B, 1, S, R] and rotated keys [B, 1, S, P] of all rows.
+
+    Where gradients are wanted, those of the new tokens go through the same round trip as without a cache: rows that are
+    packed have none.
+    """
+    if rows.fresh is None:
+        return rows.latent(), rows.k_rot
+    call = running_call(module)
+    fresh = site.splice.round_trip(*rows.fresh)
+    if call is not None and call.state.on_round_trip is not None:
+        call.state.on_round_trip(module, rows.fresh[0], fresh[0])
+    return rows.with_new(*fresh)
+
+
+def _round_trip(
+    module: Any, site: PatchedSite, call: Call, latent: torch.Tensor, k_rot: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    decoded, rotated = site.splice.round_trip(latent, k_rot)
+    if call.state.on_round_trip is not None:
+        call.state.on_round_trip(module, latent, decoded)
+    if site.geometry.sink_tokens == 0:
+        return decoded, rotated
+    count, tokens = site.geometry.sink_tokens, latent.shape[2]
+    exact = exact_in_full_sequence(call.mask, tokens, count, latent.device)[:, None, :, None]
+    return torch.where(exact, latent, decoded), torch.where(exact.to(k_rot.device), k_rot, rotated)
+
+
+def _attend_absorbed(module: Any, site: PatchedSite, latent: CompressedLatent) -> bool:
+    """Whether this call runs on the codes.
+
+    Raises:
+        FoldingError: absorbed attention was asked for and `kv_b_proj` cannot be folded.
+        UnsupportedError: it was asked for, and the attention function was changed after patching.
+    """
+    refused = absorbed_refusal(module, site, latent.new_tokens, latent.rows.shape[2])
+    if refused is not None and site.mode == "absorbed":
+        if not is_ours(module):
+            raise UnsupportedError(
+                f'attention="absorbed" needs the attention function set by the patch, but it is now '
+                f"{module.config._attn_implementation!r}. Unpatch, set it to one of {WRAPPED_ATTENTION}, and patch "
+                "again."
+            )
+        raise FoldingError(unfoldable_message(module.kv_b_proj))
+    return refused is None
+
+
+def absorbed_refusal(module: Any, site: PatchedSite, new_tokens: int, stored: int) -> str | None:
+    """Why a call of T new tokens on S stored ones does not run on the codes, or None where it does."""
+    if site.mode == "expanded":
+        return 'attention="expanded" was asked for'
+    if not is_ours(module):
+        return (
+            f"the attention function is {module.config._attn_implementation!r}, which reads keys and values only: load "
+            'the model with attn_implementation="sdpa"'
+        )
+    if site.mode == "auto" and not _absorbed_is_cheaper(module, site, new_tokens, stored):
+        return f"for {new_tokens} new tokens on {stored} expanding takes fewer products"
+    if foldable_weight(module.kv_b_proj) is None:
+        kind = type(module.kv_b_proj).__name__
+        return f"kv_b_proj is a {kind} (packed, adapted or sharded), which cannot be folded"
+    return None
+
+
+def _absorbed_is_cheaper(module: Any, site: PatchedSite, new_tokens: int, stored: int) -> bool:
+    """Compare multiplications of the two ways for T queries over S rows.
+
+    Expanded: decode S latents, expand them, attend with head sizes N + P and V. Absorbed: take T queries and outputs
+    through the latent, attend with head sizes r + P and r, shared by all heads.
+    """
+    R, r = site.geometry.kv_lora_rank, site.geometry.rank
+    N, P, V = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
+    H, T, S = site.num_heads, new_tokens, stored
+    expanded = S * R * (r + H * (N + V)) + T * S * H * (N + P + V)
+    absorbed = T * H * R * (N + V + 2 * r) + T * S * H * (2 * r + P)
+    return absorbed < expanded

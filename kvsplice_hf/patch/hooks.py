@@ -1,0 +1,93 @@
+"""What runs around the forward of a patched attention module: the cache is spliced before, and checked after.
+
+Three places in the forward of an MLA module can be reached without rewriting it: just before it (a hook, where the
+cache and the mask are seen), `expand_kv` (an attribute of the instance, `expansion`), and the attention function
+(looked up by name, `attention`). A fourth, just after it, only checks that the second was reached. All functions are
+module-level, so that patched models can be copied and pickled, and what belongs to a call is not kept on a module
+(`kvsplice_hf.call`).
+"""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from kvsplice_hf import upstream
+from kvsplice_hf.cache.layers import splice_cache_layer
+from kvsplice_hf.cache.pages import paged_rows
+from kvsplice_hf.cache.splicing import SplicedLayerMixin
+from kvsplice_hf.call import STATE_ARGUMENT, Call, current_state, enter_call, leave_call
+from kvsplice_hf.errors import CacheMismatchError
+from kvsplice_hf.patch.layer_patch import SITE_ATTRIBUTE, PatchedSite, title_of
+
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def carry_state(patch: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of a decoder with patched layers: hand them its state where gradient checkpointing is on."""
+    if not decoder.training or not torch.is_grad_enabled() or STATE_ARGUMENT in kwargs:
+        return None
+    if not any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
+        return None
+    return args, {**kwargs, STATE_ARGUMENT: current_state(patch)}
+
+
+def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
+    """Forward pre-hook of a patched attention module: splice its cache layer, and note what belongs to the call.
+
+    Returns:
+        Other arguments for the forward where that is necessary: in continuous batching, and under gradient
+        checkpointing.
+
+    Raises:
+        CacheMismatchError: the cache cannot hold spliced rows.
+    """
+    site: PatchedSite = getattr(module, SITE_ATTRIBUTE)
+    carried = STATE_ARGUMENT in kwargs
+    state = kwargs[STATE_ARGUMENT] if carried else current_state(site.patch)
+    if carried:
+        kwargs = {name: value for name, value in kwargs.items() if name != STATE_ARGUMENT}
+    mask = site.arguments.get("attention_mask", args, kwargs)
+    hidden_states = site.arguments.get("hidden_states", args, kwargs)
+    new_tokens = None if hidden_states is None else hidden_states.shape[1]
+    rows = paged_rows(kwargs) if state.enabled else None
+    if rows is not None:
+        enter_call(Call(module, state, None, new_tokens, reads_cache=True))
+        return upstream.with_cache(site.arguments, rows, args, kwargs)
+    cache = upstream.find_cache(args, kwargs)
+    if cache is None:
+        _require_no_other_cache(site, upstream.other_cache(site.arguments, args, kwargs))
+    elif not state.enabled:
+        _require_stock_layer(cache, module.layer_idx)
+    elif site.stores_latent:
+        layer = splice_cache_layer(cache, module.layer_idx, site.geometry, site.splice)
+        layer.attention_mask = mask
+    enter_call(Call(module, state, mask, new_tokens, reads_cache=cache is not None))
+    return (args, kwargs) if carried else None
+
+
+def leave_attention(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of a patched attention module: codes that were stored must have been read.
+
+    Raises:
+        UpstreamChangedError: the forward did without `expand_kv`.
+    """
+    if not leave_call(module):
+        raise upstream.changed(title_of(module), "its forward ended without a call of `expand_kv`.")
+
+
+def _require_no_other_cache(site: PatchedSite, cache: Any) -> None:
+    if cache is not None:
+        raise CacheMismatchError(
+            f"The patched module {site.name} got a cache of type {type(cache).__name__}; it needs a transformers "
+            "`Cache`: pass nothing, a DynamicCache, a StaticCache, or KVSpliceCache(model)."
+        )
+
+
+def _require_stock_layer(cache: Cache, layer_idx: int) -> None:
+    if layer_idx < len(cache.layers) and isinstance(cache.layers[layer_idx], SplicedLayerMixin):
+        raise CacheMismatchError(
+            f"Cache layer {layer_idx} is spliced, but the model runs with the splice disabled. Give it a cache of "
+            "its own: pass nothing, or DynamicCache(config=model.config)."
+        )

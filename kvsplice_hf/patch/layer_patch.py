@@ -1,0 +1,76 @@
+"""What the patch keeps on one attention module."""
+
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+
+from kvsplice_hf import upstream
+from kvsplice_hf.cache.rows import RowGeometry
+from kvsplice_hf.code.projection import LearnedKVSplice
+from kvsplice_hf.patch.attention import AttentionName, register_attention
+
+
+SITE_ATTRIBUTE = "_kvsplice_site"
+
+
+class PatchedSite:
+    """What the patch knows of one attention module, kept on it as a plain attribute. Nothing of it belongs to a call.
+
+    Args:
+        name: path of the module in the model that was patched, for messages.
+        patch: the patch that it belongs to, a `ModelPatch`; the same one for all modules of a model.
+        owner: the attention module whose latent this one reads: itself, unless it reuses an earlier layer's.
+        stores_latent: whether the module writes to the cache.
+        geometry: sizes of the rows.
+        num_heads: H.
+        mode: "auto", "absorbed" or "expanded".
+        arguments: how its forward takes its arguments.
+        attention_before: name of the attention function that the patch has put another one in the place of, or None.
+        settings: those of the module, where the name in them is ours, or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        patch: Any,
+        owner: Any,
+        stores_latent: bool,
+        geometry: RowGeometry,
+        num_heads: int,
+        mode: str,
+        arguments: upstream.ForwardArguments,
+        attention_before: str | None,
+        settings: Any,
+    ) -> None:
+        self.name = name
+        self.patch = patch
+        self.owner = owner
+        self.stores_latent = stores_latent
+        self.geometry = geometry
+        self.num_heads = num_heads
+        self.mode = mode
+        self.arguments = arguments
+        self.attention_before = attention_before
+        self.settings = settings
+        self.hooks: list[RemovableHandle] = []
+
+    @property
+    def splice(self) -> LearnedKVSplice:
+        return self.owner.kvsplice
+
+    def __getstate__(self) -> dict[str, Any]:
+        name = None if self.settings is None else self.settings._attn_implementation
+        return {**vars(self), "named": name.base if isinstance(name, AttentionName) else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A model that was pickled whole may come back in a process that has never patched one.
+        register_attention()
+        named = state.pop("named", None)
+        vars(self).update(state)
+        if named is not None:  # copied settings do not know what they were copied with
+            self.settings._attn_implementation_internal = AttentionName(named)
+
+
+def title_of(module: Any) -> str:
+    """Path and class of a patched module, for messages."""
+    return f"{getattr(module, SITE_ATTRIBUTE).name} ({type(module).__name__})"
