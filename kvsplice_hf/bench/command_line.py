@@ -16,7 +16,9 @@ import torch
 import transformers
 import yaml
 from rich.console import Console
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers.hf_argparser import DataClassType
 
 import kvsplice_hf.gpt2_mla  # noqa: F401  makes its checkpoints known to AutoModelForCausalLM
 from kvsplice_hf import (
@@ -87,10 +89,11 @@ def load_model(name: str, dtype: str) -> LoadedModel:
         OSError: there is no such model.
     """
     torch_dtype = parse_dtype(dtype)
+    has_gpu = torch.cuda.is_available()
     if name == DEMO:
         model, tokenizer = load_demo_model(torch_dtype)
-        return LoadedModel(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
-    device_map = "auto" if torch.cuda.is_available() else None
+        return LoadedModel(nn.Module.to(model, "cuda") if has_gpu else model, tokenizer)
+    device_map = "auto" if has_gpu else None
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, device_map=device_map).eval()
     return LoadedModel(model, AutoTokenizer.from_pretrained(name))
 
@@ -112,8 +115,8 @@ def calibrate(model: PreTrainedModel, tokenizer: Any, args: Calibration) -> Any:
 def splice(model: PreTrainedModel, tokenizer: Any, args: Budget) -> None:
     """Calibrate and patch."""
     calibration = calibrate(model, tokenizer, args)
-    budget = {"compression_ratio": args.compression_ratio, "bytes_per_token": args.bytes_per_token}
-    patch_model_with_kvsplice(model, KVSpliceConfig(**budget), calibration=calibration, tokenizer=tokenizer)
+    config = KVSpliceConfig(compression_ratio=args.compression_ratio, bytes_per_token=args.bytes_per_token)
+    patch_model_with_kvsplice(model, config, calibration=calibration, tokenizer=tokenizer)
 
 
 def require_known(option: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -134,7 +137,7 @@ def parse_with_config(kinds: Sequence[type], argv: list[str], **defaults: Any) -
     Raises:
         ConfigError: the file cannot be read, or holds a setting that nobody takes.
     """
-    parser = HfArgumentParser(kinds)
+    parser = HfArgumentParser([DataClassType(kind) for kind in kinds])
     parser.set_defaults(**defaults)
     if "--config" in argv:
         at = argv.index("--config")
@@ -148,7 +151,7 @@ def parse_with_positional(kind: type, name: str, description: str) -> Any:
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-"):
         argv = [f"--{name}", *argv]
-    (args,) = HfArgumentParser(kind, description=description).parse_args_into_dataclasses(args=argv)
+    (args,) = HfArgumentParser(DataClassType(kind), description=description).parse_args_into_dataclasses(args=argv)
     return args
 
 

@@ -51,9 +51,9 @@ def compare(original: PreTrainedModel, converted: PreTrainedModel, windows: torc
             divergence += F.kl_div(after, before, reduction="sum", log_target=True).item()
             loss.append(-torch.cat([before.gather(1, label), after.gather(1, label)], 1).double().cpu())
         losses.append(torch.cat(loss))
-    loss = torch.stack(losses)  # [windows, T - 1, 2]
-    before, after = loss.mean((0, 1)).tolist()
-    change = loss[..., 1] - loss[..., 0]
+    nll = torch.stack(losses)  # [windows, T - 1, 2]
+    before, after = nll.mean((0, 1)).tolist()
+    change = nll[..., 1] - nll[..., 0]
     stderr = (change.mean(1).std() / math.sqrt(len(change))).item() if len(change) > 1 else None
     return {
         "perplexity_before": math.exp(before),

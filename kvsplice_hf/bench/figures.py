@@ -1,24 +1,21 @@
 """The figures of an ablation's report."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
 
 
 def _colours(names: Iterable[str]) -> dict[str, Any]:
-    palette = plt.get_cmap("tab20")
+    palette = matplotlib.colormaps["tab20"]
     return {name: palette(index % 20) for index, name in enumerate(names)}
 
 
-def _save(figure: Any, path: Path) -> Path:
+def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 
@@ -28,7 +25,8 @@ def draw_curves(records: list[dict[str, Any]], arms: list[str], path: Path) -> P
     if not records:
         return None
     colours = _colours(arms)
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5), sharey=True, constrained_layout=True)
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
     for axes, name in zip(panels, ("tokens", "seconds"), strict=True):
         labelled: set[str] = set()
         for record in sorted(records, key=lambda record: arms.index(record["arm"])):
@@ -48,7 +46,8 @@ def draw_curves(records: list[dict[str, Any]], arms: list[str], path: Path) -> P
 
 def draw_losses(rows: list[dict[str, Any]], control: str | None, path: Path) -> Path:
     """Final loss of each arm with its interval, and that of the control as a line."""
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.35 * len(rows)), constrained_layout=True)
+    figure = Figure(figsize=(9, 1.5 + 0.35 * len(rows)), layout="constrained")
+    axes = figure.subplots()
     for place, row in enumerate(reversed(rows)):
         axes.errorbar(row["loss"], place, xerr=row["loss_interval"], fmt="o", capsize=4, color="tab:blue")
         axes.plot(row["losses"], [place] * len(row["losses"]), "|", color="grey", markersize=10)
@@ -64,7 +63,8 @@ def draw_losses(rows: list[dict[str, Any]], control: str | None, path: Path) -> 
 
 def draw_quality_against_bytes(rows: list[dict[str, Any]], path: Path) -> Path:
     """Final loss against the bytes of the cache, one point per arm."""
-    figure, axes = plt.subplots(figsize=(10, 6), constrained_layout=True)
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
     colours = _colours(row["arm"] for row in rows)
     for row in rows:
         axes.errorbar(
@@ -91,10 +91,11 @@ def draw_speed(speeds: dict[str, dict[str, float]], path: Path) -> Path:
     """Tokens per second of training, by arm and machine."""
     machines = sorted({machine for by_machine in speeds.values() for machine in by_machine})
     height = 0.8 / len(machines)
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.4 * len(speeds)), constrained_layout=True)
+    figure = Figure(figsize=(9, 1.5 + 0.4 * len(speeds)), layout="constrained")
+    axes = figure.subplots()
     for index, machine in enumerate(machines):
         places = [place + (index - (len(machines) - 1) / 2) * height for place in range(len(speeds))]
-        values = [by_machine.get(machine, 0.0) for by_machine in speeds.values()]
+        values = [by_machine.get(machine, math.nan) for by_machine in speeds.values()]  # no bar where none was measured
         axes.barh(places, values, height, label=machine)
     axes.set_yticks(range(len(speeds)), list(speeds))
     axes.invert_yaxis()

@@ -21,7 +21,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig
+from kvsplice_hf import ConfigError, KVSpliceCalibrator, KVSpliceConfig
 from kvsplice_hf.bench.command_line import (
     DEMO,
     console,
@@ -95,6 +95,8 @@ def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         require_known("metrics", args.metrics, METRICS)
+        if args.rounds < 1:
+            raise ConfigError(f"--rounds is {args.rounds}; it must be 1 at least.")
         model, tokenizer = load_model(args.model, args.dtype)
         windows = spread_windows(tokenizer, args.text, "calibration", args.window, args.windows * args.window)
         report = measure(model, windows, args)

@@ -23,9 +23,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser, PreTrainedModel
 
+from kvsplice_hf import ConfigError
 from kvsplice_hf.bench.command_line import console, environment, finish, read_settings, readable_errors, results_folder
 from kvsplice_hf.bench.pretraining.run import KINDS
 from kvsplice_hf.bench.pretraining.training import ModelArguments, build_model
+from kvsplice_hf.bench.tables import ratio
 
 
 # What is compared, as changes of the settings; ranks are shares of the config's own.
@@ -43,6 +45,8 @@ GROUPS = {
     "optimiser": ("aten::_foreach", "aten::_fused", "Optimizer"),
 }
 _REST = "rest (copies, activations, norms, additions)"
+# Steps that do not count: memory is allocated in them.
+_WARM_UP = 2
 
 
 @dataclass
@@ -52,7 +56,7 @@ class Arguments:
     config: str = field(default="configs/gpt2_mla/nano.yaml", metadata={"help": "YAML file of train_gpt2_mla.py"})
     batch_size: int = field(default=8, metadata={"help": "blocks per step"})
     vocab_size: int = field(default=2048, metadata={"help": "size of the vocabulary"})
-    steps: int = field(default=12, metadata={"help": "steps of each model; the first two do not count"})
+    steps: int = field(default=12, metadata={"help": f"steps of each model; the first {_WARM_UP} do not count"})
     bf16: bool = field(default=False, metadata={"help": "matrix products in bf16"})
     output: str = field(default="results", metadata={"help": "folder for the results"})
 
@@ -104,7 +108,7 @@ class Runner:
         return {name: totals[name] for name in (*GROUPS, _REST)}
 
     def result(self) -> dict[str, Any]:
-        kept = self.seconds[2:]
+        kept = self.seconds[_WARM_UP:]
         parts = {part: statistics.median(row[part] for row in kept) for part in kept[0]}
         with FlopCounterMode(display=False) as counter:
             self.model(self.ids, use_cache=False)
@@ -156,7 +160,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
             row["name"],
             f"{row['parameters']:,d}",
             f"{row['tokens_per_second']:,.0f}",
-            f"{row['tokens_per_second'] / rows[0]['tokens_per_second']:.2f}x",
+            ratio(row["tokens_per_second"], rows[0]["tokens_per_second"]),
             f"{row['forward_gflop']:.2f}",
             ", ".join(f"{value:.1f}" for value in row["milliseconds"].values()),
             *(f"{value:.1f}" for value in row["milliseconds_by_operator"].values()),
@@ -167,6 +171,8 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()
     with readable_errors():
+        if args.steps <= _WARM_UP:
+            raise ConfigError(f"--steps is {args.steps}; the first {_WARM_UP} do not count, so it must be above that.")
         runners = [Runner(name, settings, args) for name, settings in settings_of_arms(args).items()]
     for step in range(args.steps):
         for runner in runners:

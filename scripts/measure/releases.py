@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvsplice_hf.bench.command_line import parse_with_positional
+from kvsplice_hf.bench.tables import NOT_MEASURED
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -155,7 +156,8 @@ def show(rows: list[Row]) -> None:
         reasons = [f"{count}: {reason}" for reason, count in row.skipped.items()]
         reasons = [row.problem] * bool(row.problem) + row.failures[:20] + reasons
         counts = [row.passed, sum(row.skipped.values()), row.failed, row.minutes]
-        table.add_row(row.release, *map(str, counts), "\n".join(reasons))
+        ran = row.passed or row.failed or row.skipped
+        table.add_row(row.release, *(str(count) if ran else NOT_MEASURED for count in counts), "\n".join(reasons))
     Console(width=160 if not sys.stdout.isatty() else None).print(table)
 
 

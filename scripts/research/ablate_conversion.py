@@ -31,6 +31,7 @@ from kvsplice_hf.bench.command_line import (
     results_folder,
 )
 from kvsplice_hf.bench.conversion import compare, load_original
+from kvsplice_hf.bench.tables import with_error
 from kvsplice_hf.bench.texts import spread_windows
 from kvsplice_hf.convert import convert_to_mla
 from kvsplice_hf.convert.rotation import VirtualHeads, choose_slots, closed_form_queries, virtual_heads
@@ -205,13 +206,12 @@ def run(args: Arguments) -> dict[str, Any]:
 def table_of(name: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(name, "R", "perplexity", "original", "change", "KL (nats)", "conversion")
     for row in rows:
-        stderr = row["perplexity_change_stderr_percent"]
         table.add_row(
             row["name"],
             str(row["kv_lora_rank"]),
             f"{row['perplexity_after']:.3f}",
             f"{row['perplexity_before']:.3f}",
-            f"{row['perplexity_change_percent']:+.3f}" + ("" if stderr is None else f" ± {stderr:.3f}") + " %",
+            with_error(row["perplexity_change_percent"], row["perplexity_change_stderr_percent"], "+.3f") + " %",
             f"{row['kl_nats']:.5f}",
             f"{row['conversion_s']:.0f} s",
         )

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from kvsplice_hf import KVSpliceCalibrator
@@ -27,10 +27,6 @@ from kvsplice_hf.bench.command_line import (
     results_folder,
 )
 from kvsplice_hf.calibration.solve import solve_layer
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)
@@ -77,14 +73,14 @@ def measure(spectrum: torch.Tensor) -> dict[str, float]:
 
 def draw(curves: dict[str, list[torch.Tensor]], path: Path) -> None:
     """Mean over layers of the share that is lost with the last coordinates."""
-    figure, axes = plt.subplots(figsize=(7, 5), constrained_layout=True)
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
     for name, layers in curves.items():
         lost = torch.stack([1 - layer.cumsum(0) for layer in layers]).mean(0).clamp_min(_FLOOR)
         axes.plot(torch.arange(1, len(lost) + 1) / len(lost), lost, label=name)
     axes.set(xlabel="coordinates kept, of R", ylabel="share of the rest", yscale="log")
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
+from scipy import stats
 
 from kvsplice_hf import ConfigError
 from kvsplice_hf.bench.command_line import (
@@ -28,12 +29,8 @@ from kvsplice_hf.bench.command_line import (
 )
 from kvsplice_hf.bench.figures import draw_curves, draw_losses, draw_quality_against_bytes, draw_speed
 from kvsplice_hf.bench.records import read_experiment, read_runs
+from kvsplice_hf.bench.tables import with_error
 
-
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond these, the normal one is close enough.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_T95 += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-_NORMAL95 = 1.960
 
 Record = dict[str, Any]
 
@@ -53,8 +50,8 @@ class Interval(NamedTuple):
     mean: float
     half: float | None
 
-    def text(self, digits: int = 4, sign: str = "") -> str:
-        return f"{self.mean:{sign}.{digits}f}" + ("" if self.half is None else f" ± {self.half:.{digits}f}")
+    def text(self, form: str = ".4f") -> str:
+        return with_error(self.mean, self.half, form)
 
 
 class Group(NamedTuple):
@@ -70,8 +67,7 @@ def interval(values: list[float]) -> Interval:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, None)
-    quantile = _T95[len(values) - 2] if len(values) - 2 < len(_T95) else _NORMAL95
-    return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(len(values)))
+    return Interval(mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)))
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Interval | None:
@@ -145,7 +141,7 @@ def rows_of(records: list[Record], arms: list[str], control: str | None) -> list
                 "difference_interval": None if against is None else against.half,
                 "cache_bytes_per_token": mine[0]["cache_bytes_per_token"],
                 "parameters": mine[0]["parameters"],
-                "tokens": statistics.fmean(record.get("tokens", 0) for record in mine),
+                "tokens": statistics.fmean(record["tokens"] for record in mine) if "tokens" in mine[0] else None,
                 "tokens_per_second": statistics.median(speeds[arm].values()) if arm in speeds else None,
             }
         )
@@ -162,7 +158,7 @@ def cells_of(row: Record) -> tuple[str, ...]:
         str(row["seeds"]),
         Interval(row["loss"], row["loss_interval"]).text(),
         f"{math.exp(row['loss']):.2f}",
-        "" if difference is None else difference.text(sign="+"),
+        "" if difference is None else difference.text("+.4f"),
         f"{row['cache_bytes_per_token']:.1f}",
         "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
     )
@@ -180,7 +176,7 @@ def answer(question: Record, losses: dict[str, dict[int, float]]) -> str:
     if found is None:
         return "Not measured yet."
     percent = 100 * math.expm1(found.mean)
-    numbers = f"{found.text(sign='+')} nats, perplexity {percent:+.2f} %"
+    numbers = f"{found.text('+.4f')} nats, perplexity {percent:+.2f} %"
     if found.half is None:
         return f"One seed only: {numbers}."
     if abs(found.mean) <= found.half:
@@ -221,10 +217,8 @@ def section(group: Group, definition: Record, records: list[Record], control: st
     if speeds:
         figures["Training speed"] = draw_speed(speeds, folder / f"{stem}-speed.png")
     losses = losses_by_seed(records)
-    tokens = [row["tokens"] for row in rows if row["tokens"]] or [0]
-    spread = f"{min(tokens):,.0f}" + (f" to {max(tokens):,.0f}" if max(tokens) > min(tokens) else "")
     lines = [f"## {group.experiment}, budget {group.budget}", ""]
-    lines += [f"Text `{group.data}`: {spread} tokens of training, {records[0]['validation_tokens']:,} of validation."]
+    lines += [f"Text `{group.data}`: {trained_on(rows)}{records[0]['validation_tokens']:,} tokens of validation."]
     lines += machine_lines(records, arms)
     lines += markdown_table(_HEAD, [cells_of(row) for row in rows])
     lines += [f"Control: {control}." if control else "No control.", ""]
@@ -233,6 +227,15 @@ def section(group: Group, definition: Record, records: list[Record], control: st
     for title, path in figures.items():
         lines += [f"![{title}]({path.name})", ""] if path is not None else []
     return lines
+
+
+def trained_on(rows: list[Record]) -> str:
+    """How much text the arms were trained on, where any was."""
+    tokens = [row["tokens"] for row in rows if row["tokens"]]
+    if not tokens:
+        return ""
+    least, most = f"{min(tokens):,.0f}", f"{max(tokens):,.0f}"
+    return (least if least == most else f"{least} to {most}") + " tokens of training, "
 
 
 _NOTE = """Losses are nats per token on text that no training saw. ± is half a 95 % interval over seeds (Student's t:

@@ -17,16 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
-from transformers import DynamicCache, HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import cache_nbytes
+from kvsplice_hf.bench.cache_size import filled_cache
 from kvsplice_hf.bench.command_line import console, environment, readable_errors
 from kvsplice_hf.bench.conversion import compare, load_original
+from kvsplice_hf.bench.tables import ratio
 from kvsplice_hf.bench.texts import spread_windows
 from kvsplice_hf.convert import convert_to_mla
-from kvsplice_hf.upstream import cache_argument
 
 
 _CACHE_TOKENS = 64
@@ -49,13 +49,9 @@ class Arguments:
     dtype: str = field(default="auto", metadata={"help": "dtype to load and save in: auto, float32, bfloat16, float16"})
 
 
-@torch.no_grad()
 def bytes_per_token(model: PreTrainedModel) -> float:
     """What the cache of all layers holds per token, measured."""
-    cache = DynamicCache(config=model.config)
-    ids = torch.zeros(1, _CACHE_TOKENS, dtype=torch.long, device=model.device)
-    model(ids, **cache_argument(cache), use_cache=True, logits_to_keep=1)
-    return cache_nbytes(cache) / _CACHE_TOKENS
+    return cache_nbytes(filled_cache(model, _CACHE_TOKENS)) / _CACHE_TOKENS
 
 
 def save(converted: PreTrainedModel, tokenizer: Any, output: Path) -> None:
@@ -103,9 +99,9 @@ def summary(report: dict[str, Any]) -> Table:
         change = f"{report['perplexity_change_percent']:+.2f} %"
         before, after = report["perplexity_before"], report["perplexity_after"]
         table.add_row(f"perplexity ({report['evaluation_tokens']} tokens)", f"{before:.4f}", f"{after:.4f}", change)
-        table.add_row("divergence (nats per token)", "0", f"{report['kl_nats']:.5f}", "")
+        table.add_row("divergence (nats per token)", "", f"{report['kl_nats']:.5f}", "")
     before, after = report["bytes_per_token_before"], report["bytes_per_token_after"]
-    table.add_row("cache bytes per token", f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.3f}x")
+    table.add_row("cache bytes per token", f"{before:,.0f}", f"{after:,.0f}", ratio(after, before, ".3f"))
     table.add_row("rotating numbers per token and layer", "", str(report["qk_rope_head_dim"]), "")
     table.add_row("width of the latent", "", str(report["kv_lora_rank"]), "")
     return table

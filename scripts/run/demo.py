@@ -30,6 +30,7 @@ from kvsplice_hf.bench.command_line import (
     results_folder,
     splice,
 )
+from kvsplice_hf.bench.tables import ratio
 from kvsplice_hf.demo import demo_folder
 from kvsplice_hf.evaluation import score_windows
 from kvsplice_hf.text import load_texts, token_windows
@@ -95,7 +96,7 @@ def table_of(report: dict[str, Any]) -> Table:
         (f"decode tokens/s at {report['context']}", report["speed"]["original"], report["speed"]["spliced"], "{:.1f}"),
     ]
     for name, original, spliced, form in rows:
-        table.add_row(name, form.format(original), form.format(spliced), f"{spliced / original:.2f}x")
+        table.add_row(name, form.format(original), form.format(spliced), ratio(spliced, original))
     table.add_row("KL to the original (nats)", "", f"{quality['kl']:.3f}")
     table.add_row("same most likely token", "", f"{quality['top1_agreement']:.1%}")
     return table
@@ -111,10 +112,11 @@ def run(args: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
     quality = score_windows(model, windows[: args.samples]).summary()
     ids = windows.flatten()[None, : args.context].to(model.device)
     speed = {name: statistics.median(values) for name, values in decode_speeds(model, ids).items()}
-    size = get_kv_cache_size(model, seq_len=args.context)
-    per_token = {"original": size.original_bytes / args.context, "spliced": size.compressed_bytes / args.context}
+    tokens = ids.shape[1]  # fewer than --context where the text is shorter
+    size = get_kv_cache_size(model, seq_len=tokens)
+    per_token = {"original": size.original_bytes / tokens, "spliced": size.compressed_bytes / tokens}
     report = {"answers": {"original": original, "spliced": spliced}, "bytes_per_token": per_token, "quality": quality}
-    report |= {"speed": speed, "context": args.context}
+    report |= {"speed": speed, "context": tokens}
     return report, {"original": original["text"], "spliced": spliced["text"]}
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from rich.table import Table
 from transformers import EarlyStoppingCallback, PreTrainedModel, default_data_collator, set_seed
 
 from kvsplice_hf import ConfigError, cache_nbytes, load_kvsplice
+from kvsplice_hf.bench.cache_size import filled_cache
 from kvsplice_hf.bench.command_line import (
     DEMO,
     Budget,
@@ -41,11 +42,6 @@ from kvsplice_hf.training import (
     freeze_all_but_kvsplice,
     print_trainable_parameters,
 )
-from kvsplice_hf.upstream import cache_of
-
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
 
 
 @dataclass
@@ -142,17 +138,16 @@ def measure(model: PreTrainedModel, tokenizer: Any, args: Arguments) -> dict[str
     return results
 
 
-@torch.no_grad()
 def bytes_per_token(model: PreTrainedModel, tokens: int) -> float:
     """Bytes of a real cache over its tokens and layers."""
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-    cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
+    cache = filled_cache(model, tokens)
     return cache_nbytes(cache) / tokens / len(cache.layers)
 
 
 def draw(history: list[dict[str, float]], folder: Path) -> None:
     """The loss, and scale and shift, against the step."""
-    figure, (losses, transforms) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, transforms = figure.subplots(1, 2)
     for name in ("loss", "eval_loss"):
         points = [(row["step"], row[name]) for row in history if name in row]
         if points:
@@ -170,9 +165,9 @@ def draw(history: list[dict[str, float]], folder: Path) -> None:
             transforms.fill_between(steps, means - stds, means + stds, alpha=0.2)
     transforms.set(xlabel="step", title="Scale and shift, mean and standard deviation")
     for axes in (losses, transforms):
-        axes.legend()
+        if axes.has_data():
+            axes.legend()
     figure.savefig(folder / "training.png", dpi=120)
-    plt.close(figure)
 
 
 def table_of(before: dict[str, Any], after: dict[str, Any]) -> Table:
@@ -222,7 +217,8 @@ def run(args: Arguments, training: KVSpliceTrainingArguments) -> None:
         print_trainable_parameters(model)
     folder = Path(training.output_dir)
     draw(trainer.state.log_history, folder)
-    console().print(table_of(before, after))
+    if before:
+        console().print(table_of(before, after))
     report = {"before": before, "after": after, "train": result.metrics, "history": trainer.state.log_history}
     finish({**report, **environment(args)}, folder)
 

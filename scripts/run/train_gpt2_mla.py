@@ -11,7 +11,6 @@ on from its last checkpoint when it is started again with the same settings. The
 """
 
 import sys
-from pathlib import Path
 
 from rich.table import Table
 
@@ -30,7 +29,7 @@ def main() -> None:
     rounded = ("tokens", "tokens_per_second", "parameters", "cache_bytes_per_token")
     table.add_row(*exact, *(f"{report[name]:,.0f}" for name in rounded))
     console().print(table)
-    finish({**report, **environment(args)}, Path(training.output_dir))
+    finish({**report, **environment(args)}, training.folder)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from kvsplice_hf.gpt2_mla import GPT2MLAForCausalLM
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
 
 
-_TUNING_DEFAULTS = {
+_TUNING_DEFAULTS: dict[str, Any] = {
     "max_steps": 100,
     "per_device_train_batch_size": 8,
     "learning_rate": 1e-3,
@@ -78,20 +78,21 @@ def run_after(plan: AfterTraining, parent: Path, blocks: Blocks, training: Budge
     """
     set_seed(training.seed)
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(parent).to(training.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(parent)
+    model.to(training.device)
     block_size = model.config.n_positions
     tokens = _calibration_tokens(blocks, plan.calibration_tokens // block_size, training.seed)
     if plan.convert is not None:
         model = GPT2MLAForCausalLM.from_gpt2(model, calibration=list(tokens[:, None]), **plan.convert)
         if training.should_save:
-            model.save_pretrained(training.output_dir)
+            model.save_pretrained(training.folder)
     tuned_on = 0
     if plan.kvsplice is not None:
-        _splice(model, plan, tokens)
+        _splice(model, plan.kvsplice, tokens)
         if plan.tune is not None:
             tuned_on = _tune(model, plan.tune, blocks, training) * block_size
         if training.should_save:
-            save_kvsplice(model, training.output_dir)
+            save_kvsplice(model, training.folder)
     return {
         **measurements(model, blocks, block_size),
         "seconds": time.perf_counter() - started,
@@ -106,10 +107,10 @@ def _calibration_tokens(blocks: Blocks, count: int, seed: int) -> torch.Tensor:
     return blocks.train[chosen.tolist()]["input_ids"].long()
 
 
-def _splice(model: PreTrainedModel, plan: AfterTraining, tokens: torch.Tensor) -> None:
+def _splice(model: PreTrainedModel, settings: dict[str, Any], tokens: torch.Tensor) -> None:
     calibrator = KVSpliceCalibrator(model)
     calibrator.collect(list(tokens[:, None]), max_tokens=tokens.numel(), progress=False)
-    patch_model_with_kvsplice(model, KVSpliceConfig.from_dict(plan.kvsplice), calibration=calibrator)
+    patch_model_with_kvsplice(model, KVSpliceConfig.from_dict(settings), calibration=calibrator)
 
 
 def _tune(model: Any, settings: dict[str, Any], blocks: Blocks, training: BudgetArguments) -> int:

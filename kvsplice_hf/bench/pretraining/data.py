@@ -189,7 +189,7 @@ def load_tokenizer(args: DataArguments, sources: list[Source]) -> PreTrainedToke
         if not Path(args.tokenizer).is_file():
             raise ConfigError(f"--tokenizer {args.tokenizer} is not there.")
         return PreTrainedTokenizerFast(tokenizer_file=args.tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer: Any = AutoTokenizer.from_pretrained(args.tokenizer)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"The tokenizer {args.tokenizer} has no end-of-text token, which separates documents.")
     return tokenizer

@@ -169,7 +169,7 @@ def train(args: Arguments, training: BudgetArguments, blocks: Blocks | None = No
     Raises:
         ConfigError: the settings cannot be used, or the folder belongs to another run.
     """
-    folder = Path(training.output_dir)
+    folder = training.folder
     settings = settings_of(args, training)
     if training.should_save:
         prepare_folder(folder, settings)

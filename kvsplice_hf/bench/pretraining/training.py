@@ -20,11 +20,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, Trainer, 
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from kvsplice_hf import ConfigError, cache_nbytes
+from kvsplice_hf.bench.cache_size import filled_cache
 from kvsplice_hf.bench.pretraining.callbacks import Clock, SampleCallback
 from kvsplice_hf.bench.pretraining.data import Blocks
 from kvsplice_hf.gpt2_mla import GPT2MLAConfig, GPT2MLAForCausalLM
 from kvsplice_hf.training.spam import AdamWSPAM
-from kvsplice_hf.upstream import cache_of
 
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,11 @@ class BudgetArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"--{name} is {value}; it must be above 0.")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept; `TrainingArguments` has put a name in the place of None."""
+        return Path(str(self.output_dir))
 
 
 def build_model(args: ModelArguments, tokenizer: Any) -> PreTrainedModel:
@@ -217,12 +222,10 @@ def validation_loss(model: Any, blocks: datasets.Dataset, batch_size: int = 16) 
     return total / count
 
 
-@torch.no_grad()
 def cache_bytes_per_token(model: Any, tokens: int) -> float:
     """Bytes of a real cache of all layers, of a copy of the model in bf16, over its tokens."""
     copied = copy.deepcopy(model).to(torch.bfloat16).eval()
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=copied.device)
-    return cache_nbytes(cache_of(copied(ids, use_cache=True, logits_to_keep=1))) / tokens
+    return cache_nbytes(filled_cache(copied, tokens)) / tokens
 
 
 def measurements(model: Any, blocks: Blocks, block_size: int) -> dict[str, Any]:
