@@ -18,7 +18,7 @@ WORKERS ?= 2
 RELEASES ?=
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo demo-small test sanitize lint format releases newest test-newest constraints clean
+.PHONY: demo demo-small test sanitize lint format docs releases newest test-newest constraints clean
 
 # The build tools come from the constraints as well, instead of an isolated environment with whatever is newest.
 $(VENV)/.ready: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
@@ -86,5 +86,10 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
+# The pages of docs/ and the API reference, as HTML in site/. Warnings are errors. Building needs no network.
+docs: $(VENV)/.ready
+	$(BIN)/python -c "import material, mkdocs, mkdocstrings_handlers.python" 2>/dev/null || $(INSTALL) --no-build-isolation --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .venv-newest .releases .sanitized .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .releases .sanitized site .pytest_cache .mypy_cache .ruff_cache
