@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
 from kvsplice_hf import CalibrationError, ConfigError, KVSpliceCalibrator, KVSpliceConfig, KVSpliceError
-from kvsplice_hf.calibration.data import as_batches, sample_from_model
+from kvsplice_hf.calibration.data import as_batches
+from kvsplice_hf.calibration.sampling import sample_from_model
 from kvsplice_hf.patch.layers import effective_weight, find_mla_sites
 from kvsplice_hf.text import load_texts, token_windows
 

@@ -21,7 +21,7 @@ from kvsplice_hf import (
     unpatch_model,
     upstream,
 )
-from kvsplice_hf.cache.pages import init_continuous_batching
+from kvsplice_hf.cache.batching import init_continuous_batching
 from kvsplice_hf.calibration import auto
 from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model, tokenizer_fingerprint
 from kvsplice_hf.patch.layers import find_mla_sites

@@ -30,8 +30,8 @@ from kvsplice_hf import (
     unmerge_kvsplice,
     unpatch_model,
 )
-from kvsplice_hf.calibration.data import sample_from_model
 from kvsplice_hf.calibration.fingerprint import model_fingerprint
+from kvsplice_hf.calibration.sampling import sample_from_model
 from kvsplice_hf.evaluation import score_windows
 from kvsplice_hf.patch.layers import find_mla_sites
 from kvsplice_hf.weights.offload import (

@@ -12,7 +12,6 @@ from kvsplice_hf import (
     KVSpliceConfig,
     UnsupportedError,
     patch_model_with_kvsplice,
-    patching,
     splice_disabled,
     unpatch_model,
     upstream,
@@ -142,7 +141,7 @@ def test_a_block_takes_the_bytes_of_its_rows(settings: dict[str, Any]) -> None:
     manager = model.init_continuous_batching(
         continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, page_size=256, max_batch_tokens=64)
     )
-    sites = patching.patched_sites(model)
+    sites = patched_sites(model)
     rows = sum(state.geometry.nbytes(torch.float32) for _, state in sites)
     exact = sum(2 * state.geometry.exact_dim * 4 for _, state in sites)
     allocator = manager._create_batch_processor().cache.cache_allocators["full_attention"]

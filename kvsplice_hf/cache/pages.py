@@ -18,26 +18,21 @@ Legend: `Q` new tokens of all requests, `B` requests in a group, `T` new tokens 
 tokens of the longest of them, `H` heads, `K` exact tokens, `R` kv_lora_rank, `P` qk_rope_head_dim, `V` v_head_dim.
 """
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig
 
 from kvsplice_hf import upstream
 from kvsplice_hf.attend.choice import encode
 from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
-from kvsplice_hf.call import current_state
 from kvsplice_hf.code.projection import LearnedKVSplice
-from kvsplice_hf.errors import CacheMismatchError, UnsupportedError
-from kvsplice_hf.upstream import MIN_TRANSFORMERS_PAGED
+from kvsplice_hf.errors import CacheMismatchError
 
 
-_ROWS_ATTRIBUTE = "_kvsplice_rows"
+ROWS_ATTRIBUTE = "_kvsplice_rows"
 # Stored tokens of one group of decoding requests: bounds the rows that are unpacked and scored at once.
 _MAX_GROUP_TOKENS = 1 << 17
 
@@ -137,7 +132,7 @@ class PagedRows:
     """The spliced rows of all layers in one paged cache. Stands in for the cache in the attention modules.
 
     Args:
-        cache: transformers' `PagedAttentionCache`, with blocks of at least `_block_bytes`.
+        cache: transformers' `PagedAttentionCache`, with blocks of at least `batching.block_bytes`.
         sites: the patched layers, as `patched_sites` gives them.
     """
 
@@ -151,7 +146,7 @@ class PagedRows:
         self._layers: dict[int, _LayerPages] = {}
         start = 0
         for site, state in sites:
-            row, exact = _token_bytes(state.geometry, site.dtype)
+            row, exact = token_bytes(state.geometry, site.dtype)
             middle, end = start + row * self._tokens, start + row * self._tokens + exact * self._sinks
             self._layers[site.layer_idx] = _LayerPages(
                 blocks[:, start:middle].unflatten(1, (self._tokens, row)),
@@ -269,153 +264,11 @@ def paged_rows(kwargs: dict[str, Any]) -> PagedRows | None:
     """
     if "read_index" not in kwargs:  # as in each call but those of continuous batching
         return None
-    found = (vars(value).get(_ROWS_ATTRIBUTE) for value in kwargs.values() if hasattr(value, "__dict__"))
+    found = (vars(value).get(ROWS_ATTRIBUTE) for value in kwargs.values() if hasattr(value, "__dict__"))
     rows = next((rows for rows in found if rows is not None), None)
     return None if rows is None else rows.bound(kwargs)
 
 
-def init_continuous_batching(
-    model: Any,
-    sites: Sequence[tuple[Any, Any]],
-    generation_config: GenerationConfig | None = None,
-    continuous_batching_config: Any = None,
-    workload_hints: Any = None,
-) -> Any:
-    """Stands in for `model.init_continuous_batching`, through which `generate_batch` and the context manager go too.
-
-    Args:
-        model: the patched model.
-        sites: its patched layers, as `patched_sites` gives them.
-        generation_config, continuous_batching_config, workload_hints: as in transformers.
-
-    Returns:
-        The manager: a `ContinuousBatchingManager` of transformers.
-
-    Raises:
-        UnsupportedError: the model, the patch or the settings do not allow it.
-    """
-    _require_supported(model, sites)
-    persistent = upstream.persistent_manager(model)
-    if isinstance(persistent, SplicedBatchingManager):
-        if persistent.identities == _identities(sites):
-            return persistent
-        upstream.drop_persistent_manager(model)  # its pages hold prefixes coded by another splice
-    generation_config = copy.deepcopy(generation_config or model.generation_config)
-    if generation_config.eos_token_id is None:
-        generation_config.eos_token_id = -1  # how the manager spells "none"
-    return SplicedBatchingManager(model, sites, generation_config, continuous_batching_config, workload_hints)
-
-
-def _identities(sites: Sequence[tuple[Any, Any]]) -> list[str]:
-    return [state.splice.identity for _, state in sites]
-
-
-def _require_supported(model: Any, sites: Sequence[tuple[Any, Any]]) -> None:
-    problem = None
-    count = model.config.get_text_config().num_hidden_layers
-    others = sorted(set(range(count)) - {site.layer_idx for site, _ in sites})
-    if upstream.ContinuousBatchingManager is None:
-        problem = f"it needs transformers>={MIN_TRANSFORMERS_PAGED}"
-    elif others:
-        problem = f"layers {others} are not patched MLA layers that store a latent of their own"
-    elif any(site.indexer_head_dim or site.sliding_window is not None for site, _ in sites):
-        problem = "the paged cache has no room for the keys of a sparse-attention indexer, and no spliced window"
-    elif not all(current_state(state.patch).enabled for _, state in sites):
-        problem = "the splice is disabled (splice_disabled), and stock MLA models do not run there"
-    elif not all(str(site.module.config._attn_implementation).startswith("kvsplice_") for site, _ in sites):
-        problem = (
-            'it needs attention="auto" or "absorbed", and a model loaded with attn_implementation "sdpa" or "eager"'
-        )
-    if problem is not None:
-        raise UnsupportedError(
-            f"Continuous batching (generate_batch) cannot run on this patched model: {problem}. Use model.generate "
-            "with a padded batch instead."
-        )
-
-
-def _token_bytes(geometry: RowGeometry, dtype: torch.dtype) -> tuple[int, int]:
+def token_bytes(geometry: RowGeometry, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of a row, and of an exact token."""
     return geometry.nbytes(dtype), geometry.exact_dim * dtype.itemsize
-
-
-def _block_bytes(sites: Sequence[tuple[Any, Any]], tokens: int) -> int:
-    """Bytes of a block of `tokens` tokens of all layers."""
-    sizes = [(*_token_bytes(state.geometry, site.dtype), state.geometry.sink_tokens) for site, state in sites]
-    return sum(tokens * row + sinks * exact for row, exact, sinks in sizes)
-
-
-class _Overlay:
-    """`base` with some attributes replaced. Unlike a changed copy of a config, it is not validated."""
-
-    def __init__(self, base: Any, **replaced: Any) -> None:
-        vars(self).update(replaced, _base=base)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
-
-
-class SplicedBatchingManager(upstream.ContinuousBatchingManager or object):  # type: ignore[misc]
-    """The manager of transformers, with a cache whose blocks have the size of spliced rows.
-
-    Args:
-        model: the patched model.
-        sites: its patched layers.
-        generation_config, continuous_batching_config, workload_hints: as in transformers.
-
-    Raises:
-        UnsupportedError: tensor parallelism, CUDA graphs or compilation were asked for.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        sites: Sequence[tuple[Any, Any]],
-        generation_config: GenerationConfig,
-        continuous_batching_config: Any,
-        workload_hints: Any,
-    ) -> None:
-        self.model: Any = model
-        self._sites = sites
-        self.identities = _identities(sites)
-        super().__init__(
-            model, generation_config, continuous_batching_config or upstream.ContinuousBatchingConfig(), workload_hints
-        )
-        settings = self.continuous_batching_config
-        compiled = settings.varlen_compile_config is not None or settings.decode_compile_config is not None
-        if compiled or any(settings.cuda_graph_booleans) or self.distributed_helper.tp_size > 1:
-            raise UnsupportedError(
-                "Continuous batching on a patched model splits each batch by request, which no CUDA graph can record "
-                "and which is not sharded: leave use_cuda_graph, the padding intervals, compilation and tensor "
-                "parallelism off."
-            )
-        sinks, page_size = sites[0][1].geometry.sink_tokens, settings.page_size
-        if sinks > page_size:
-            raise UnsupportedError(f"page_size ({page_size}) must not be smaller than sink_tokens ({sinks}).")
-
-    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        """Nothing to switch: the attention function of the patch reads the pages."""
-
-    def _create_batch_processor(self) -> Any:
-        model, text_config = self.model, self.model.config.get_text_config()
-        tokens = self.continuous_batching_config.page_size
-        # The stock cache gives a block `2 * heads * head_dim` numbers per token and layer: one head, and a head_dim to
-        # match the mean size of our rows.
-        numbers = 2 * len(self._sites) * tokens * model.dtype.itemsize
-        config = _Overlay(
-            text_config,
-            num_key_value_heads=1,
-            head_dim=ceil(_block_bytes(self._sites, tokens) / numbers),
-            layer_types=None,
-            sliding_window=None,
-            # Only its name is read, to plan memory: like flash attention, ours needs no mask over all requests, and
-            # repeats no heads.
-            _attn_implementation="kvsplice_flash",
-        )
-        self.model = _Overlay(model, config=_Overlay(model.config, get_text_config=lambda: config))
-        try:
-            processor = super()._create_batch_processor()
-        finally:
-            self.model = model
-        if not hasattr(processor.cache, _ROWS_ATTRIBUTE):  # a persistent manager hands out the same one again
-            setattr(processor.cache, _ROWS_ATTRIBUTE, PagedRows(processor.cache, self._sites))
-        return processor

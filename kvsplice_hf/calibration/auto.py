@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from kvsplice_hf import folders
 from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
 from kvsplice_hf.calibration.collect import Batch, require_runnable
-from kvsplice_hf.calibration.data import WINDOW, as_batches, sample_from_model
+from kvsplice_hf.calibration.data import WINDOW, as_batches
 from kvsplice_hf.calibration.fingerprint import tokenizer_fingerprint
+from kvsplice_hf.calibration.sampling import sample_from_model
 from kvsplice_hf.errors import CalibrationError, UnsupportedError
 from kvsplice_hf.version import __version__
 

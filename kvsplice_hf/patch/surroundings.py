@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kvsplice_hf import upstream
-from kvsplice_hf.cache.pages import init_continuous_batching
+from kvsplice_hf.cache.batching import init_continuous_batching
 from kvsplice_hf.patch.hooks import carry_state
 from kvsplice_hf.patch.layers import MLASite
 from kvsplice_hf.patch.saving import save_splice_of

@@ -16,18 +16,13 @@ from torch import nn
 from kvsplice_hf.attend.backend import Step
 from kvsplice_hf.attend.native import types
 from kvsplice_hf.attend.native.library import load_library
+from kvsplice_hf.attend.native.problems import problem_of, read_in_order, threads_for
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.projection import SpliceWeights
 from kvsplice_hf.errors import ConfigError, UnsupportedError
 
 
-# Parts per thread that the rows are split into, so that a thread that is held up leaves the others something to do; and
-# rows below which a part is not worth its share of the work around it.
-_PARTS_PER_THREAD = 2
-_SMALLEST_PART = 128
-# Products that are worth waking another thread for.
-_PRODUCTS_PER_THREAD = 1 << 17
 # What a number costs that is packed.
 _PRODUCTS_PER_LOGARITHM = 64
 
@@ -111,13 +106,13 @@ def decode(step: Step) -> torch.Tensor:
     nope_dim = weight.shape[0] // heads - step.v_dim
     dim = rank + width - nope_dim
     _check_step(step, dim)
-    query, bias = step.query.float().contiguous(), _read_in_order(step.bias, step.rows, heads)
+    query, bias = step.query.float().contiguous(), read_in_order(step.bias, step.rows, heads)
     sinks = None if step.sinks is None else step.sinks.float().contiguous()
     exact, positions = step.exact, step.positions
     if exact is not None and positions is not None:
         exact, positions = exact.contiguous(), positions.contiguous()
     output = _room(batch, 1, heads, step.v_dim)
-    rows = _problem(
+    rows = problem_of(
         step.rows,
         codec,
         batch,
@@ -253,7 +248,7 @@ def encode(
         kind=types.KINDS[dtype],
         packer=types.packer_of(codec),
         rows=types.address(rows, dtype, tokens * width),
-        threads=_threads(tokens * rank * latent_dim),
+        threads=threads_for(tokens * rank * latent_dim),
     )
     _run(library.kvsplice_encode, given)
     return rows
@@ -280,7 +275,7 @@ def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
         rows=types.address(numbers, torch.float32, count * codec.row_dim),
         packed=types.address(packed, torch.uint8, count * codec.row_bytes),
         packer=types.packer_of(codec),
-        threads=_threads(_PRODUCTS_PER_LOGARITHM * rows.numel()),
+        threads=threads_for(_PRODUCTS_PER_LOGARITHM * rows.numel()),
     )
     _run(_require_library().kvsplice_pack, packing)
     return packed
@@ -308,9 +303,9 @@ def _attend(
     if batch * queries * rows.shape[-2] == 0:  # nothing to attend to, or nobody
         return _room(batch, queries, value_dim).zero_(), _room(batch, queries).fill_(float("-inf"))
     in_bf16 = query.dtype is torch.bfloat16
-    query, bias = query.float().contiguous(), _read_in_order(bias, rows, queries)
+    query, bias = query.float().contiguous(), read_in_order(bias, rows, queries)
     output, sizes = _room(batch, queries, value_dim), _room(batch, queries)
-    problem = _problem(
+    problem = problem_of(
         rows,
         codec,
         batch,
@@ -338,85 +333,3 @@ def _run(function: Any, given: Any) -> None:
         failed = function(handed)
     if failed:
         raise MemoryError("The C++ code got no memory to work in.")
-
-
-def _problem(
-    rows: torch.Tensor,
-    codec: RowCodec | None,
-    batch: int,
-    queries: int,
-    dim: int,
-    value_dim: int,
-    bias: torch.Tensor | None,
-    scaling: float,
-    *,
-    in_bf16: bool,
-    hidden: torch.Tensor | None = None,
-    other_products: int = 0,
-    query: int = 0,
-    output: int = 0,
-    sizes: int = 0,
-) -> types.Problem:
-    """Rows are [B, S, n] or [B, 1, S, n]; `other_products` are worth threads as well."""
-    count = rows.shape[-2]
-    one_head = rows.dim() == 3 or (rows.dim() == 4 and rows.shape[1] == 1)
-    side_by_side = rows.stride(-1) == 1 or rows.shape[-1] == 1
-    if not (one_head and side_by_side and rows.is_cpu and rows.shape[0] == batch):
-        raise ConfigError(
-            f"Got rows {list(rows.shape)} on {rows.device} with strides {rows.stride()} for {batch} sequences of "
-            "queries; the library reads rows of numbers side by side in the memory of the CPU."
-        )
-    columns, mixed = dim, value_dim
-    if codec is not None:
-        columns, mixed = len(codec.column_index), codec.value_columns(value_dim)
-    products = batch * queries * count * (columns + mixed)
-    parts = -(-_PARTS_PER_THREAD * _threads(products) // batch)
-    return types.Problem(
-        batch=batch,
-        queries=queries,
-        rows=count,
-        dim=dim,
-        values=value_dim,
-        kind=types.KINDS[rows.dtype],
-        in_bf16=in_bf16,
-        data=rows.data_ptr(),
-        batch_stride=rows.stride(0) * rows.itemsize,
-        row_stride=rows.stride(-2) * rows.itemsize,
-        query=query,
-        scaling=scaling,
-        bias=0 if bias is None else bias.data_ptr(),  # float32, with strides; see `_read_in_order`
-        bias_queries=1 if bias is None else bias.shape[1],
-        bias_batch_stride=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
-        bias_query_stride=0 if bias is None else bias.stride(1),
-        columns=columns,
-        mixed=mixed,
-        codec=types.codec_of(codec),
-        splits=max(1, min(parts, count // _SMALLEST_PART)),
-        threads=max(_threads(products), _threads(other_products)),
-        hidden=types.address(hidden, torch.int64, 0 if hidden is None else batch * hidden.shape[1]),
-        hidden_count=0 if hidden is None else hidden.shape[1],
-        output=output,
-        sizes=sizes,
-    )
-
-
-def _threads(products: int) -> int:
-    return max(1, min(torch.get_num_threads(), products // _PRODUCTS_PER_THREAD))
-
-
-def _read_in_order(bias: torch.Tensor | None, rows: torch.Tensor, queries: int) -> torch.Tensor | None:
-    """The bias with its keys side by side.
-
-    Raises:
-        ConfigError: it does not fit.
-    """
-    if bias is None:
-        return None
-    if bias.dim() != 3 or bias.shape[0] not in (1, rows.shape[0]) or bias.shape[2] != rows.shape[-2]:
-        raise ConfigError(f"Got a bias {list(bias.shape)} for rows {list(rows.shape)}; it must be [B or 1, T, S].")
-    if queries % bias.shape[1]:
-        raise ConfigError(f"Got a bias for {bias.shape[1]} tokens and {queries} queries; these must be a multiple.")
-    if not bias.is_cpu:
-        raise ConfigError(f"Got a bias on {bias.device}; the library reads the memory of the CPU.")
-    bias = bias.float()
-    return bias if bias.stride(-1) == 1 else bias.contiguous()

@@ -1,0 +1,100 @@
+"""A call of attention as the C++ code takes it, and over how many threads it is spread.
+
+Legend: as in `attend.backend`.
+"""
+
+import torch
+
+from kvsplice_hf.attend.native import types
+from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.errors import ConfigError
+
+
+# Parts per thread that the rows are split into, so that a thread that is held up leaves the others something to do; and
+# rows below which a part is not worth its share of the work around it.
+_PARTS_PER_THREAD = 2
+_SMALLEST_PART = 128
+# Products that are worth waking another thread for.
+_PRODUCTS_PER_THREAD = 1 << 17
+
+
+def problem_of(
+    rows: torch.Tensor,
+    codec: RowCodec | None,
+    batch: int,
+    queries: int,
+    dim: int,
+    value_dim: int,
+    bias: torch.Tensor | None,
+    scaling: float,
+    *,
+    in_bf16: bool,
+    hidden: torch.Tensor | None = None,
+    other_products: int = 0,
+    query: int = 0,
+    output: int = 0,
+    sizes: int = 0,
+) -> types.Problem:
+    """Rows are [B, S, n] or [B, 1, S, n]; `other_products` are worth threads as well."""
+    count = rows.shape[-2]
+    one_head = rows.dim() == 3 or (rows.dim() == 4 and rows.shape[1] == 1)
+    side_by_side = rows.stride(-1) == 1 or rows.shape[-1] == 1
+    if not (one_head and side_by_side and rows.is_cpu and rows.shape[0] == batch):
+        raise ConfigError(
+            f"Got rows {list(rows.shape)} on {rows.device} with strides {rows.stride()} for {batch} sequences of "
+            "queries; the library reads rows of numbers side by side in the memory of the CPU."
+        )
+    columns, mixed = dim, value_dim
+    if codec is not None:
+        columns, mixed = len(codec.column_index), codec.value_columns(value_dim)
+    products = batch * queries * count * (columns + mixed)
+    parts = -(-_PARTS_PER_THREAD * threads_for(products) // batch)
+    return types.Problem(
+        batch=batch,
+        queries=queries,
+        rows=count,
+        dim=dim,
+        values=value_dim,
+        kind=types.KINDS[rows.dtype],
+        in_bf16=in_bf16,
+        data=rows.data_ptr(),
+        batch_stride=rows.stride(0) * rows.itemsize,
+        row_stride=rows.stride(-2) * rows.itemsize,
+        query=query,
+        scaling=scaling,
+        bias=0 if bias is None else bias.data_ptr(),  # float32, with strides; see `read_in_order`
+        bias_queries=1 if bias is None else bias.shape[1],
+        bias_batch_stride=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
+        bias_query_stride=0 if bias is None else bias.stride(1),
+        columns=columns,
+        mixed=mixed,
+        codec=types.codec_of(codec),
+        splits=max(1, min(parts, count // _SMALLEST_PART)),
+        threads=max(threads_for(products), threads_for(other_products)),
+        hidden=types.address(hidden, torch.int64, 0 if hidden is None else batch * hidden.shape[1]),
+        hidden_count=0 if hidden is None else hidden.shape[1],
+        output=output,
+        sizes=sizes,
+    )
+
+
+def threads_for(products: int) -> int:
+    return max(1, min(torch.get_num_threads(), products // _PRODUCTS_PER_THREAD))
+
+
+def read_in_order(bias: torch.Tensor | None, rows: torch.Tensor, queries: int) -> torch.Tensor | None:
+    """The bias with its keys side by side.
+
+    Raises:
+        ConfigError: it does not fit.
+    """
+    if bias is None:
+        return None
+    if bias.dim() != 3 or bias.shape[0] not in (1, rows.shape[0]) or bias.shape[2] != rows.shape[-2]:
+        raise ConfigError(f"Got a bias {list(bias.shape)} for rows {list(rows.shape)}; it must be [B or 1, T, S].")
+    if queries % bias.shape[1]:
+        raise ConfigError(f"Got a bias for {bias.shape[1]} tokens and {queries} queries; these must be a multiple.")
+    if not bias.is_cpu:
+        raise ConfigError(f"Got a bias on {bias.device}; the library reads the memory of the CPU.")
+    bias = bias.float()
+    return bias if bias.stride(-1) == 1 else bias.contiguous()
