@@ -71,6 +71,11 @@ class KVSpliceConfig:
 
     Raises:
         ConfigError: a value is out of range, or more than one budget is given.
+
+    Examples:
+        >>> config = KVSpliceConfig(bytes_per_token=193, layers="last:4")
+        >>> KVSpliceConfig.from_dict(config.to_dict()) == config
+        True
     """
 
     compression_ratio: float | None = None

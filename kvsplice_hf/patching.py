@@ -67,7 +67,7 @@ def patch_model_with_kvsplice(
 
     Whatever is raised, the model is as it was.
 
-    Example:
+    Examples:
         >>> patch_model_with_kvsplice(model, bytes_per_token=193, tokenizer=tokenizer)
         >>> model.generate(**inputs, max_new_tokens=64)
     """

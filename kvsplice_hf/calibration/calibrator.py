@@ -104,7 +104,7 @@ class KVSpliceCalibrator:
         NotMLAError: the model has no MLA layer.
         ConfigError: an unknown metric.
 
-    Example:
+    Examples:
         >>> calibrator = KVSpliceCalibrator(model).collect(texts, tokenizer=tokenizer, max_tokens=16_384)
         >>> calibrator.save("statistics.safetensors")
         >>> patch_model_with_kvsplice(model, bytes_per_token=193, calibration=calibrator)
@@ -354,7 +354,7 @@ def calibrate(
         ConfigError: an unknown metric.
         CalibrationError: the data cannot be used, or the model's numbers on them are not finite.
 
-    Example:
+    Examples:
         >>> statistics = calibrate(model, texts, tokenizer=tokenizer)
         >>> patch_model_with_kvsplice(model, bytes_per_token=193, calibration=statistics)
     """

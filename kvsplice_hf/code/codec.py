@@ -63,7 +63,7 @@ class RowCodec(Codec):
     Raises:
         ConfigError: an unknown width, shapes that differ, or scales that are not positive and finite.
 
-    Example:
+    Examples:
         >>> codec = RowCodec(torch.tensor([8, 4, 4, 0]), torch.ones(4), torch.zeros(4), torch.ones(2))
         >>> codec.pack(torch.randn(2, 1, 7, 4)).shape
         torch.Size([2, 1, 7, 3])

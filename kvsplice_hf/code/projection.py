@@ -78,7 +78,7 @@ class LearnedKVSplice(nn.Module):
     Raises:
         ConfigError: `rank` is not between 1 and `latent_dim`.
 
-    Example:
+    Examples:
         >>> splice = LearnedKVSplice(512, 256)
         >>> splice.decode(splice.encode(torch.randn(1, 1, 7, 512))).shape
         torch.Size([1, 1, 7, 512])

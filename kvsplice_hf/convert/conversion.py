@@ -45,7 +45,7 @@ def convert_to_mla(
         UnsupportedError: the model cannot be converted; the message names every obstacle.
         ConfigError: a size is out of its range, or calibration text is missing or cannot be used.
 
-    Example:
+    Examples:
         >>> tokens = tokenizer(text, return_tensors="pt").input_ids[:, :4096].view(2, 2048)
         >>> mla = convert_to_mla(model, rope_dim=64, calibration=tokens)
         >>> mla.save_pretrained("my-model-mla")

@@ -133,6 +133,11 @@ def score_windows(
     Raises:
         PatchStateError: the model is not patched.
         ConfigError: windows of less than two tokens.
+
+    Examples:
+        >>> windows = token_windows(tokenizer, texts, window=64, samples=2)
+        >>> score_windows(model, windows, progress=False).summary()["perplexity"] > 1
+        True
     """
     if windows.dim() != 2 or windows.shape[1] < 2:
         raise ConfigError(f"`windows` has shape {tuple(windows.shape)}; it must be [windows, tokens] with tokens >= 2.")

@@ -48,7 +48,7 @@ class GPT2MLAConfig(PreTrainedConfig):
     Raises:
         ConfigError: a setting is out of its range, or contradicts another one.
 
-    Example:
+    Examples:
         >>> GPT2MLAConfig(kv_lora_rank=256, kvsplice={"compression_ratio": 0.5, "use_layernorm": True})
     """
 

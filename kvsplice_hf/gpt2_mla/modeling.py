@@ -362,9 +362,10 @@ class GPT2MLAForCausalLM(GPT2MLAPreTrainedModel, GenerationMixin):
     Raises:
         ConfigError: the settings cannot be used.
 
-    Example:
-        >>> model = GPT2MLAForCausalLM(GPT2MLAConfig(kv_lora_rank=256, kvsplice={"compression_ratio": 0.5}))
-        >>> model.generate(ids, max_new_tokens=64)  # on a cache of 128 numbers per token and layer
+    Examples:
+        >>> model = GPT2MLAForCausalLM(GPT2MLAConfig(n_layer=2, kvsplice={"compression_ratio": 0.5}))
+        >>> model.generate(ids, max_new_tokens=8).shape  # on a cache of 128 coordinates per token and layer
+        torch.Size([1, 35])
     """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}

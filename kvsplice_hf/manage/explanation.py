@@ -93,7 +93,7 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
     Raises:
         PatchStateError: the model is not patched.
 
-    Example:
+    Examples:
         >>> print(explain(model))
     """
     layers = [_explain_layer(site, state, tokens) for site, state in all_patched_sites(model)]

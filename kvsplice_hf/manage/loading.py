@@ -34,6 +34,9 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
     Raises:
         CheckpointError: a file is missing, damaged, of a newer schema, or for other shapes. The model is as it was.
         NotMLAError: the model has no MLA layer.
+
+    Examples:
+        >>> model = load_kvsplice(model, "my-splice")
     """
     directory = Path(directory)
     saved = read_splice_files(directory)

@@ -31,7 +31,7 @@ def merge_kvsplice(model: ModelT) -> ModelT:
         PatchStateError: the model is not patched, or a layer is merged already.
         FoldingError: folded weights are not finite in the dtype of the splice. The model is as it was.
 
-    Example:
+    Examples:
         >>> merge_kvsplice(load_kvsplice(model, "my-splice")).generate(**inputs)
     """
     splices = {site.layer_idx: patched.splice for site, patched in patched_sites(model)}

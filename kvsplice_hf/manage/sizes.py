@@ -59,6 +59,11 @@ def get_kv_cache_size(model: nn.Module, seq_len: int = 2048, batch_size: int = 1
 
     Raises:
         NotMLAError: the model has no MLA layer.
+
+    Examples:
+        >>> size = get_kv_cache_size(model, seq_len=4096)
+        >>> size.compressed_bytes < size.original_bytes
+        True
     """
     pattern = find_patch(model)[1].config.layer_pattern if is_patched(model) else None
     sites = find_mla_sites(model, pattern)
@@ -90,6 +95,11 @@ def cache_nbytes(cache: Cache | ModelOutput, allocated: bool = False) -> int:
 
     Raises:
         ConfigError: there is no cache in what was given.
+
+    Examples:
+        >>> output = model.generate(**inputs, max_new_tokens=8, return_dict_in_generate=True)
+        >>> cache_nbytes(output) <= cache_nbytes(output, allocated=True)
+        True
     """
     found = cache if isinstance(cache, Cache) else cache_of(cache)
     if not isinstance(found, Cache):

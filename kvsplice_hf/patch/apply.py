@@ -150,6 +150,9 @@ def unpatch_model(model: ModelT) -> ModelT:
 
     Raises:
         PatchStateError: the model is not patched.
+
+    Examples:
+        >>> model = unpatch_model(model)
     """
     find_patch(model)
     for module in model.modules():

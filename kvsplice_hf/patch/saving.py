@@ -28,6 +28,11 @@ def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: b
 
     Raises:
         PatchStateError: the model is not patched.
+
+    Examples:
+        >>> folder = save_kvsplice(model, "my-splice")
+        >>> sorted(path.name for path in folder.iterdir())
+        ['kvsplice_config.json', 'kvsplice_model.safetensors']
     """
     states = {site.layer_idx: read_all(patched.splice) for site, patched in patched_sites(model)}
     more: dict[str, Any] = {}

@@ -44,7 +44,7 @@ def splice_disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         PatchStateError: the model is not patched.
 
-    Example:
+    Examples:
         >>> with splice_disabled(model):
         ...     original = model(input_ids, use_cache=False).logits
     """

@@ -250,6 +250,10 @@ def token_windows(tokenizer: Any, texts: Sequence[str], window: int, samples: in
 
     Raises:
         ConfigError: the texts are shorter than one window.
+
+    Examples:
+        >>> token_windows(tokenizer, load_texts("pydoc"), window=512, samples=4).shape
+        torch.Size([4, 512])
     """
     if window < 2:
         raise ConfigError(f"`window` is {window}; a window needs two tokens at least.")

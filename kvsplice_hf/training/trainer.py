@@ -95,7 +95,7 @@ class KVSpliceTrainer(Trainer):
         TrainingError: parameters of the base model are trainable, or none of the splice; while training: a loss that
             is not finite, or a batch without `input_ids`.
 
-    Example:
+    Examples:
         >>> freeze_all_but_kvsplice(patch_model_with_kvsplice(model, bytes_per_token=128, tokenizer=tokenizer))
         >>> KVSpliceTrainer(model, KVSpliceTrainingArguments("out"), train_dataset=dataset).train()
     """
