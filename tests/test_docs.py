@@ -1,6 +1,6 @@
 """The documentation keeps its promises: links lead somewhere, commands exist, messages are explained, code imports.
 
-Nothing here needs a network or the packages that build the pages.
+Nothing here needs a network, and only one test the packages that build the pages.
 """
 
 import ast
@@ -8,6 +8,8 @@ import importlib
 import inspect
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,15 @@ def test_every_page_is_in_the_navigation() -> None:
     there = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
     # README.md and CHANGELOG.md become pages when the documentation is built.
     assert listed == there | {"index.md", "changelog.md"}
+
+
+def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings_handlers.python", reason="building needs the extra docs")
+    pytest.importorskip("material", reason="building needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "index.html").exists()
 
 
 # ------------------------------------------------------------------------------------------------- links and commands
