@@ -13,7 +13,7 @@ from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvs
 from kvsplice_hf.bench.rivals import RIVALS, CacheBackend, Rival
 from kvsplice_hf.bench.texts import spread_windows
 from kvsplice_hf.evaluation.reference import Forward, score_against, score_reference
-from kvsplice_hf.patch.layers import find_mla_sites
+from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import patched_sites
 
 
@@ -94,7 +94,7 @@ class Comparison:
 
     def bytes_of(self, codec: Rival | CacheBackend) -> float:
         """Per token and layer, averaged over layers, which may differ in size."""
-        sites = [site for site in find_mla_sites(self.model) if site.stores_latent]
+        sites = [site for site in find_sites(self.model) if site.stores_latent]
         return statistics.fmean(codec.bytes_per_token(site.kv_lora_rank, site.qk_rope_head_dim) for site in sites)
 
     def row(self, name: str, bytes_per_token: float, texts: dict[str, Row], **more: Any) -> Row:
