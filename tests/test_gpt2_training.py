@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from programs import load_program
+from programs import load_program, run_program
 from transformers import AutoModelForCausalLM
 
 from kvsplice_hf import ConfigError
@@ -303,30 +303,20 @@ def test_the_script_takes_a_config_file_and_the_command_line_over_it(tmp_path: P
     config = tmp_path / "settings.yaml"
     small = SMALL | {"cache": cache, "output_dir": str(tmp_path / "out"), "data": "pydoc", "max_steps": 500}
     config.write_text(json.dumps(small), encoding="utf-8")
-    made = run_main(
-        load_program("run/train_gpt2_mla.py"), "--config", str(config), "--max_steps", "2", "--kvsplice", '{"rank": 3}'
+    made = run_program(
+        "run/train_gpt2_mla.py", "--config", str(config), "--max_steps", "2", "--kvsplice", '{"rank": 3}'
     )
     assert made["step"] == 2
     assert made["cache_bytes_per_token"] == 3 * 2
     assert {"machine", "versions", "command", "history"} <= set(made)
     with pytest.raises(SystemExit, match="holds a finished run"):
-        run_main(load_program("run/train_gpt2_mla.py"), "--config", str(config))
+        run_program("run/train_gpt2_mla.py", "--config", str(config))
     config.write_text("n_layers: 3", encoding="utf-8")
     with pytest.raises(SystemExit, match="holds n_layers"):
-        run_main(load_program("run/train_gpt2_mla.py"), "--config", str(config))
+        run_program("run/train_gpt2_mla.py", "--config", str(config))
 
 
 # Ablation and report
-
-
-def run_main(module: Any, *arguments: str) -> dict[str, Any]:
-    """What a script prints last."""
-    with pytest.MonkeyPatch.context() as patch:
-        lines: list[str] = []
-        patch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
-        patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
-        module.main()
-    return json.loads(lines[-1])
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +324,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Path:
     """The first seed of all arms."""
     folder = tmp_path_factory.mktemp("results") / "first"
     settings = [f"cache={cache}", "use_cpu=true", "disable_tqdm=true"]
-    done = run_main(ablate, str(SMOKE), "--output_dir", str(folder), "--seeds", "0", "--set", *settings)
+    done = run_program(
+        "research/ablate.py", str(SMOKE), "--output_dir", str(folder), "--seeds", "0", "--set", *settings
+    )
     assert done["done"] == done["runs"] == 6
     return folder
 
@@ -343,10 +335,15 @@ def test_finished_runs_are_skipped_and_other_settings_refused(results: Path, cac
     before = (results / "runs.jsonl").read_bytes()
     common = [str(SMOKE), "--output_dir", str(results), "--seeds", "0"]
     settings = ["--set", f"cache={cache}", "use_cpu=true"]
-    assert run_main(ablate, *common, *settings) == {"folder": str(results), "runs": 6, "skipped": 6, "done": 0}
+    assert run_program("research/ablate.py", *common, *settings) == {
+        "folder": str(results),
+        "runs": 6,
+        "skipped": 6,
+        "done": 0,
+    }
     assert (results / "runs.jsonl").read_bytes() == before
     with pytest.raises(SystemExit, match="with other settings"):
-        run_main(ablate, *common, *settings, "learning_rate=0.1")
+        run_program("research/ablate.py", *common, *settings, "learning_rate=0.1")
 
 
 def test_arms_differ_as_they_should(results: Path) -> None:
@@ -375,11 +372,11 @@ def test_a_run_that_was_cut_off_before_it_was_recorded_is_taken_up(results: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablate, "append_run", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
-            run_main(ablate, *common, "use_cpu=true")
+            run_program("research/ablate.py", *common, "use_cpu=true")
     assert (folder / "checkpoint-6").is_dir()
     # Half a line, as a killed process may leave.
     (tmp_path / "runs.jsonl").write_text('{"arm": "MLA-8", "se', encoding="utf-8")
-    assert run_main(ablate, *common, "use_cpu=true")["done"] == 1
+    assert run_program("research/ablate.py", *common, "use_cpu=true")["done"] == 1
     (again,) = records.read_runs(tmp_path)
     whole = {run["arm"]: run for run in records.read_runs(results)}["MLA-8"]
     assert again["validation_loss"] == pytest.approx(whole["validation_loss"], rel=1e-6)
@@ -410,7 +407,7 @@ def test_the_report_joins_the_folder_of_another_machine(results: Path, tmp_path:
     for run in records.read_runs(results):
         shifted = {"seed": 1, "machine": "another machine", "validation_loss": run["validation_loss"] + 0.01}
         records.append_run(second, run | shifted)
-    made = run_main(report, str(results), str(second), "--output", str(tmp_path))
+    made = run_program("research/report.py", str(results), str(second), "--output", str(tmp_path))
     ((name, rows),) = made["results"].items()
     assert name.startswith("smoke, tokens")
     assert [row["arm"] for row in rows] == records.read_experiment(results)["arms"]
@@ -429,7 +426,7 @@ def test_the_report_joins_the_folder_of_another_machine(results: Path, tmp_path:
 def test_results_on_other_text_are_not_mixed(results: Path, tmp_path: Path) -> None:
     records.write_experiment(tmp_path, records.read_experiment(results))
     records.append_run(tmp_path, records.read_runs(results)[0] | {"data": "of another text", "seed": 1})
-    made = run_main(report, str(results), str(tmp_path), "--output", str(tmp_path))
+    made = run_program("research/report.py", str(results), str(tmp_path), "--output", str(tmp_path))
     assert sorted(len(rows) for rows in made["results"].values()) == [1, 6]
 
 
@@ -479,22 +476,22 @@ def test_an_ablation_that_cannot_be_run_is_named(text: str, phrase: str, tmp_pat
     path = tmp_path / "wrong.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit, match=phrase):
-        run_main(ablate, str(path), "--output_dir", str(tmp_path / "out"))
+        run_program("research/ablate.py", str(path), "--output_dir", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_not_there_is_named(tmp_path: Path, cache: str) -> None:
     with pytest.raises(SystemExit, match="nothing.yaml cannot be read"):
-        run_main(ablate, str(tmp_path / "nothing.yaml"))
+        run_program("research/ablate.py", str(tmp_path / "nothing.yaml"))
     with pytest.raises(SystemExit, match="arms has MLA-9; it takes GPT-2"):
-        run_main(ablate, str(SMOKE), "--output_dir", str(tmp_path / "out"), "--arms", "MLA-9")
+        run_program("research/ablate.py", str(SMOKE), "--output_dir", str(tmp_path / "out"), "--arms", "MLA-9")
     with pytest.raises(SystemExit, match="--set has 'x'"):
-        run_main(ablate, str(SMOKE), "--output_dir", str(tmp_path / "out"), "--set", "x")
+        run_program("research/ablate.py", str(SMOKE), "--output_dir", str(tmp_path / "out"), "--set", "x")
     missing = ["--set", f"data={tmp_path / 'no_text'}", f"cache={cache}", "use_cpu=true"]
     with pytest.raises(SystemExit, match="no_text"):
-        run_main(ablate, str(SMOKE), "--output_dir", str(tmp_path / "out"), *missing)
+        run_program("research/ablate.py", str(SMOKE), "--output_dir", str(tmp_path / "out"), *missing)
     with pytest.raises(SystemExit, match="no_results is not there"):
-        run_main(report, str(tmp_path / "no_results"))
+        run_program("research/report.py", str(tmp_path / "no_results"))
     records.write_experiment(tmp_path, {"name": "x", "arms": [], "control": None, "questions": []})
     with pytest.raises(SystemExit, match="holds no finished run yet"):
-        run_main(report, str(tmp_path))
+        run_program("research/report.py", str(tmp_path))

@@ -10,6 +10,7 @@ one JSON object.
 
 import contextlib
 import functools
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ from kvsplice_hf.bench.command_line import (
     results_folder,
 )
 from kvsplice_hf.bench.comparison import Comparison, Row, loss_text, ours
+from kvsplice_hf.bench.tables import NOT_FINITE, number
 from kvsplice_hf.calibration import allocate, calibrator, collect, fit, solve
 from kvsplice_hf.code.levels import BEND
 from kvsplice_hf.text import spread_evenly
@@ -230,8 +232,9 @@ def table_of(rows: list[Row], texts: list[str]) -> Table:
     table = Table("", "bytes", *(f"{text}: loss" for text in texts), "KL (nats)")
     for row in rows:
         losses = [loss_text(row["texts"][text]) for text in texts]
-        kl = sum(row["texts"][text]["kl_nats"] or float("nan") for text in texts) / len(texts)
-        table.add_row(row["what"], f"{row['bytes_per_token']:.1f}", *losses, f"{kl:.5f}")
+        divergences = [row["texts"][text]["kl_nats"] for text in texts]
+        mean = NOT_FINITE if None in divergences else number(statistics.fmean(divergences), ".5f")
+        table.add_row(row["what"], f"{row['bytes_per_token']:.1f}", *losses, mean)
     return table
 
 

@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 
 from kvsplice_hf import ConfigError, LearnedKVSplice, load_kvsplice, save_kvsplice
 from kvsplice_hf.bench.command_line import console, environment, load_model, readable_errors
+from kvsplice_hf.bench.tables import NOT_FINITE, number
 from kvsplice_hf.code.files import CONFIG_NAME
 from kvsplice_hf.manage.loading import read_splices
 from kvsplice_hf.manage.pruning import LayerPruning, effective_scales, plan_pruning, prune_kvsplice, pruning_candidates
@@ -123,9 +124,14 @@ def table_of(rows: list[dict[str, Any]], measure: str) -> Table:
             "-" if row["row_bytes"] is None else str(row["row_bytes"]),
             *(" ".join(f"{count}x{width}" for width, count in widths[part].items()) or "-" for part in widths),
             *(spread(row[name]) for name in ("scale", "shift")),
-            "-" if row["candidates"] is None else f"{len(row['candidates'])} (error {row['relative_error'] or 0:.2%})",
+            "-" if row["candidates"] is None else f"{len(row['candidates'])} (error {error_of(row)})",
         )
     return table
+
+
+def error_of(row: dict[str, Any]) -> str:
+    """Of pruning the candidates; a layer with numbers that are not finite has none."""
+    return NOT_FINITE if row["relative_error"] is None else number(row["relative_error"], ".2%")
 
 
 def spread(found: dict[str, float] | None) -> str:
