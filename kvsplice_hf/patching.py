@@ -9,7 +9,7 @@ from torch import nn
 from kvsplice_hf.calibration.splices import splices_for
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError
-from kvsplice_hf.patch.apply import apply_splices, layers_to_patch
+from kvsplice_hf.patch.apply import apply_splices, sites_to_patch
 
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -73,7 +73,7 @@ def patch_model_with_kvsplice(
     """
     budget = {"compression_ratio": compression_ratio, "rank": rank, "bytes_per_token": bytes_per_token, "bits": bits}
     config = _with_overrides(config, budget, layers, layer_pattern, use_layernorm)
-    sites = layers_to_patch(model, config)
+    sites = sites_to_patch(model, config)
     splices = splices_for(model, sites, config, calibration, tokenizer)
     apply_splices(model, sites, splices, config)
     return model

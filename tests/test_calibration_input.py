@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerFast
 from kvsplice_hf import CalibrationError, ConfigError, KVSpliceCalibrator, KVSpliceConfig, KVSpliceError
 from kvsplice_hf.calibration.data import as_batches
 from kvsplice_hf.calibration.sampling import sample_from_model
-from kvsplice_hf.patch.layers import effective_weight, find_mla_sites
+from kvsplice_hf.patch.mla import effective_weight
+from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.text import load_texts, token_windows
 
 
@@ -449,7 +450,7 @@ def with_norms_in(model: Any, dtype: torch.dtype) -> Any:
 def test_the_effective_weight_does_not_depend_on_the_dtype_of_the_norms(
     dtype: torch.dtype, norms: torch.dtype, autocast: bool
 ) -> None:
-    (site, _) = find_mla_sites(with_norms_in(build(NAME, dtype), norms))
+    (site, _) = find_sites(with_norms_in(build(NAME, dtype), norms))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert torch.equal(effective_weight(site), site.module.kv_b_proj.weight)
 

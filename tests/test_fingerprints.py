@@ -24,7 +24,7 @@ from kvsplice_hf import (
 from kvsplice_hf.cache.batching import init_continuous_batching
 from kvsplice_hf.calibration import auto
 from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model, tokenizer_fingerprint
-from kvsplice_hf.patch.layers import find_mla_sites
+from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import patched_sites
 
 
@@ -32,7 +32,7 @@ NAME = "deepseek_v3"
 
 
 def fingerprint(model: Any) -> str:
-    return model_fingerprint(model, find_mla_sites(model))
+    return model_fingerprint(model, find_sites(model))
 
 
 def changed(name: str, by: float = 0.5) -> Any:

@@ -33,7 +33,7 @@ from kvsplice_hf import (
 from kvsplice_hf.calibration.fingerprint import model_fingerprint
 from kvsplice_hf.calibration.sampling import sample_from_model
 from kvsplice_hf.evaluation import score_windows
-from kvsplice_hf.patch.layers import find_mla_sites
+from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.weights.offload import (
     execution_device,
     input_device,
@@ -194,7 +194,7 @@ def test_fingerprints_tell_models_apart_by_any_weight(way: str, tmp_path: Path) 
             with torch.no_grad():
                 model.get_parameter(change).flatten()[-1] += 0.5
         model = WAYS[way](model, tmp_path / str(change))
-        return model_fingerprint(model, find_mla_sites(model))
+        return model_fingerprint(model, find_sites(model))
 
     changes = [None, "model.layers.1.self_attn.o_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
     changes += ["lm_head.weight", "model.layers.0.self_attn.kv_b_proj.weight", "model.layers.1.mlp.gate.weight"]

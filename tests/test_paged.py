@@ -16,6 +16,7 @@ from kvsplice_hf import (
     unpatch_model,
     upstream,
 )
+from kvsplice_hf.patch.state import patched_sites
 
 
 if upstream.ContinuousBatchingManager is None:

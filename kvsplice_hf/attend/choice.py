@@ -29,7 +29,7 @@ from kvsplice_hf.errors import KVSpliceError
 logger = logging.getLogger(__name__)
 
 # In the order in which they are asked. To add a backend is to add it here.
-BACKENDS: tuple[Backend, ...] = (TritonBackend(), NativeBackend())
+BACKENDS: list[Backend] = [TritonBackend(), NativeBackend()]
 # Read once: a lookup in the environment takes as long as some of the calls that would ask for it.
 _WITHOUT_KERNELS = os.environ.get("KVSPLICE_KERNELS") == "torch"
 # Products of bf16 numbers of the same sign differ by about this much, relative to the largest of them.

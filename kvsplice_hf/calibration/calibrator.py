@@ -28,7 +28,8 @@ from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import codec_class
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CalibrationError, ConfigError
-from kvsplice_hf.patch.layers import MLASite, find_mla_sites
+from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.sites import find_sites
 
 
 logger = logging.getLogger(__name__)
@@ -223,7 +224,7 @@ class KVSpliceCalibrator:
         self._solutions, self._distortions = {}, {}
         self.holdout = [{"input_ids": ids} for ids in held_out]
         if model is not None:
-            self.require_model([site for site in find_mla_sites(model) if site.stores_latent], model)
+            self.require_model([site for site in find_sites(model) if site.stores_latent], model)
         return self
 
     def adopt(self, other: "KVSpliceCalibrator") -> None:
@@ -234,7 +235,7 @@ class KVSpliceCalibrator:
         self._solutions.clear()
         self._distortions.clear()
 
-    def require_model(self, sites: list[MLASite], model: nn.Module) -> None:
+    def require_model(self, sites: list[AttentionSite], model: nn.Module) -> None:
         """Refuse statistics of another model, and warn where only the weights are others (another checkpoint).
 
         Args:

@@ -22,7 +22,8 @@ from kvsplice_hf.cache.exact import exact_in_full_sequence
 from kvsplice_hf.calibration.readers import ReaderRecorder
 from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
 from kvsplice_hf.errors import CalibrationError, PatchStateError
-from kvsplice_hf.patch.layers import MLASite, find_mla_sites
+from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.weights.offload import input_device
 
 
@@ -46,7 +47,7 @@ class Collector:
 
     def __init__(self, model: nn.Module, metric: str, layer_pattern: str | None, sink_tokens: int, seed: int) -> None:
         self.model, self.metric, self.sink_tokens = model, metric, sink_tokens
-        self.sites = [site for site in find_mla_sites(model, layer_pattern) if site.stores_latent]
+        self.sites = [site for site in find_sites(model, layer_pattern) if site.stores_latent]
         self.readers = ReaderRecorder(self.sites) if metric == "readers" else None
         self.statistics: Statistics = {}
         self.reset_statistics()
@@ -133,7 +134,7 @@ class Collector:
                 self.readers.detach(self.statistics)
             self._counted = None
 
-    def _record(self, site: MLASite, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
+    def _record(self, site: AttentionSite, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
         layer, counted = self.statistics[site.layer_idx], self._counted
         if torch.is_grad_enabled():
             latent, k_rot = (x if x.requires_grad else x.detach().requires_grad_() for x in (latent, k_rot))

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvsplice_hf.patch.layers import MLASite
+from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.weights.offload import read_parameter
 
 
 _PREFIX = "all-weights"
 
 
-def model_fingerprint(model: nn.Module, sites: Sequence[MLASite]) -> str:
+def model_fingerprint(model: nn.Module, sites: Sequence[AttentionSite]) -> str:
     """A digest of the decoder around the sites, and one of everything else in `model` (the output layer, say).
 
     Both are of numbers rounded to bf16, so that the dtype in which a model was loaded makes no difference. Weights that

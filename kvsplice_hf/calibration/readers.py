@@ -22,7 +22,9 @@ from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
 from kvsplice_hf.errors import UnsupportedError
 from kvsplice_hf.patch.absorbed import split_weight
 from kvsplice_hf.patch.attention import WRAPPED_ATTENTION, attend_expanded
-from kvsplice_hf.patch.layers import MLASite, effective_weight, linear_map
+from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.mla import effective_weight
+from kvsplice_hf.weights.linear import linear_map
 
 
 _NAME_PREFIX = "kvsplice_readers_"
@@ -58,7 +60,7 @@ class ReaderRecorder:
         UnsupportedError: the attention function of the model does not show its queries.
     """
 
-    def __init__(self, sites: Sequence[MLASite]) -> None:
+    def __init__(self, sites: Sequence[AttentionSite]) -> None:
         self.sites = sites
         self._before: dict[str, str] = {}
         for site in sites:
@@ -108,7 +110,7 @@ class _RecordingAttention:
         return attend_expanded(module, query, *args, base=self.base, **kwargs)
 
 
-def _add_readers(site: MLASite, moments: QueryMoments, layer: LayerStatistics) -> None:
+def _add_readers(site: AttentionSite, moments: QueryMoments, layer: LayerStatistics) -> None:
     """Add M and its counterpart for the rotated keys, times the number of tokens."""
     module, N = site.module, site.qk_nope_head_dim
     weights = split_weight(effective_weight(site).cpu().double(), N, site.v_head_dim)

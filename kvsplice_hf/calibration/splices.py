@@ -21,8 +21,9 @@ from kvsplice_hf.code.codecs import codec_class
 from kvsplice_hf.code.initialise import initialise_, normal_tensors
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.config import KVSpliceConfig
-from kvsplice_hf.patch.apply import apply_splices, layers_to_patch, unpatch_model
-from kvsplice_hf.patch.layers import MLASite, effective_weight
+from kvsplice_hf.patch.apply import patched_for_a_moment, sites_to_patch
+from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.mla import effective_weight
 from kvsplice_hf.weights.offload import execution_device
 
 
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def splices_for(
-    model: nn.Module, sites: list[MLASite], config: KVSpliceConfig, calibration: Any = None, tokenizer: Any = None
+    model: nn.Module, sites: list[AttentionSite], config: KVSpliceConfig, calibration: Any = None, tokenizer: Any = None
 ) -> dict[int, LearnedKVSplice]:
     """The splices of the layers that store a latent, by cache layer index, fitted as the settings say.
 
@@ -48,7 +49,7 @@ def splices_for(
 
 
 def _fits(
-    model: nn.Module, sites: list[MLASite], config: KVSpliceConfig, calibration: Any, tokenizer: Any
+    model: nn.Module, sites: list[AttentionSite], config: KVSpliceConfig, calibration: Any, tokenizer: Any
 ) -> dict[int, LayerFit]:
     """What calibration found for each layer; nothing where the weights alone decide."""
     if calibration is None and not config.is_packed:
@@ -79,7 +80,7 @@ def _fits(
 
 
 def _better_allocation(
-    model: nn.Module, sites: list[MLASite], config: KVSpliceConfig, calibrator: KVSpliceCalibrator
+    model: nn.Module, sites: list[AttentionSite], config: KVSpliceConfig, calibrator: KVSpliceCalibrator
 ) -> dict[int, LayerFit]:
     """Bytes that layers compete for, unless giving each the same loses less on text that was held out."""
     layers = [site.layer_idx for site in sites if site.stores_latent]
@@ -87,11 +88,8 @@ def _better_allocation(
     fits, losses = {}, {}
     for allocation in ("global", "layer"):
         fits[allocation] = calibrator.fit(replace(config, allocation=allocation), layers)[0]
-        apply_splices(model, sites, _make_splices(sites, config, fits[allocation]), config)
-        try:
+        with patched_for_a_moment(model, sites, _make_splices(sites, config, fits[allocation]), config):
             losses[allocation] = divergence(stock, log_probabilities(model, calibrator.holdout))
-        finally:
-            unpatch_model(model)
     best = min(losses, key=lambda allocation: losses[allocation])
     logger.info("Divergence on held-out text, nats per token: %s. Taken: %s.", losses, best)
     return fits[best]
@@ -100,22 +98,19 @@ def _better_allocation(
 def _own_text(model: Any, config: KVSpliceConfig) -> list[dict[str, torch.Tensor]]:
     """Text the model writes, faster than unpatched: at full rank the splice changes nothing but the speed."""
     exact = KVSpliceConfig(compression_ratio=1.0, init="identity", layer_pattern=config.layer_pattern)
-    sites = layers_to_patch(model, exact)
-    apply_splices(model, sites, _make_splices(sites, exact, {}), exact)
-    try:
+    sites = sites_to_patch(model, exact)
+    with patched_for_a_moment(model, sites, _make_splices(sites, exact, {}), exact):
         return own_text(model)
-    finally:
-        unpatch_model(model)
 
 
 def _make_splices(
-    sites: list[MLASite], config: KVSpliceConfig, fits: dict[int, LayerFit]
+    sites: list[AttentionSite], config: KVSpliceConfig, fits: dict[int, LayerFit]
 ) -> dict[int, LearnedKVSplice]:
     with normal_tensors():
         return {site.layer_idx: _make_splice(site, config, fits) for site in sites if site.stores_latent}
 
 
-def _make_splice(site: MLASite, config: KVSpliceConfig, fits: dict[int, LayerFit]) -> LearnedKVSplice:
+def _make_splice(site: AttentionSite, config: KVSpliceConfig, fits: dict[int, LayerFit]) -> LearnedKVSplice:
     module, fit = site.module, fits.get(site.layer_idx)
     rank = config.rank_for(site.kv_lora_rank, site.name) if fit is None else fit.rank
     device = execution_device(module.kv_b_proj)

@@ -27,7 +27,7 @@ def one_sequence(ids: Sequence[Any]) -> Iterator[Piece]:
     if len(ids) < FEWEST_TOKENS:
         raise CalibrationError(
             f"Calibration data hold a {type(first_present(ids)).__name__} at each of {len(ids)} places. As token "
-            f"ids of one sequence they are too few: {FEWEST_TOKENS} are needed at least, and 8,000 to 20,000 to be good."
+            f"ids of one sequence they are too few: {FEWEST_TOKENS} are needed at least, 8,000 to 20,000 to be good."
         )
     return token_pieces(ids)
 

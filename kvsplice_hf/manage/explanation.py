@@ -13,8 +13,8 @@ from torch import nn
 from kvsplice_hf.attend import choice
 from kvsplice_hf.call import current_state
 from kvsplice_hf.patch.expansion import absorbed_refusal
-from kvsplice_hf.patch.layer_patch import PatchedSite
-from kvsplice_hf.patch.layers import MLASite
+from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.site_patch import SitePatch
 from kvsplice_hf.patch.state import all_patched_sites
 from kvsplice_hf.weights.offload import execution_device
 
@@ -100,7 +100,7 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
     return Explanation(layers, choice.verdicts(), tokens)
 
 
-def _explain_layer(site: MLASite, state: PatchedSite, tokens: int) -> LayerPath:
+def _explain_layer(site: AttentionSite, state: SitePatch, tokens: int) -> LayerPath:
     def path(decode: str, prefill: str, refused: dict[str, str]) -> LayerPath:
         return LayerPath(site.layer_idx, site.name, decode, prefill, refused)
 
@@ -118,14 +118,14 @@ def _explain_layer(site: MLASite, state: PatchedSite, tokens: int) -> LayerPath:
     return path(kernel, prefill, {})
 
 
-def _gradients_of_packed(site: MLASite, state: PatchedSite) -> str | None:
+def _gradients_of_packed(site: AttentionSite, state: SitePatch) -> str | None:
     wanted = torch.is_grad_enabled() and any(_requires_gradients(site.module))
     if state.splice.codec is None or not wanted:
         return None
     return "gradients are on, and packed rows have none: run under torch.no_grad()"
 
 
-def _kernel_refusal(site: MLASite, state: PatchedSite) -> str | None:
+def _kernel_refusal(site: AttentionSite, state: SitePatch) -> str | None:
     reason = choice.refusal(list(_tensors_of_a_step(site, state)), state.splice.codec)
     if reason is not None:
         return reason
@@ -134,7 +134,7 @@ def _kernel_refusal(site: MLASite, state: PatchedSite) -> str | None:
     return f"given up in this process for {'; '.join(mine)}" if mine else None
 
 
-def _tensors_of_a_step(site: MLASite, state: PatchedSite) -> Iterator[torch.Tensor]:
+def _tensors_of_a_step(site: AttentionSite, state: SitePatch) -> Iterator[torch.Tensor]:
     """What a step hands to the kernels: a query and rows as the model makes them, weights as they are."""
     device, splice = execution_device(site.module.kv_b_proj), state.splice
     row_dtype = state.geometry.row_dtype(site.dtype)

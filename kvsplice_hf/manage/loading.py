@@ -12,8 +12,9 @@ from kvsplice_hf.code.initialise import normal_tensors
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
-from kvsplice_hf.patch.apply import apply_splices, layers_to_patch
-from kvsplice_hf.patch.layers import MLASite, find_mla_sites
+from kvsplice_hf.patch.apply import apply_splices, sites_to_patch
+from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import is_patched, patched_sites
 from kvsplice_hf.weights.offload import execution_device, write_all
 from kvsplice_hf.weights.sharding import spread_like
@@ -57,7 +58,7 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
             splice = _empty_splice(site, saved)
             _set_parameters(splice, tensors, site.layer_idx, codec_of(saved, site.layer_idx, directory))
             splices[site.layer_idx] = splice.train(site.module.training)
-    apply_splices(model, layers_to_patch(model, config), splices, config)
+    apply_splices(model, sites_to_patch(model, config), splices, config)
     return model
 
 
@@ -123,20 +124,20 @@ def _shapes_of_patched(model: nn.Module) -> dict[str, torch.Size]:
     }
 
 
-def _chosen_sites(model: nn.Module, config: KVSpliceConfig) -> list[MLASite]:
+def _chosen_sites(model: nn.Module, config: KVSpliceConfig) -> list[AttentionSite]:
     """The sites that store a latent and that the settings choose.
 
     Raises:
         CheckpointError: the settings do not fit the model.
     """
-    sites = {site.layer_idx: site for site in find_mla_sites(model, config.layer_pattern) if site.stores_latent}
+    sites = {site.layer_idx: site for site in find_sites(model, config.layer_pattern) if site.stores_latent}
     try:
         return [sites[layer_idx] for layer_idx in config.select_layers(tuple(sites))]
     except ConfigError as error:
         raise CheckpointError(f"The saved splice does not fit this {type(model).__name__}: {error}") from error
 
 
-def _rank(site: MLASite, saved: SavedSplices) -> int:
+def _rank(site: AttentionSite, saved: SavedSplices) -> int:
     """r of a layer: from the settings, or, where rows are packed or were pruned, from the file."""
     sizes = saved.layers.get(site.layer_idx, {})
     if "pruned_from" in sizes:
@@ -147,14 +148,16 @@ def _rank(site: MLASite, saved: SavedSplices) -> int:
     return min(max(1, len(weight)), site.kv_lora_rank) if weight is not None and weight.dim() == 2 else 1
 
 
-def _empty_splice(site: MLASite, saved: SavedSplices, device: torch.device | str | None = None) -> LearnedKVSplice:
+def _empty_splice(
+    site: AttentionSite, saved: SavedSplices, device: torch.device | str | None = None
+) -> LearnedKVSplice:
     device = execution_device(site.module.kv_b_proj) if device is None else device
     rank, use_layernorm = _rank(site, saved), saved.config.use_layernorm
     with torch.random.fork_rng(devices=[]), torch.device(device):  # constructors draw random numbers
         return LearnedKVSplice(site.kv_lora_rank, rank, use_layernorm=use_layernorm, device=device, dtype=site.dtype)
 
 
-def _shapes_after_patch(model: nn.Module, saved: SavedSplices, chosen: list[MLASite]) -> dict[str, torch.Size]:
+def _shapes_after_patch(model: nn.Module, saved: SavedSplices, chosen: list[AttentionSite]) -> dict[str, torch.Size]:
     """The shapes that patching `model` with the saved settings would make.
 
     Raises:

@@ -21,8 +21,9 @@ from torch import nn
 
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import ConfigError, PatchStateError, UnsupportedError
-from kvsplice_hf.patch.layer_patch import PatchedSite
-from kvsplice_hf.patch.layers import MLASite, effective_weight
+from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.mla import effective_weight
+from kvsplice_hf.patch.site_patch import SitePatch
 from kvsplice_hf.patch.state import all_patched_sites, models_around, patched_sites
 from kvsplice_hf.upstream import drop_persistent_manager
 from kvsplice_hf.weights.offload import read_parameter
@@ -149,7 +150,7 @@ def plan_pruning(layer_idx: int, scales: torch.Tensor, threshold: float) -> Laye
     return LayerPruning(layer_idx, len(scales), tuple(removed.nonzero()[:, 0].tolist()), float(error))
 
 
-def _require_prunable(site: MLASite, splice: LearnedKVSplice) -> None:
+def _require_prunable(site: AttentionSite, splice: LearnedKVSplice) -> None:
     if splice.is_merged:
         raise PatchStateError(
             f"The splice of layer {site.layer_idx} is merged. Call unmerge_kvsplice(model) first, and merge again "
@@ -162,7 +163,7 @@ def _require_prunable(site: MLASite, splice: LearnedKVSplice) -> None:
         )
 
 
-def _readers(model: nn.Module, owner: MLASite) -> list[tuple[MLASite, PatchedSite]]:
+def _readers(model: nn.Module, owner: AttentionSite) -> list[tuple[AttentionSite, SitePatch]]:
     """The modules that expand the latent of `owner`: itself, and layers that reuse it."""
     return [(site, state) for site, state in all_patched_sites(model) if state.owner is owner.module]
 
@@ -181,7 +182,7 @@ def _remove(splice: LearnedKVSplice, coordinates: tuple[int, ...]) -> None:
     splice.rank = int(kept.sum())
 
 
-def _resize_rows(readers: list[tuple[MLASite, PatchedSite]], splice: LearnedKVSplice) -> None:
+def _resize_rows(readers: list[tuple[AttentionSite, SitePatch]], splice: LearnedKVSplice) -> None:
     packed_bytes = None if splice.codec is None else splice.codec.row_bytes
     for _, patched in readers:
         patched.geometry = replace(patched.geometry, rank=splice.rank, packed_bytes=packed_bytes)

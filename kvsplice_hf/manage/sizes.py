@@ -14,8 +14,9 @@ from transformers.utils import ModelOutput
 
 from kvsplice_hf.cache.layers import splice_cache_layer
 from kvsplice_hf.errors import ConfigError
-from kvsplice_hf.patch.layer_patch import SITE_ATTRIBUTE
-from kvsplice_hf.patch.layers import MLASite, find_mla_sites
+from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE
+from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import find_patch, is_patched, patched_sites
 from kvsplice_hf.upstream import cache_of
 
@@ -66,13 +67,13 @@ def get_kv_cache_size(model: nn.Module, seq_len: int = 2048, batch_size: int = 1
         True
     """
     pattern = find_patch(model)[1].config.layer_pattern if is_patched(model) else None
-    sites = find_mla_sites(model, pattern)
+    sites = find_sites(model, pattern)
     original = sum(_site_bytes(site, seq_len, spliced=False) for site in sites)
-    compressed = sum(_site_bytes(site, seq_len, spliced=SITE_ATTRIBUTE in vars(site.module)) for site in sites)
+    compressed = sum(_site_bytes(site, seq_len, spliced=PATCH_ATTRIBUTE in vars(site.module)) for site in sites)
     return KVCacheSize(batch_size * original, batch_size * compressed)
 
 
-def _site_bytes(site: MLASite, seq_len: int, spliced: bool) -> int:
+def _site_bytes(site: AttentionSite, seq_len: int, spliced: bool) -> int:
     itemsize = site.dtype.itemsize
     rows = seq_len if site.sliding_window is None else min(seq_len, site.sliding_window - 1)
     indexer = seq_len * site.indexer_head_dim
@@ -80,7 +81,7 @@ def _site_bytes(site: MLASite, seq_len: int, spliced: bool) -> int:
         return itemsize * indexer
     if not spliced:
         return itemsize * (rows * (site.kv_lora_rank + site.qk_rope_head_dim) + indexer)
-    geometry = vars(site.module)[SITE_ATTRIBUTE].geometry
+    geometry = vars(site.module)[PATCH_ATTRIBUTE].geometry
     exact = geometry.sink_tokens * (geometry.exact_dim * itemsize + torch.long.itemsize)
     return rows * geometry.nbytes(site.dtype) + itemsize * indexer + exact
 

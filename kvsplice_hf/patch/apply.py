@@ -1,17 +1,18 @@
 """Puts splices on a model, and takes them off again: everything that changes a model.
 
-What can fail on account of the caller is checked first (`layers_to_patch`), so that a model is changed wholly or not at
+What can fail on account of the caller is checked first (`sites_to_patch`), so that a model is changed wholly or not at
 all.
 """
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch import nn
 
 from kvsplice_hf import upstream
-from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
@@ -22,10 +23,10 @@ from kvsplice_hf.patch.attention import (
     unfoldable_message,
     wrapped_name,
 )
-from kvsplice_hf.patch.expansion import expand_spliced_kv
+from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.hooks import enter_attention, leave_attention
-from kvsplice_hf.patch.layer_patch import SITE_ATTRIBUTE, PatchedSite
-from kvsplice_hf.patch.layers import MLASite, find_mla_sites
+from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch
+from kvsplice_hf.patch.sites import find_sites, require_family
 from kvsplice_hf.patch.state import ModelPatch, find_patch, is_patched
 from kvsplice_hf.patch.surroundings import change_surroundings, restore_surroundings
 
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def layers_to_patch(model: nn.Module, config: KVSpliceConfig) -> list[MLASite]:
+def sites_to_patch(model: nn.Module, config: KVSpliceConfig) -> list[AttentionSite]:
     """The layers that the settings choose, after all checks that need no splice.
 
     Raises:
@@ -54,24 +55,24 @@ def layers_to_patch(model: nn.Module, config: KVSpliceConfig) -> list[MLASite]:
             "The model is already patched with KVSplice. For other settings, call unpatch_model(model) first."
         )
     upstream.warn_if_newer_than_tested()
-    sites = _select_sites(find_mla_sites(model, config.layer_pattern), config)
+    sites = _select_sites(find_sites(model, config.layer_pattern), config)
     for site in sites:
         _read_forward(site, config)
     _check_attention(sites, config)
     return sites
 
 
-def _read_forward(site: MLASite, config: KVSpliceConfig) -> upstream.ForwardArguments:
+def _read_forward(site: AttentionSite, config: KVSpliceConfig) -> upstream.ForwardArguments:
     return upstream.read_forward(site.name, site.module, needs_attention_by_name=config.attention != "expanded")
 
 
-def _select_sites(sites: list[MLASite], config: KVSpliceConfig) -> list[MLASite]:
+def _select_sites(sites: list[AttentionSite], config: KVSpliceConfig) -> list[AttentionSite]:
     """The sites to patch: those chosen by `layers`, and those that expand a chosen one's latent."""
     chosen = config.select_layers(tuple(site.layer_idx for site in sites if site.stores_latent))
     return [site for site in sites if (site.source or site).layer_idx in chosen]
 
 
-def _check_attention(sites: list[MLASite], config: KVSpliceConfig) -> None:
+def _check_attention(sites: list[AttentionSite], config: KVSpliceConfig) -> None:
     for site in sites:
         base = site.module.config._attn_implementation
         absorbable = wrapped_name(base) is not None
@@ -92,13 +93,13 @@ def _check_attention(sites: list[MLASite], config: KVSpliceConfig) -> None:
 
 
 def apply_splices(
-    model: nn.Module, sites: list[MLASite], splices: dict[int, LearnedKVSplice], config: KVSpliceConfig
+    model: nn.Module, sites: list[AttentionSite], splices: dict[int, LearnedKVSplice], config: KVSpliceConfig
 ) -> None:
     """Change the model.
 
     Args:
         model: the model.
-        sites: its layers to patch, from `layers_to_patch`.
+        sites: its layers to patch, from `sites_to_patch`.
         splices: by cache layer index, one for each layer that stores a latent.
         config: the settings.
     """
@@ -106,40 +107,33 @@ def apply_splices(
     restore_surroundings(model)  # of a patch whose layers were unpatched without the models around them
     patch = ModelPatch(config)
     for site in sites:
-        owner, module = site.source or site, site.module
+        owner, module, family = site.source or site, site.module, require_family(site.module)
         if site.stores_latent:
             module.kvsplice = splices[site.layer_idx]
         base = module.config._attn_implementation
         name = None if config.attention == "expanded" else wrapped_name(base)
-        state = PatchedSite(
+        state = SitePatch(
             site.name,
             patch,
             owner.module,
             site.stores_latent,
-            _geometry(owner, config),
+            family.geometry(owner, owner.module.kvsplice, config.sink_tokens),
             site.num_heads,
             config.attention,
             _read_forward(site, config),
             base if name not in (None, base) else None,
             module.config if name is not None else None,
+            tuple(family.methods),
         )
         state.hooks.append(module.register_forward_pre_hook(enter_attention, with_kwargs=True))
         state.hooks.append(module.register_forward_hook(leave_attention))
-        setattr(module, SITE_ATTRIBUTE, state)
-        # A partial, not a bound method: pickle would look a method up by name on the module, and find the stock one.
-        module.expand_kv = functools.partial(expand_spliced_kv, module)
+        setattr(module, PATCH_ATTRIBUTE, state)
+        # Partials, not bound methods: pickle would look a method up by name on the module, and find the stock one.
+        for method, function in family.methods.items():
+            setattr(module, method, functools.partial(function, module))
         if name is not None:
             module.config._attn_implementation_internal = name
     change_surroundings(model, sites, patch)
-
-
-def _geometry(site: MLASite, config: KVSpliceConfig) -> RowGeometry:
-    splice, sinks = site.module.kvsplice, config.sink_tokens
-    if site.sliding_window is not None:
-        # Within the window, how many keys a query sees tells its rank in the sequence only up to the window's size.
-        sinks = min(sinks, max(site.sliding_window - 1, 0))
-    packed = splice.codec.row_bytes if splice.codec is not None else None
-    return RowGeometry(site.kv_lora_rank, splice.rank, site.qk_rope_head_dim, sinks, packed)
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -156,20 +150,33 @@ def unpatch_model(model: ModelT) -> ModelT:
     """
     find_patch(model)
     for module in model.modules():
-        if SITE_ATTRIBUTE in vars(module):
+        if PATCH_ATTRIBUTE in vars(module):
             _restore_module(module)
     restore_surroundings(model)
     return model
 
 
+@contextlib.contextmanager
+def patched_for_a_moment(
+    model: nn.Module, sites: list[AttentionSite], splices: dict[int, LearnedKVSplice], config: KVSpliceConfig
+) -> Iterator[None]:
+    """Within this context the model is patched; afterwards it is as it was. Arguments as in `apply_splices`."""
+    apply_splices(model, sites, splices, config)
+    try:
+        yield
+    finally:
+        unpatch_model(model)
+
+
 def _restore_module(module: Any) -> None:
-    state: PatchedSite = vars(module).pop(SITE_ATTRIBUTE)
+    state: SitePatch = vars(module).pop(PATCH_ATTRIBUTE)
     for hook in state.hooks:
         hook.remove()
     before = state.attention_before
     # A function that was chosen after the patch stays chosen.
     if before is not None and module.config._attn_implementation == wrapped_name(before):
         module.config._attn_implementation_internal = before
-    del module.expand_kv
+    for method in state.methods:
+        delattr(module, method)
     if "kvsplice" in module._modules:
         del module.kvsplice

@@ -28,7 +28,7 @@ class AttentionName(str):
 
     Settings are copied to where nobody has made our name known: for another model, or pickled for another process. What
     arrives there is the name of the function that ours stands in for. With the model itself our name is copied as well:
-    `PatchedSite` sees to that.
+    `SitePatch` sees to that.
     """
 
     base: str

@@ -15,7 +15,7 @@ from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.call import Call, note_expansion, running_call
 from kvsplice_hf.errors import FoldingError, UnsupportedError
 from kvsplice_hf.patch.attention import WRAPPED_ATTENTION, foldable_weight, is_ours, unfoldable_message
-from kvsplice_hf.patch.layer_patch import SITE_ATTRIBUTE, PatchedSite, title_of
+from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
 
 
 def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | PagedLatent, k_rot: Any) -> tuple[Any, Any]:
@@ -27,19 +27,19 @@ def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | Page
     Raises:
         UpstreamChangedError: a plain latent came where rows should have come, or past the hook before the forward.
     """
-    site: PatchedSite = getattr(self, SITE_ATTRIBUTE)
+    patched: SitePatch = getattr(self, PATCH_ATTRIBUTE)
     note_expansion()
     if isinstance(kv_nope, PagedLatent):  # taken apart in the attention function, which comes back here
         return kv_nope, kv_nope
     if isinstance(kv_nope, CompressedLatent):
-        if not _needs_round_trip(self, kv_nope) and _attend_absorbed(self, site, kv_nope):
+        if not _needs_round_trip(self, kv_nope) and _attend_absorbed(self, patched, kv_nope):
             return kv_nope, kv_nope
-        latent, k_rot = _decoded(self, site, kv_nope)
+        latent, k_rot = _decoded(self, patched, kv_nope)
     else:
         call = _call_without_cache(self, kv_nope)
         latent = kv_nope
         if call.state.enabled:
-            latent, k_rot = _round_trip(self, site, call, kv_nope, k_rot)
+            latent, k_rot = _round_trip(self, patched, call, kv_nope, k_rot)
     return type(self).expand_kv(self, latent, k_rot)
 
 
@@ -74,7 +74,7 @@ def _needs_round_trip(module: Any, rows: CompressedLatent) -> bool:
     return rows.fresh is not None and (rows.is_packed or listened)
 
 
-def _decoded(module: Any, site: PatchedSite, rows: CompressedLatent) -> tuple[torch.Tensor, torch.Tensor]:
+def _decoded(module: Any, patched: SitePatch, rows: CompressedLatent) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents [B, 1, S, R] and rotated keys [B, 1, S, P] of all rows.
 
     Where gradients are wanted, those of the new tokens go through the same round trip as without a cache: rows that are
@@ -83,34 +83,34 @@ def _decoded(module: Any, site: PatchedSite, rows: CompressedLatent) -> tuple[to
     if rows.fresh is None:
         return rows.latent(), rows.k_rot
     call = running_call(module)
-    fresh = site.splice.round_trip(*rows.fresh)
+    fresh = patched.splice.round_trip(*rows.fresh)
     if call is not None and call.state.on_round_trip is not None:
         call.state.on_round_trip(module, rows.fresh[0], fresh[0])
     return rows.with_new(*fresh)
 
 
 def _round_trip(
-    module: Any, site: PatchedSite, call: Call, latent: torch.Tensor, k_rot: torch.Tensor
+    module: Any, patched: SitePatch, call: Call, latent: torch.Tensor, k_rot: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    decoded, rotated = site.splice.round_trip(latent, k_rot)
+    decoded, rotated = patched.splice.round_trip(latent, k_rot)
     if call.state.on_round_trip is not None:
         call.state.on_round_trip(module, latent, decoded)
-    if site.geometry.sink_tokens == 0:
+    if patched.geometry.sink_tokens == 0:
         return decoded, rotated
-    count, tokens = site.geometry.sink_tokens, latent.shape[2]
+    count, tokens = patched.geometry.sink_tokens, latent.shape[2]
     exact = exact_in_full_sequence(call.mask, tokens, count, latent.device)[:, None, :, None]
     return torch.where(exact, latent, decoded), torch.where(exact.to(k_rot.device), k_rot, rotated)
 
 
-def _attend_absorbed(module: Any, site: PatchedSite, latent: CompressedLatent) -> bool:
+def _attend_absorbed(module: Any, patched: SitePatch, latent: CompressedLatent) -> bool:
     """Whether this call runs on the codes.
 
     Raises:
         FoldingError: absorbed attention was asked for and `kv_b_proj` cannot be folded.
         UnsupportedError: it was asked for, and the attention function was changed after patching.
     """
-    refused = absorbed_refusal(module, site, latent.new_tokens, latent.rows.shape[2])
-    if refused is not None and site.mode == "absorbed":
+    refused = absorbed_refusal(module, patched, latent.new_tokens, latent.rows.shape[2])
+    if refused is not None and patched.mode == "absorbed":
         if not is_ours(module):
             raise UnsupportedError(
                 f'attention="absorbed" needs the attention function set by the patch, but it is now '
@@ -121,16 +121,16 @@ def _attend_absorbed(module: Any, site: PatchedSite, latent: CompressedLatent) -
     return refused is None
 
 
-def absorbed_refusal(module: Any, site: PatchedSite, new_tokens: int, stored: int) -> str | None:
+def absorbed_refusal(module: Any, patched: SitePatch, new_tokens: int, stored: int) -> str | None:
     """Why a call of T new tokens on S stored ones does not run on the codes, or None where it does."""
-    if site.mode == "expanded":
+    if patched.mode == "expanded":
         return 'attention="expanded" was asked for'
     if not is_ours(module):
         return (
             f"the attention function is {module.config._attn_implementation!r}, which reads keys and values only: load "
             'the model with attn_implementation="sdpa"'
         )
-    if site.mode == "auto" and not _absorbed_is_cheaper(module, site, new_tokens, stored):
+    if patched.mode == "auto" and not _absorbed_is_cheaper(module, patched, new_tokens, stored):
         return f"for {new_tokens} new tokens on {stored} expanding takes fewer products"
     if foldable_weight(module.kv_b_proj) is None:
         kind = type(module.kv_b_proj).__name__
@@ -138,15 +138,15 @@ def absorbed_refusal(module: Any, site: PatchedSite, new_tokens: int, stored: in
     return None
 
 
-def _absorbed_is_cheaper(module: Any, site: PatchedSite, new_tokens: int, stored: int) -> bool:
+def _absorbed_is_cheaper(module: Any, patched: SitePatch, new_tokens: int, stored: int) -> bool:
     """Compare multiplications of the two ways for T queries over S rows.
 
     Expanded: decode S latents, expand them, attend with head sizes N + P and V. Absorbed: take T queries and outputs
     through the latent, attend with head sizes r + P and r, shared by all heads.
     """
-    R, r = site.geometry.kv_lora_rank, site.geometry.rank
+    R, r = patched.geometry.kv_lora_rank, patched.geometry.rank
     N, P, V = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
-    H, T, S = site.num_heads, new_tokens, stored
+    H, T, S = patched.num_heads, new_tokens, stored
     expanded = S * R * (r + H * (N + V)) + T * S * H * (N + P + V)
     absorbed = T * H * R * (N + V + 2 * r) + T * S * H * (2 * r + P)
     return absorbed < expanded

@@ -18,7 +18,7 @@ from kvsplice_hf.cache.pages import paged_rows
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
 from kvsplice_hf.call import STATE_ARGUMENT, Call, current_state, enter_call, leave_call
 from kvsplice_hf.errors import CacheMismatchError
-from kvsplice_hf.patch.layer_patch import SITE_ATTRIBUTE, PatchedSite, title_of
+from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
 
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -43,25 +43,25 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Raises:
         CacheMismatchError: the cache cannot hold spliced rows.
     """
-    site: PatchedSite = getattr(module, SITE_ATTRIBUTE)
+    patched: SitePatch = getattr(module, PATCH_ATTRIBUTE)
     carried = STATE_ARGUMENT in kwargs
-    state = kwargs[STATE_ARGUMENT] if carried else current_state(site.patch)
+    state = kwargs[STATE_ARGUMENT] if carried else current_state(patched.patch)
     if carried:
         kwargs = {name: value for name, value in kwargs.items() if name != STATE_ARGUMENT}
-    mask = site.arguments.get("attention_mask", args, kwargs)
-    hidden_states = site.arguments.get("hidden_states", args, kwargs)
+    mask = patched.arguments.get("attention_mask", args, kwargs)
+    hidden_states = patched.arguments.get("hidden_states", args, kwargs)
     new_tokens = None if hidden_states is None else hidden_states.shape[1]
     rows = paged_rows(kwargs) if state.enabled else None
     if rows is not None:
         enter_call(Call(module, state, None, new_tokens, reads_cache=True))
-        return upstream.with_cache(site.arguments, rows, args, kwargs)
+        return upstream.with_cache(patched.arguments, rows, args, kwargs)
     cache = upstream.find_cache(args, kwargs)
     if cache is None:
-        _require_no_other_cache(site, upstream.other_cache(site.arguments, args, kwargs))
+        _require_no_other_cache(patched, upstream.other_cache(patched.arguments, args, kwargs))
     elif not state.enabled:
         _require_stock_layer(cache, module.layer_idx)
-    elif site.stores_latent:
-        layer = splice_cache_layer(cache, module.layer_idx, site.geometry, site.splice)
+    elif patched.stores_latent:
+        layer = splice_cache_layer(cache, module.layer_idx, patched.geometry, patched.splice)
         layer.attention_mask = mask
     enter_call(Call(module, state, mask, new_tokens, reads_cache=cache is not None))
     return (args, kwargs) if carried else None
@@ -77,10 +77,10 @@ def leave_attention(module: Any, args: tuple[Any, ...], output: Any) -> None:
         raise upstream.changed(title_of(module), "its forward ended without a call of `expand_kv`.")
 
 
-def _require_no_other_cache(site: PatchedSite, cache: Any) -> None:
+def _require_no_other_cache(patched: SitePatch, cache: Any) -> None:
     if cache is not None:
         raise CacheMismatchError(
-            f"The patched module {site.name} got a cache of type {type(cache).__name__}; it needs a transformers "
+            f"The patched module {patched.name} got a cache of type {type(cache).__name__}; it needs a transformers "
             "`Cache`: pass nothing, a DynamicCache, a StaticCache, or KVSpliceCache(model)."
         )
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from kvsplice_hf.code.files import key_of, write_splice_files
 from kvsplice_hf.config import KVSpliceConfig
-from kvsplice_hf.patch.layer_patch import PatchedSite
-from kvsplice_hf.patch.layers import MLASite
+from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.site_patch import SitePatch
 from kvsplice_hf.patch.state import find_patch, patched_sites
 from kvsplice_hf.weights.offload import read_all
 from kvsplice_hf.weights.sharding import whole
@@ -87,7 +87,7 @@ def _write(
     return directory
 
 
-def _describe_layer(site: MLASite, patched: PatchedSite, config: KVSpliceConfig) -> dict[str, Any]:
+def _describe_layer(site: AttentionSite, patched: SitePatch, config: KVSpliceConfig) -> dict[str, Any]:
     rank = patched.geometry.rank
     sizes: dict[str, Any] = {"kv_lora_rank": site.kv_lora_rank, "rank": rank}
     if not config.is_packed and config.rank_for(site.kv_lora_rank, site.name) != rank:

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from kvsplice_hf.call import Listener, SpliceState, current_state, states_of_thread
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import PatchStateError
-from kvsplice_hf.patch.layer_patch import SITE_ATTRIBUTE, PatchedSite
-from kvsplice_hf.patch.layers import MLASite, sites_of
+from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch
+from kvsplice_hf.patch.sites import sites_of
 
 
 @dataclass(eq=False)
@@ -65,7 +66,7 @@ def told_of_round_trips(model: nn.Module, listener: Listener) -> Iterator[None]:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `model`, or a part of it, is patched."""
-    return any(SITE_ATTRIBUTE in vars(module) for module in model.modules())
+    return any(PATCH_ATTRIBUTE in vars(module) for module in model.modules())
 
 
 def find_patch(model: nn.Module) -> tuple[Any, ModelPatch]:
@@ -92,13 +93,13 @@ def _patches(model: nn.Module) -> list[ModelPatch]:
     return list(found.values())
 
 
-def patched_modules(model: nn.Module) -> Iterator[tuple[tuple[str, nn.Module], PatchedSite]]:
+def patched_modules(model: nn.Module) -> Iterator[tuple[tuple[str, nn.Module], SitePatch]]:
     for name, module in model.named_modules():
-        if SITE_ATTRIBUTE in vars(module):
-            yield (name, module), vars(module)[SITE_ATTRIBUTE]
+        if PATCH_ATTRIBUTE in vars(module):
+            yield (name, module), vars(module)[PATCH_ATTRIBUTE]
 
 
-def patched_sites(model: nn.Module) -> list[tuple[MLASite, PatchedSite]]:
+def patched_sites(model: nn.Module) -> list[tuple[AttentionSite, SitePatch]]:
     """The patched MLA layers of a patched model that store a latent, by ascending `layer_idx`.
 
     Raises:
@@ -107,7 +108,7 @@ def patched_sites(model: nn.Module) -> list[tuple[MLASite, PatchedSite]]:
     return [(site, state) for site, state in all_patched_sites(model) if site.stores_latent]
 
 
-def all_patched_sites(model: nn.Module) -> list[tuple[MLASite, PatchedSite]]:
+def all_patched_sites(model: nn.Module) -> list[tuple[AttentionSite, SitePatch]]:
     """`patched_sites`, and the layers that read the latent of another one.
 
     Raises:
@@ -115,7 +116,7 @@ def all_patched_sites(model: nn.Module) -> list[tuple[MLASite, PatchedSite]]:
     """
     patch = _patches(model)[0]
     modules = [named for named, state in patched_modules(model) if state.patch is patch]
-    return [(site, vars(site.module)[SITE_ATTRIBUTE]) for site in sites_of(modules)]
+    return [(site, vars(site.module)[PATCH_ATTRIBUTE]) for site in sites_of(modules)]
 
 
 def models_around(model: nn.Module) -> list[Any]:

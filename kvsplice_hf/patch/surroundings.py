@@ -14,8 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from kvsplice_hf import upstream
 from kvsplice_hf.cache.batching import init_continuous_batching
+from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.hooks import carry_state
-from kvsplice_hf.patch.layers import MLASite
 from kvsplice_hf.patch.saving import save_splice_of
 from kvsplice_hf.patch.state import ModelPatch, is_patched, models_around, patched_modules, patched_sites
 
@@ -42,7 +42,7 @@ class _Surroundings:
     keys_to_ignore_on_save: tuple[Any] | None = None
 
 
-def change_surroundings(model: nn.Module, sites: list[MLASite], patch: ModelPatch) -> None:
+def change_surroundings(model: nn.Module, sites: list[AttentionSite], patch: ModelPatch) -> None:
     """On the models of transformers around the layers: state for checkpointed layers, saving, continuous batching."""
     decoders = {id(decoder) for decoder in _decoders(model, sites)}
     for around in models_around(model):
@@ -129,7 +129,7 @@ def _warn_without_splice(decoder: nn.Module, state_dict: dict[str, Any], prefix:
         )
 
 
-def _decoders(model: nn.Module, sites: list[MLASite]) -> list[nn.Module]:
+def _decoders(model: nn.Module, sites: list[AttentionSite]) -> list[nn.Module]:
     """The innermost models of transformers around the sites: what runs their layers one after the other."""
     modules = [(path, module) for path, module in model.named_modules() if isinstance(module, PreTrainedModel)]
     found = {}

@@ -10,10 +10,10 @@ from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.patch.attention import AttentionName, register_attention
 
 
-SITE_ATTRIBUTE = "_kvsplice_site"
+PATCH_ATTRIBUTE = "_kvsplice_site"
 
 
-class PatchedSite:
+class SitePatch:
     """What the patch knows of one attention module, kept on it as a plain attribute. Nothing of it belongs to a call.
 
     Args:
@@ -27,6 +27,7 @@ class PatchedSite:
         arguments: how its forward takes its arguments.
         attention_before: name of the attention function that the patch has put another one in the place of, or None.
         settings: those of the module, where the name in them is ours, or None.
+        methods: names of the methods of the module that the patch has put others in the place of.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class PatchedSite:
         arguments: upstream.ForwardArguments,
         attention_before: str | None,
         settings: Any,
+        methods: tuple[str, ...],
     ) -> None:
         self.name = name
         self.patch = patch
@@ -52,6 +54,7 @@ class PatchedSite:
         self.arguments = arguments
         self.attention_before = attention_before
         self.settings = settings
+        self.methods = methods
         self.hooks: list[RemovableHandle] = []
 
     @property
@@ -73,4 +76,4 @@ class PatchedSite:
 
 def title_of(module: Any) -> str:
     """Path and class of a patched module, for messages."""
-    return f"{getattr(module, SITE_ATTRIBUTE).name} ({type(module).__name__})"
+    return f"{getattr(module, PATCH_ATTRIBUTE).name} ({type(module).__name__})"

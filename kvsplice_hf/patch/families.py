@@ -1,0 +1,76 @@
+"""Families of attention layers, and what is known of one layer: a site.
+
+A family is a kind of attention that this package can patch: how its modules are recognised, what their sizes are, and
+which of their methods the patch replaces. `mla` is the one that there is; `sites.FAMILIES` lists them, and
+`docs/how_to_add.md` shows how to write one.
+
+Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `N` qk_nope_head_dim, `V` v_head_dim, `H` heads, `r` spliced rank.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvsplice_hf.cache.rows import RowGeometry
+from kvsplice_hf.code.projection import LearnedKVSplice
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite:
+    """One attention module of a model, where it is and its sizes. What the patch keeps on it is a `SitePatch`.
+
+    Attributes:
+        name: path of the module in the model ("model.layers.0.self_attn").
+        module: the attention module.
+        layer_idx: index of its layer in the cache.
+        kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim, num_heads: R, P, N, V, H.
+        sliding_window: tokens visible to a query, or None.
+        indexer_head_dim: width of the sparse-attention indexer's key (0 without an indexer). It is cached beside the
+            latent and not compressed.
+        dtype: of the latent, and so of the cache.
+        source: the site whose latent this one expands; itself, unless the layer reuses the cache of an earlier one.
+    """
+
+    name: str
+    module: Any
+    layer_idx: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+    num_heads: int
+    sliding_window: int | None
+    indexer_head_dim: int
+    dtype: torch.dtype
+    source: "AttentionSite | None" = None
+
+    @property
+    def stores_latent(self) -> bool:
+        """Whether this site writes a latent to the cache (False for layers that reuse another layer's)."""
+        return self.source is None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of attention layers.
+
+    Attributes:
+        name: in messages.
+        recognises: whether a module is of this kind, by what it has and not by its class.
+        check: refuses a module that is of this kind, but does not do what is relied on in the installed release; called
+            with its path and itself.
+        describe: makes the site, from the path of a module, itself, and the sites before it.
+        geometry: sizes of the rows of a site with a splice, where so many first tokens are to be kept exactly.
+        methods: what the patch puts on a module in the place of its own methods, by name; the first argument is the
+            module.
+    """
+
+    name: str
+    recognises: Callable[[nn.Module], bool]
+    check: Callable[[str, Any], None]
+    describe: Callable[[str, Any, Sequence[AttentionSite]], AttentionSite]
+    geometry: Callable[[AttentionSite, LearnedKVSplice, int], RowGeometry]
+    methods: Mapping[str, Callable[..., Any]]
