@@ -103,8 +103,16 @@ def draw_decode(data: dict[str, Any]) -> Any:
 
 
 def _box(axes: Any, left: float, bottom: float, width: float, text: str, colour: str, height: float = 1.5) -> None:
-    style = {"boxstyle": "round,pad=0.02,rounding_size=0.12", "facecolor": PALE, "edgecolor": colour, "linewidth": 1.6}
-    axes.add_patch(FancyBboxPatch((left, bottom), width, height, **style))
+    box = FancyBboxPatch(
+        (left, bottom),
+        width,
+        height,
+        boxstyle="round,pad=0.02,rounding_size=0.12",
+        facecolor=PALE,
+        edgecolor=colour,
+        linewidth=1.6,
+    )
+    axes.add_patch(box)
     axes.text(left + width / 2, bottom + height / 2, text, ha="center", va="center", fontsize=9)
 
 
