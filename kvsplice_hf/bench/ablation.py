@@ -58,6 +58,7 @@ class Ablation:
         return None if plan is None else key._replace(arm=plan.after)
 
     def folder_of(self, key: RunKey) -> Path:
+        """Where a run is kept."""
         safe = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in key.arm)
         return self.folder / key.budget / safe / f"seed-{key.seed}"
 

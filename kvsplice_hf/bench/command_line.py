@@ -99,7 +99,12 @@ def load_model(name: str, dtype: str) -> LoadedModel:
 
 
 def calibrate(model: PreTrainedModel, tokenizer: Any, args: Calibration) -> Any:
-    """What `patch_model_with_kvsplice` takes as `calibration`; statistics serve any number of budgets."""
+    """What `patch_model_with_kvsplice` takes as `calibration`; statistics serve any number of budgets.
+
+    Raises:
+        CalibrationError: the file of statistics is damaged, or of another model.
+        ConfigError: there is no such text.
+    """
     if args.statistics is not None and Path(args.statistics).exists():
         return KVSpliceCalibrator.load(args.statistics, model)
     if args.calibration in ("none", "auto"):
@@ -113,7 +118,11 @@ def calibrate(model: PreTrainedModel, tokenizer: Any, args: Calibration) -> Any:
 
 
 def splice(model: PreTrainedModel, tokenizer: Any, args: Budget) -> None:
-    """Calibrate and patch."""
+    """Calibrate and patch.
+
+    Raises:
+        KVSpliceError: the model cannot be patched, the budget cannot be met, or the text cannot be had.
+    """
     calibration = calibrate(model, tokenizer, args)
     config = KVSpliceConfig(compression_ratio=args.compression_ratio, bytes_per_token=args.bytes_per_token)
     patch_model_with_kvsplice(model, config, calibration=calibration, tokenizer=tokenizer)

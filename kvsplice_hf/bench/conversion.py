@@ -1,4 +1,7 @@
-"""Loading a model that is to be converted to MLA, and what the conversion cost."""
+"""Loading a model that is to be converted to MLA, and what the conversion cost.
+
+Legend: `W` windows, `T` tokens of a window.
+"""
 
 import math
 import sys
@@ -14,11 +17,18 @@ from kvsplice_hf.bench.command_line import DEMO, LoadedModel, parse_dtype
 from kvsplice_hf.demo import load_original_demo_model
 
 
+# Positions whose logits are held at a time.
 _HEAD_TOKENS = 256
 
 
 def load_original(name: str, dtype: str) -> LoadedModel:
-    """The model of a folder, hub name or GGUF file; "demo" is SmolLM2-135M as it is, from an installed package."""
+    """The model of a folder, hub name or GGUF file; "demo" is SmolLM2-135M as it is, from an installed package.
+
+    Raises:
+        ConfigError: the dtype is unknown.
+        UnsupportedError: the packages of the embedded default are missing.
+        OSError: there is no such model.
+    """
     if name == DEMO:
         return LoadedModel(*load_original_demo_model(torch.float32 if dtype == "auto" else parse_dtype(dtype)))
     path = Path(name)
@@ -33,8 +43,16 @@ def load_original(name: str, dtype: str) -> LoadedModel:
 
 @torch.no_grad()
 def compare(original: PreTrainedModel, converted: PreTrainedModel, windows: torch.Tensor) -> dict[str, Any]:
-    """Perplexity before and after, its change with a standard error over windows, and by position in the window, and
-    the mean divergence (nats) of the next-token distributions.
+    """What the conversion cost on some text, without a cache.
+
+    Args:
+        original: the model as it was.
+        converted: the same as MLA.
+        windows: token ids, int64 [W, T].
+
+    Returns:
+        Perplexities before and after; the change in percent, with its standard error over windows (None for one window)
+        and by stretches of 1024 positions; the mean divergence of the next-token distributions, nats.
     """
     losses, divergence = [], 0.0
     for window in tqdm(windows, desc="evaluation", file=sys.stderr):
@@ -51,7 +69,7 @@ def compare(original: PreTrainedModel, converted: PreTrainedModel, windows: torc
             divergence += F.kl_div(after, before, reduction="sum", log_target=True).item()
             loss.append(-torch.cat([before.gather(1, label), after.gather(1, label)], 1).double().cpu())
         losses.append(torch.cat(loss))
-    nll = torch.stack(losses)  # [windows, T - 1, 2]
+    nll = torch.stack(losses)  # [W, T - 1, 2]
     before, after = nll.mean((0, 1)).tolist()
     change = nll[..., 1] - nll[..., 0]
     stderr = (change.mean(1).std() / math.sqrt(len(change))).item() if len(change) > 1 else None
