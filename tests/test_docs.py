@@ -32,8 +32,9 @@ TROUBLESHOOTING = DOCS / "troubleshooting.md"
 PUBLIC_MODULES = ("", ".convert", ".training", ".evaluation", ".text", ".gpt2_mla")
 # Rooms whose messages are not on the page, and why.
 UNEXPLAINED_ROOMS = {"bench": "only programs under scripts/ raise these, and say what to do"}
-# Calls that make an error.
-ERROR_MAKERS = {name for name, member in vars(errors).items() if inspect.isclass(member)}
+# Calls that make an error or log a warning, and the section of the page that explains them.
+SECTIONS = {name: name for name, member in vars(errors).items() if inspect.isclass(member)}
+SECTIONS |= {"changed": "UpstreamChangedError", "warning": "Warnings"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -152,8 +153,8 @@ def text_of(node: ast.expr) -> str | None:
     return None
 
 
-def messages() -> Iterator[tuple[str, str]]:
-    """Where and how each error or warning of the package begins, as far as it is written as a literal."""
+def messages() -> Iterator[tuple[str, str, str]]:
+    """Where each error or warning of the package is, the section it belongs to, and how it begins, if it is a literal."""
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.relative_to(PACKAGE).parts[0] in UNEXPLAINED_ROOMS:
             continue
@@ -161,37 +162,41 @@ def messages() -> Iterator[tuple[str, str]]:
             if not isinstance(node, ast.Call) or not node.args:
                 continue
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called in ERROR_MAKERS or called == "warning":
-                message = text_of(node.args[0])
-            elif called == "changed":  # of `upstream`: the module, and what it does
-                message = ": ".join(text_of(argument) or "X" for argument in node.args)
-            else:
+            if called not in SECTIONS:
                 continue
-            # Some only put a name before what another error says.
-            if message and not re.match(r"(Layer )?X: X", message):
-                yield f"{path.relative_to(ROOT)}:{node.lineno}", " ".join(message.split())
+            # `upstream.changed` takes the module, and what it does.
+            parts = node.args if called == "changed" else node.args[:1]
+            message = ": ".join(text_of(part) or "X" for part in parts)
+            # Some are not literals, or only put a name before what another error says.
+            if not re.match(r"(Layer )?X(: X|$)", message):
+                yield f"{path.relative_to(ROOT)}:{node.lineno}", SECTIONS[called], " ".join(message.split())
 
 
-def explained() -> list[re.Pattern[str]]:
-    """The beginnings of messages on the page. `...` stands for anything."""
-    page = " ".join(TROUBLESHOOTING.read_text(encoding="utf-8").split())
-    spans = [one or two for two, one in re.findall(r"`` (.+?) ``|`([^`]+)`", page)]
-    # Names and bare dots would be beginnings of anything.
-    written = [span for span in spans if " " in span and re.search(r"[a-z]{2}", span)]
-    return [re.compile(re.escape(span).replace(re.escape("..."), ".*")) for span in written]
+def explained() -> dict[str, list[re.Pattern[str]]]:
+    """The beginnings of messages on the page, by section. `...` stands for anything."""
+    patterns = {}
+    for section in re.split(r"^## ", TROUBLESHOOTING.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        title, _, body = section.partition("\n")
+        spans = [one or two for two, one in re.findall(r"`` (.+?) ``|`([^`]+)`", " ".join(body.split()))]
+        # Names and bare dots would be beginnings of anything.
+        written = [span for span in spans if " " in span and re.search(r"[a-z]{2}", span)]
+        patterns[title] = [re.compile(re.escape(span).replace(re.escape("..."), ".*")) for span in written]
+    return patterns
 
 
 def test_every_error_class_has_a_section_on_the_troubleshooting_page() -> None:
-    page = TROUBLESHOOTING.read_text(encoding="utf-8")
-    sections = {line.removeprefix("## ") for line in page.split("\n") if line.startswith("## ")}
     classes = {name for name in kvsplice_hf.__all__ if name.endswith("Error")}
-    assert classes - {"KVSpliceError"} <= sections
-    assert "`KVSpliceError`" in page
+    assert classes - {"KVSpliceError"} <= set(explained())
+    assert "`KVSpliceError`" in TROUBLESHOOTING.read_text(encoding="utf-8")
 
 
 def test_every_message_of_the_package_is_on_the_troubleshooting_page() -> None:
     patterns = explained()
-    missing = [f"{where}: {message}" for where, message in messages() if not any(p.match(message) for p in patterns)]
+    missing = [
+        f"under {section}: {message} ({where})"
+        for where, section, message in messages()
+        if not any(pattern.match(message) for pattern in patterns.get(section, []))
+    ]
     assert not missing, "put the beginning of these on docs/troubleshooting.md:\n" + "\n".join(missing)
 
 
