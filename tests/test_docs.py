@@ -154,7 +154,7 @@ def text_of(node: ast.expr) -> str | None:
 
 
 def messages() -> Iterator[tuple[str, str, str]]:
-    """Where each error or warning of the package is, the section it belongs to, and how it begins, if it is a literal."""
+    """Where each error or warning of the package is, its section, and how it begins, where that is a literal."""
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.relative_to(PACKAGE).parts[0] in UNEXPLAINED_ROOMS:
             continue
@@ -220,8 +220,9 @@ def test_the_figures_of_a_picture_are_those_of_its_page(name: str) -> None:
         assert any(wanted <= row for row in rows), entry
 
 
-def test_the_pictures_can_be_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pictures_of_the_readme_can_be_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["draw_pictures.py", "--output", str(tmp_path)])
     load_program("research/draw_pictures.py").main()
     drawn = {path.name for path in tmp_path.glob("*.svg")}
-    assert drawn == {path.name for path in (DOCS / "images").glob("*.svg")}
+    shown = re.findall(r"docs/images/(\w+\.svg)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert drawn == set(shown)
