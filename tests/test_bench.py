@@ -163,7 +163,9 @@ MISSING = {
 # All that these print has been measured, or they end before.
 NEVER_MISSING = {
     "measure/benchmark_calibration.py",
+    "measure/decode.py",
     "measure/profile_training.py",
+    "measure/retrieval.py",
     "research/compare_spectra.py",
     "research/gather_text.py",
     "research/study_transform.py",
@@ -182,3 +184,12 @@ def test_a_table_says_where_a_figure_is_missing(path: str) -> None:
 def test_every_program_with_a_table_is_looked_at() -> None:
     with_tables = {path for path in PROGRAMS if "Table(" in (SCRIPTS / path).read_text("utf-8")}
     assert with_tables == {*MISSING, *NEVER_MISSING}
+
+
+# The list of programs
+
+
+def test_the_list_of_programs_names_each_and_no_other() -> None:
+    named = re.findall(r"scripts/([\w/]+\.(?:py|sh))", (SCRIPTS / "README.md").read_text("utf-8"))
+    programs = {*PROGRAMS, *(path.name for path in SCRIPTS.glob("*.sh"))} - {"deepseek_kvsplice_plugin.py"}
+    assert sorted(named) == sorted(programs), "each once"
