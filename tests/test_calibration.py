@@ -30,7 +30,7 @@ from kvsplice_hf.calibration import auto
 from kvsplice_hf.calibration.allocate import allocate, measure_distortion
 from kvsplice_hf.calibration.solve import solve_layer
 from kvsplice_hf.calibration.statistics import SAMPLED_ROWS, LayerStatistics
-from kvsplice_hf.code.codec import row_bytes
+from kvsplice_hf.code.widths import row_bytes
 from kvsplice_hf.evaluation import score_windows
 from kvsplice_hf.text import load_texts, token_windows
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kvsplice_hf import ConfigError, RowCodec
-from kvsplice_hf.code.codec import WIDTHS, row_bytes
 from kvsplice_hf.code.levels import BEND, unit_levels
+from kvsplice_hf.code.widths import WIDTHS, row_bytes
 
 
 # Mean squared errors of Lloyd-Max quantisers of the unit Gaussian (Max, Quantizing for minimum distortion, 1960).

@@ -52,7 +52,7 @@ from kvsplice_hf.gpt2_mla import (
     MLA_Flash,
 )
 from kvsplice_hf.patch.attention import foldable_weight
-from kvsplice_hf.patch.layers import find_mla_sites
+from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
 from kvsplice_hf.upstream import cache_argument
 
@@ -280,7 +280,7 @@ def test_hidden_states_weights_and_chosen_logits_are_handed_out() -> None:
 def test_its_layers_are_found_and_hold_the_sizes_of_the_settings(variant: str) -> None:
     model = build(variant)
     config = model.config
-    for layer_idx, site in enumerate(find_mla_sites(model)):
+    for layer_idx, site in enumerate(find_sites(model)):
         assert (site.name, site.layer_idx, site.num_heads) == (f"transformer.h.{layer_idx}.attn", layer_idx, 4)
         assert (site.kv_lora_rank, site.qk_rope_head_dim) == (32, config.qk_rope_head_dim)
         assert (site.qk_nope_head_dim, site.v_head_dim) == (config.qk_nope_head_dim, config.v_head_dim)

@@ -1,6 +1,5 @@
 """What docs/how_to_add.md says works: a codec, a backend and a family are a file and a line each."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,11 +145,11 @@ class ToyBackend(Backend):
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[ToyBackend]:
+def backend(monkeypatch: pytest.MonkeyPatch) -> ToyBackend:
     toy = ToyBackend()
     monkeypatch.setattr(choice, "BACKENDS", [toy, *choice.BACKENDS])
     monkeypatch.setattr(choice, "_verdicts", {})
-    yield toy
+    return toy
 
 
 @pytest.mark.parametrize("kind", ["rows", "largest"])

@@ -44,7 +44,7 @@ from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.manage.loading import read_splices
 from kvsplice_hf.manage.merging import merge_kvsplice, unmerge_kvsplice
 from kvsplice_hf.manage.pruning import effective_scales, plan_pruning, prune_kvsplice, pruning_candidates
-from kvsplice_hf.patch.layer_patch import SITE_ATTRIBUTE
+from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE
 from kvsplice_hf.patch.state import patched_sites
 from kvsplice_hf.upstream import cache_argument
 
@@ -163,8 +163,8 @@ def test_pruned_rows_are_smaller_and_give_the_same_with_and_without_a_cache(
     assert cache_nbytes(old) - cache_nbytes(new) == before.compressed_bytes - after.compressed_bytes
     assert [report.rank_after for report in reports] == [splice.rank for splice in splices(model)]
     for module in model.modules():  # those that reuse the latent of an earlier layer as well
-        if SITE_ATTRIBUTE in vars(module):
-            state = vars(module)[SITE_ATTRIBUTE]
+        if PATCH_ATTRIBUTE in vars(module):
+            state = vars(module)[PATCH_ATTRIBUTE]
             assert state.geometry.rank == state.splice.rank
 
 

@@ -460,7 +460,7 @@ def test_only_one_room_knows_the_internals_of_transformers() -> None:
         if path.name != "upstream.py" and any(module.startswith(f"transformers.{name}") for name in INTERNALS)
     }
     # The attention class of GPT-2 MLA is an MLA module itself, and looks its function up as all of them do.
-    assert found == {"gpt2_mla/modeling.py: transformers.modeling_utils"}
+    assert found == {"gpt2_mla/attention.py: transformers.modeling_utils"}
 
 
 def test_only_one_room_spells_the_old_name_of_the_cache_argument() -> None:

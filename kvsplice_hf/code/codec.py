@@ -26,10 +26,10 @@ from torch import nn
 from kvsplice_hf.code.codecs import Codec, register_codec
 from kvsplice_hf.code.fields import FIELDS, Field, as_bf16, as_bytes, join_fields, pieces_of, split_fields
 from kvsplice_hf.code.levels import BEND, reaches_of, sinh_, unit_levels
+from kvsplice_hf.code.widths import check_steps, row_bytes
 from kvsplice_hf.errors import ConfigError
 
 
-WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 16)
 # A gain is 2^((byte - 128) / 16): steps of 4.4 %, from 1/256 to 245.
 _GAIN_STEPS = 16
 _GAIN_ONE = 128
@@ -37,13 +37,6 @@ _GAIN_ONE = 128
 _AT_ONCE = 1024
 # Of the table `column_fields`.
 NUMBERS_PER_COLUMN = len(FIELDS) * len(Field._fields)
-
-
-def row_bytes(widths: torch.Tensor, gained: int) -> int:
-    """Bytes of a row whose coordinates have these widths, [n]; with a gain if `gained` > 0 of them share one."""
-    total = 2 * int((widths == 16).sum()) + int(gained > 0)
-    small = torch.where(widths == 16, 0, widths.to(torch.int64))
-    return total + sum(-(-int((small & field > 0).sum()) * field // 8) for field in FIELDS)
 
 
 @register_codec
@@ -89,7 +82,7 @@ class RowCodec(Codec):
 
     def __init__(self, widths: torch.Tensor, scales: torch.Tensor, centres: torch.Tensor, sigmas: torch.Tensor) -> None:
         super().__init__()
-        _check(widths, scales, centres, sigmas)
+        check_steps(widths, scales, centres, sigmas)
         # Contiguous, because C++ reads them by address.
         self.register_buffer("widths", widths.to(torch.uint8).contiguous())
         self.register_buffer("scales", scales.float().contiguous())
@@ -399,17 +392,3 @@ class RowCodec(Codec):
 def gain_factors(gains: torch.Tensor) -> torch.Tensor:
     """What gains uint8 multiply by, float32."""
     return torch.exp2((gains.float() - _GAIN_ONE) / _GAIN_STEPS)
-
-
-def _check(widths: torch.Tensor, scales: torch.Tensor, centres: torch.Tensor, sigmas: torch.Tensor) -> None:
-    if widths.dim() != 1 or widths.shape != scales.shape or widths.shape != centres.shape:
-        shapes = [list(tensor.shape) for tensor in (widths, scales, centres)]
-        raise ConfigError(f"Widths, scales and centres have shapes {shapes}; they must all be [n].")
-    unknown = sorted(set(widths.tolist()) - set(WIDTHS))
-    if unknown:
-        raise ConfigError(f"Widths {unknown} are not among {WIDTHS}.")
-    coded = (widths > 0) & (widths < 16)
-    if not (torch.isfinite(scales[coded]).all() and (scales[coded] > 0).all() and torch.isfinite(centres).all()):
-        raise ConfigError("Scales must be positive and finite, and centres finite.")
-    if len(sigmas) > len(widths) or not (torch.isfinite(sigmas).all() and (sigmas > 0).all()):
-        raise ConfigError(f"Got {len(sigmas)} sigmas for {len(widths)} coordinates; they must be positive and finite.")
