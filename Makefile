@@ -18,7 +18,7 @@ WORKERS ?= 2
 RELEASES ?=
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo demo-small test sanitize lint format docs releases newest test-newest constraints clean
+.PHONY: demo demo-small test test-fast test-slow hooks sanitize lint format docs releases newest test-newest constraints clean
 
 # The build tools come from the constraints as well, instead of an isolated environment with whatever is newest.
 $(VENV)/.ready: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
@@ -47,7 +47,19 @@ demo-small: $(VENV)/.ready
 	rm -f $(STATISTICS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --lane full
+
+# The contracts on four architectures, in less than 90 seconds: for every change.
+test-fast: $(VENV)/.ready
+	$(BIN)/python -m pytest -n $(WORKERS) --lane fast
+
+# What takes too long for every change.
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -n $(WORKERS) --lane slow
+
+# The linters before each commit.
+hooks: $(VENV)/.ready
+	$(BIN)/pre-commit install
 
 # The contract on several releases of transformers, which share the other packages: a table, one row per release.
 releases: $(VENV)/.ready
@@ -80,6 +92,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,22 @@
-"""Shared settings: one thread per worker (the suite runs two), quiet libraries."""
+"""Shared settings: the lanes, one thread per worker (the suite runs two), quiet libraries."""
 
 import pytest
 import torch
+from lanes import LANES, is_in_lane
 from transformers.utils import logging
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--lane", choices=LANES, default=None, help="fast, full or slow; by default all tests named")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    lane = config.getoption("--lane")
+    if lane is None:
+        return
+    left_out = [item for item in items if not is_in_lane(item, lane)]
+    items[:] = [item for item in items if is_in_lane(item, lane)]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True, scope="session")
