@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from kvsplice_hf.code.codecs import Codec, register_codec
-from kvsplice_hf.code.fields import FIELDS, Field, as_bf16, as_bytes, join_fields, pieces_of, split_fields
+from kvsplice_hf.code.fields import BIT_FIELDS, BitField, as_bf16, as_bytes, join_fields, pieces_of, split_fields
 from kvsplice_hf.code.levels import BEND, reaches_of, sinh_, unit_levels
 from kvsplice_hf.code.widths import check_steps, row_bytes
 from kvsplice_hf.errors import ConfigError
@@ -36,7 +36,7 @@ _GAIN_ONE = 128
 # Rows that are unpacked at once: what this takes in passing should fit into a cache of the processor.
 _AT_ONCE = 1024
 # Of the table `column_fields`.
-NUMBERS_PER_COLUMN = len(FIELDS) * len(Field._fields)
+NUMBERS_PER_COLUMN = len(BIT_FIELDS) * len(BitField._fields)
 
 
 @register_codec
@@ -98,7 +98,7 @@ class RowCodec(Codec):
         ungained = torch.arange(len(widths), dtype=torch.int64, device=widths.device) >= len(self.sigmas)
         order = torch.argsort(100 * ungained - small, stable=True)
         order = order[small[order] > 0]
-        for field in FIELDS:
+        for field in BIT_FIELDS:
             coordinates = order[small[order] & field > 0]
             # The larger fields of the same code come first, in its lower bits.
             shifts = small[coordinates] & ~(2 * field - 1)
@@ -129,15 +129,19 @@ class RowCodec(Codec):
         self.gained_columns = int((order < len(self.sigmas)).sum())
         # Whether the columns behind those hold none of the coordinates that share a gain.
         self.gains_all = len(self.sigmas) > 0 and not bool((self._raw < len(self.sigmas)).any())
-        self._pieces = {field: pieces_of(widths.tolist(), field) for field in FIELDS}
-        fields = [fields + (len(FIELDS) - len(fields)) * [Field(0, 0, 0, 0)] for fields in self._fields(len(order))]
-        # Where the codes are in a row, int32 [columns, 4 fields, 4 attributes of a `Field`].
+        self._pieces = {field: pieces_of(widths.tolist(), field) for field in BIT_FIELDS}
+        fields = [
+            fields + (len(BIT_FIELDS) - len(fields)) * [BitField(0, 0, 0, 0)] for fields in self._fields(len(order))
+        ]
+        # Where the codes are in a row, int32 [columns, 4 fields, 4 attributes of a `BitField`].
         table = torch.tensor(fields, dtype=torch.int32, device=order.device)
-        self.register_buffer("column_fields", table.view(len(order), len(FIELDS), len(Field._fields)), persistent=False)
+        self.register_buffer(
+            "column_fields", table.view(len(order), len(BIT_FIELDS), len(BitField._fields)), persistent=False
+        )
 
-    def _fields(self, columns: int) -> list[list[Field]]:
+    def _fields(self, columns: int) -> list[list[BitField]]:
         """Where the code of each column is in a row."""
-        found: list[list[Field]] = [[] for _ in range(columns)]
+        found: list[list[BitField]] = [[] for _ in range(columns)]
         start = int(len(self.sigmas) > 0) + 2 * len(self._raw)
         for field, pieces in self._pieces.items():
             size = -(-pieces[-1].fields.stop * field // 8) if pieces else 0
@@ -145,7 +149,7 @@ class RowCodec(Codec):
                 places = range(piece.fields.start, piece.fields.stop)
                 for column, index in enumerate(places, start=piece.columns.start):
                     shift = index // size * field
-                    found[column].append(Field(start + index % size, shift, field, piece.shift))
+                    found[column].append(BitField(start + index % size, shift, field, piece.shift))
             start += size
         return found
 
@@ -304,7 +308,7 @@ class RowCodec(Codec):
         gains = self.gains(rows)
         codes = self.quantise(rows, gains)
         parts = [gains, as_bytes(rows[..., self._raw].to(torch.bfloat16))]
-        for field in FIELDS:
+        for field in BIT_FIELDS:
             coordinates, shifts = self._plane(field)
             values = (codes[..., coordinates] >> shifts) & (2**field - 1)
             parts.append(join_fields(values, field))

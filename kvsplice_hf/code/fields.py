@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 
-FIELDS = (8, 4, 2, 1)
+BIT_FIELDS = (8, 4, 2, 1)
 
 
-class Field(NamedTuple):
+class BitField(NamedTuple):
     """Where one field of a code is.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 import torch
 
-from kvsplice_hf.code.fields import FIELDS
+from kvsplice_hf.code.fields import BIT_FIELDS
 from kvsplice_hf.errors import ConfigError
 
 
@@ -13,7 +13,7 @@ def row_bytes(widths: torch.Tensor, gained: int) -> int:
     """Bytes of a row whose coordinates have these widths, [n]; with a gain if `gained` > 0 of them share one."""
     total = 2 * int((widths == 16).sum()) + int(gained > 0)
     small = torch.where(widths == 16, 0, widths.to(torch.int64))
-    return total + sum(-(-int((small & field > 0).sum()) * field // 8) for field in FIELDS)
+    return total + sum(-(-int((small & field > 0).sum()) * field // 8) for field in BIT_FIELDS)
 
 
 def check_steps(widths: torch.Tensor, scales: torch.Tensor, centres: torch.Tensor, sigmas: torch.Tensor) -> None:
