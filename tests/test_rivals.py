@@ -318,19 +318,9 @@ def test_the_script_measures_every_rival_on_every_text(model_folder: str, tmp_pa
     notes = tmp_path / "notes.txt"
     notes.write_text("\n\n".join(f"Line {i} of a text that nobody has calibrated on." for i in range(40)))
     sizes = ["--window", "64", "--calibration-tokens", "512", "--evaluation-tokens", "128", "--ours", "20"]
-    texts = [
-        "--calibration",
-        "pydoc",
-        str(notes),
-        "--evaluation",
-        "pydoc",
-        str(notes),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    report = run_program(
-        "measure/codecs.py", "--model", model_folder, *sizes, *texts, "--output", str(tmp_path / "all")
-    )
+    texts = ["--calibration", "pydoc", str(notes), "--evaluation", "pydoc", str(notes)]
+    settings = ["--model", model_folder, *sizes, *texts]
+    report = run_program("measure/codecs.py", *settings, "--output", str(tmp_path / "results"))
     rows = {row["name"]: row for row in report["results"]}
     assert list(rows) == ["ours", *rivals.RIVALS, *rivals.CACHE_BACKENDS]
     assert rows["ours"]["bytes_per_token"] <= 20

@@ -2,18 +2,17 @@
 
 Three changes keep a few layers on a small machine true to a decode step of the whole model. As many routed experts run
 per token as published, but fewer are there to choose from, which costs the same time at batch 1 and a fraction of the
-memory. (From batch 2 on, fewer different experts are read than of the whole set; `weight_bytes` counts those that are.)
-One layer has a dense MLP where the published model has any. And the vocabulary is cut in proportion to the layers, or
-the output head would outweigh the few layers before it.
+memory. (From batch 2 on, fewer different experts are read than of the whole set; `bandwidth.weight_bytes` counts those
+that are.) One layer has a dense MLP where the published model has any. And the vocabulary is cut in proportion to the
+layers, or the output head would outweigh the few layers before it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvsplice_hf.errors import ConfigError
@@ -156,37 +155,3 @@ GEOMETRIES = {
         published_layers=27,
     ),
 }
-
-
-@torch.no_grad()
-def weight_bytes(model: PreTrainedModel, step: Callable[[], object]) -> int:
-    """Bytes of the parameters and buffers that `step` reads, each counted once.
-
-    Of the routed experts those count that `step` chooses, of an embedding that is not the output head as well none (it
-    reads one row per sequence).
-    """
-    chosen: dict[nn.Module, int] = {}
-
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        chosen[module] = inputs[1].unique().numel()  # hidden states, indices of the experts, their weights
-
-    experts = [module for module in model.modules() if _holds_experts(module)]
-    hooks = [module.register_forward_pre_hook(note) for module in experts]
-    try:
-        step()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    total = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or head.weight is not embedding.weight:
-        total -= embedding.weight.nbytes
-    for module in experts:
-        share = chosen.get(module, 0) / module.num_experts
-        total -= round((1 - share) * sum(weight.nbytes for weight in module.parameters()))
-    return total
-
-
-def _holds_experts(module: nn.Module) -> bool:
-    """Whether all routed experts of a layer are stacked in this module's own parameters."""
-    return hasattr(module, "num_experts") and any(weight.dim() == 3 for weight in module.parameters(recurse=False))

@@ -1,0 +1,110 @@
+"""Recipes: what is done to a model before it is measured, and the cache that it is given."""
+
+import copy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache
+
+from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvsplice
+
+
+# The recipe that all others are compared with.
+STOCK = "stock"
+_PACKED_SHARE = 0.25
+_CALIBRATION_WINDOW = 512
+# What the calibrator asks for, per dimension of the latent.
+_CALIBRATION_TOKENS_PER_DIMENSION = 4
+
+
+def _static_cache(config: PreTrainedConfig, length: int) -> Cache:
+    return StaticCache(config=config, max_cache_len=length)
+
+
+def _fp8_cache(config: PreTrainedConfig, length: int) -> Cache:
+    return QuantizedCache("fp8", config)
+
+
+def _dynamic_cache(config: PreTrainedConfig, length: int) -> Cache:
+    return DynamicCache(config=config)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done to the model, and the cache it is given.
+
+    Args:
+        config: of the splice.
+        is_packed: packed codes of a quarter of the stock bytes in bf16; they need calibration.
+        make_cache: from the model's config and the greatest length; each cache layer is spliced when it is used.
+    """
+
+    config: KVSpliceConfig | None = None
+    is_packed: bool = False
+    make_cache: Callable[[PreTrainedConfig, int], Cache] = _dynamic_cache
+
+    @property
+    def is_spliced(self) -> bool:
+        return self.is_packed or self.config is not None
+
+    @property
+    def has_default_cache(self) -> bool:
+        """Whether `generate` makes this cache by itself."""
+        return self.make_cache is _dynamic_cache
+
+
+RECIPES: Mapping[str, Recipe] = {
+    STOCK: Recipe(),
+    "stock static": Recipe(make_cache=_static_cache),
+    "stock fp8": Recipe(make_cache=_fp8_cache),
+    "full rank": Recipe(KVSpliceConfig(compression_ratio=1.0, init="identity")),
+    "rank R/2": Recipe(KVSpliceConfig(compression_ratio=0.5, init="orthogonal")),
+    "packed 4x": Recipe(is_packed=True),
+}
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of the language model."""
+    return model.config.get_text_config(decoder=True)
+
+
+def random_tokens(model: PreTrainedModel, *shape: int) -> torch.Tensor:
+    """Token ids that the model knows, int64 [*shape]."""
+    return torch.randint(text_config(model).vocab_size, shape, device=model.device)
+
+
+def apply_recipe(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """Patch the model by a recipe.
+
+    Packed codes take their widths from calibration: on random tokens, as few as the calibrator accepts, and by the size
+    of the latents alone. What the codes lose does not matter here; how many of them there are, of which widths, does.
+    """
+    if recipe.config is not None:
+        patch_model_with_kvsplice(model, recipe.config)
+    if recipe.is_packed:
+        config = text_config(model)
+        bytes_per_token = _PACKED_SHARE * 2 * (config.kv_lora_rank + config.qk_rope_head_dim)
+        calibrator = KVSpliceCalibrator(model, metric="pca")
+        # The first tokens of each window are exact and not counted.
+        tokens = _CALIBRATION_TOKENS_PER_DIMENSION * config.kv_lora_rank
+        count = -(-tokens // (_CALIBRATION_WINDOW - KVSpliceConfig(bytes_per_token=bytes_per_token).sink_tokens))
+        windows = random_tokens(model, count, _CALIBRATION_WINDOW)
+        calibrator.collect(list(windows.split(1)), max_tokens=windows.numel(), progress=False)
+        splice = KVSpliceConfig(bytes_per_token=bytes_per_token, allocation="layer")
+        patch_model_with_kvsplice(model, splice, calibration=calibrator)
+    return model
+
+
+def patched_models(model: PreTrainedModel, names: Sequence[str]) -> dict[str, PreTrainedModel]:
+    """A model per recipe, all on the same weights."""
+    progress = tqdm(names, desc="patching", file=sys.stderr)
+    return {name: apply_recipe(_shared_copy(model), RECIPES[name]) for name in progress}
+
+
+def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model on the same parameters: patching one leaves the other as it is, and costs the splice alone."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
