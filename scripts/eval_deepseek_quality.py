@@ -9,6 +9,7 @@ not overlap. A second run without a cache checks that it measures the same. The 
     python scripts/eval_deepseek_quality.py --compression-ratio 1.0 0.75 0.5 --calibration none
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,7 +134,7 @@ def draw(rows: list[dict[str, Any]], path: Any) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     rows = sorted(rows, key=lambda row: row["bytes_ratio"])
-    errors = [row["perplexity_stderr"] or 0.0 for row in rows]
+    errors = [math.nan if row["perplexity_stderr"] is None else row["perplexity_stderr"] for row in rows]
     axes.errorbar(
         [r["bytes_ratio"] for r in rows], [r["perplexity"] for r in rows], errors, marker="o", label="spliced"
     )
