@@ -26,7 +26,7 @@ from kvsplice_hf import (
 )
 from kvsplice_hf.attend import choice as dispatch
 from kvsplice_hf.attend.triton import backend as triton_backend
-from kvsplice_hf.code.codec import WIDTHS
+from kvsplice_hf.code.widths import WIDTHS
 from kvsplice_hf.errors import UnsupportedError
 
 

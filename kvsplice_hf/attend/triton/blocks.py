@@ -1,0 +1,104 @@
+"""How large the blocks of a program are, and into how many splits the rows are divided: functions of shape and device.
+
+Nothing here asks for a device, so that a kernel can be compiled as it would run on a device that is elsewhere.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from kvsplice_hf.attend.triton.pieces import WIDEST
+
+
+# Programs per multiprocessor that the splits should make: a second one works while the first waits for memory.
+_PROGRAMS_PER_PROCESSOR = 2
+# Fewer blocks of rows than this are not worth a split, whose result is written and read again.
+_BLOCKS_PER_SPLIT = 4
+# What devices have that do not say, AMD's among them.
+_SHARED_MEMORY = 1 << 16
+
+
+class Limits(NamedTuple):
+    """What blocks and splits depend on, of a device.
+
+    Attributes:
+        shared_memory: bytes that a program may take.
+        processors: multiprocessors or compute units.
+        lanes: threads of a warp.
+        doubles_operands: whether operands of matrix products take twice the registers, as on RDNA 3, where two lanes
+            hold each number.
+    """
+
+    shared_memory: int
+    processors: int
+    lanes: int
+    doubles_operands: bool = False
+
+
+# It has no such limits.
+INTERPRETER = Limits(shared_memory=0, processors=0, lanes=0)
+
+
+class Blocks(NamedTuple):
+    """Sizes of a program: its queries, the rows of a step, warps, and steps whose loads are under way."""
+
+    queries: int
+    rows: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def limits_of(device: torch.device) -> Limits:
+    """The limits of a device; those of the interpreter anywhere but on CUDA and ROCm."""
+    if device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or _SHARED_MEMORY
+    doubles = getattr(properties, "gcnArchName", "").startswith("gfx11")
+    return Limits(shared, properties.multi_processor_count, properties.warp_size, doubles)
+
+
+def choose_blocks(queries: int, width: int, dtype: torch.dtype, packed: bool, limits: Limits) -> Blocks:
+    """Sizes that shared memory and registers hold.
+
+    Measured on compiled kernels (docs/kernels.md): larger blocks than these spill registers.
+
+    Args:
+        queries: M.
+        width: numbers of a row, with those that fill its pieces up.
+        dtype: of the products.
+        packed: whether rows are decoded.
+        limits: of the device.
+    """
+    if limits == INTERPRETER:
+        return Blocks(16, 64, 4, 1)  # it pays for steps, not for numbers
+    size = dtype.itemsize
+    # Decoding takes the registers that more queries would need; so do products in float32.
+    tall = 16 if queries <= 16 or packed or size == 4 else 64
+    rows = 16 if packed or limits.doubles_operands else 64 // size
+    stages = 1 if packed else 2
+    while _shared_memory(tall, rows, stages, width, size) > limits.shared_memory and tall + stages > 17:
+        tall, stages = (tall, stages - 1) if stages > 1 else (tall // 2, stages)
+    # Four warps of 64 lanes may have twice the registers of eight.
+    few = size == 4 if limits.lanes == 64 else not packed and tall == 16 and width <= 256
+    return Blocks(tall, rows, 4 if few else 8, stages)
+
+
+def _shared_memory(queries: int, rows: int, stages: int, width: int, size: int) -> int:
+    """Bytes of shared memory: queries and rows while products are taken, the widest piece of means in the end."""
+    return max((queries + stages * rows) * width * size, queries * min(width, WIDEST) * 4) + 4096
+
+
+def choose_splits(count: int, programs: int, rows: int, limits: Limits) -> int:
+    """So many splits that all programs run at once, of a few blocks of rows each.
+
+    Args:
+        count: S.
+        programs: those that there are without splits.
+        rows: of a block.
+        limits: of the device.
+    """
+    slots = _PROGRAMS_PER_PROCESSOR * limits.processors
+    return max(1, min(slots // programs, count // (_BLOCKS_PER_SPLIT * rows)))

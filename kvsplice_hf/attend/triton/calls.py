@@ -1,0 +1,199 @@
+"""What is run of the Triton kernels: attention straight on stored rows, plain or packed, and packing in one pass.
+
+Nothing imports this module by itself, since it needs triton. On the CPU the kernels run only under the interpreter of
+triton, for tests: `TRITON_INTERPRET=1`, set before triton is first imported (importing torch or transformers may do
+so).
+
+Legend: `B` batch, `M` queries, heads and tokens together, `S` stored rows, `n` numbers of a row, `v` of a value.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kvsplice_hf.attend.triton.attention import attend_kernel
+from kvsplice_hf.attend.triton.blocks import limits_of
+from kvsplice_hf.attend.triton.checks import check_shapes
+from kvsplice_hf.attend.triton.launch import (
+    PACKED_ROWS,
+    Problem,
+    attend_launch,
+    blocks_for,
+    merge_launch,
+    pack_launch,
+    splits_for,
+)
+from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.errors import ConfigError, UnsupportedError
+
+
+# Of the packing kernel in the interpreter, which pays for programs, not for numbers.
+_INTERPRETED_ROWS = 64
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in the interpreter of triton."""
+    # Functions that were imported before the variable was set are compiled ones, and the two do not mix.
+    return not any(isinstance(function, triton.JITFunction) for function in (attend_kernel, tl.sum))
+
+
+def kernels_available(device: torch.device | str) -> bool:
+    """Whether the kernels can run on tensors of this device: on CUDA and ROCm, and anywhere in the interpreter."""
+    return torch.device(device).type == "cuda" or interpreted()
+
+
+def attend_rows(
+    query: torch.Tensor,
+    rows: torch.Tensor,
+    value_dim: int,
+    bias: torch.Tensor | None = None,
+    splits: int | None = None,
+    *,
+    scaling: float | None = None,
+    lengths: torch.Tensor | None = None,
+    input_precision: str = "ieee",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of M queries over the same S rows, whose first numbers are the values.
+
+    Args:
+        query: [B, M, n]. With rows of the same 16-bit type, products are taken in it, as
+            `torch.matmul` would; otherwise in float32.
+        rows: bf16, fp16 or fp32, [B, S, n], the last dimension contiguous. The others may have any strides.
+        value_dim: v, the numbers of a row that are mixed.
+        bias: added to the scores, float32 [B or 1, T, S] with M = H * T or T = 1: query m reads row m % T. Any
+            strides. The lowest finite number masks a row.
+        splits: into how many shares the rows are divided, or None for as many as fill the device.
+        scaling: factor on the query, or None for 1.
+        lengths: rows of each batch entry that are read, int32 [B], or None for all S.
+        input_precision: of float32 products on tensor cores: "ieee" keeps all bits, "tf32" is faster with 10 bits.
+
+    Returns:
+        The weighted means float32 [B, M, v], and the natural log-sum-exp of the scores, float32 [B, M], by which
+        results over other rows can be merged. Without any row they are 0 and -inf.
+
+    Raises:
+        ConfigError: shapes, dtypes or strides other than these.
+        UnsupportedError: a CPU tensor outside the interpreter, or one that needs gradients.
+    """
+    _check_device(query)
+    if rows.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ConfigError(f"Got rows of {rows.dtype}; they must be bfloat16, float16 or float32. Convert them first.")
+    check_shapes(query, rows, query.shape[-1], value_dim, bias, splits, lengths, input_precision)
+    dtype = query.dtype if query.dtype == rows.dtype else torch.float32
+    query = _scaled(query, scaling)
+    return _attend(Problem(query, rows.detach(), None, value_dim, bias, lengths, dtype, input_precision), splits)
+
+
+def attend_packed(
+    query: torch.Tensor,
+    packed: torch.Tensor,
+    codec: RowCodec,
+    value_dim: int,
+    bias: torch.Tensor | None = None,
+    splits: int | None = None,
+    *,
+    scaling: float | None = None,
+    lengths: torch.Tensor | None = None,
+    input_precision: str = "ieee",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend_rows` on rows that `codec` packed, without unpacking them in memory.
+
+    Args:
+        query: [B, M, n]. Products are taken in its type.
+        packed: uint8 [B, S, row_bytes], the last dimension contiguous. The others may have any strides.
+        codec: the codec of the rows, on the same device.
+        value_dim, bias, splits, scaling, lengths, input_precision: see `attend_rows`.
+
+    Returns:
+        As `attend_rows`, of `codec.unpack(packed)`.
+
+    Raises:
+        ConfigError: shapes, dtypes or strides other than these, or rows of another codec.
+        UnsupportedError: a CPU tensor outside the interpreter, or one that needs gradients.
+    """
+    _check_device(query)
+    if packed.dtype != torch.uint8 or query.shape[-1] != codec.row_dim:
+        raise ConfigError(
+            f"Got packed rows of {packed.dtype} and queries of {query.shape[-1]} numbers; this codec needs torch.uint8 "
+            f"and {codec.row_dim}."
+        )
+    check_shapes(query, packed, codec.row_bytes, value_dim, bias, splits, lengths, input_precision)
+    query = _scaled(query, scaling)
+    return _attend(Problem(query, packed, codec, value_dim, bias, lengths, query.dtype, input_precision), splits)
+
+
+def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
+    """`codec.pack(rows)` in one kernel: uint8 [..., row_bytes] of rows [..., n], of any float type.
+
+    Its logarithms are not those of torch to the last bit, so about one code in a million, at the border of two cells,
+    comes out as the other.
+
+    Raises:
+        ConfigError: rows of other than n numbers.
+        UnsupportedError: a CPU tensor outside the interpreter.
+    """
+    _check_device(rows, gradients=True)
+    if rows.shape[-1] != codec.row_dim:
+        raise ConfigError(f"Got rows of {rows.shape[-1]} numbers; this codec packs rows of {codec.row_dim}.")
+    flat = rows.detach().reshape(-1, codec.row_dim).contiguous()
+    packed = torch.empty(len(flat), codec.row_bytes, dtype=torch.uint8, device=rows.device)
+    if packed.numel():
+        at_once = _INTERPRETED_ROWS if interpreted() else PACKED_ROWS
+        with _on(rows.device):
+            pack_launch(flat, packed, codec, at_once).run()
+    return packed.view(*rows.shape[:-1], codec.row_bytes)
+
+
+def _scaled(query: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    query = query.detach()
+    return (query if scaling is None else query * scaling).contiguous()
+
+
+def _attend(problem: Problem, splits: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    query, rows, value_dim = problem.query, problem.rows, problem.value_dim
+    batch, queries, _ = query.shape
+    device = query.device
+    if batch * queries * rows.shape[1] == 0:
+        mixed = torch.zeros(batch, queries, value_dim, dtype=torch.float32, device=device)
+        return mixed, torch.full((batch, queries), float("-inf"), dtype=torch.float32, device=device)
+    if interpreted():  # it computes wrong numbers in bf16 and slow ones in fp16
+        problem = problem._replace(dtype=torch.float32)
+    limits = limits_of(device)
+    blocks = blocks_for(problem, limits)
+    splits = splits_for(problem, blocks, limits) if splits is None else splits
+    mixed = torch.empty(batch, queries, splits, value_dim, dtype=torch.float32, device=device)
+    lse = torch.empty(batch, queries, splits, dtype=torch.float32, device=device)
+    with _on(device):
+        attend_launch(problem, blocks, mixed, lse).run()
+        return _merged(mixed, lse)
+
+
+def _merged(parts: torch.Tensor, part_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means [B, M, v] and log-sum-exp [B, M] of all rows from those of the splits, [B, M, splits, v] and so on."""
+    batch, queries, splits, value_dim = parts.shape
+    if splits == 1:
+        return parts[:, :, 0], part_lse[:, :, 0]
+    mixed, lse = parts.new_empty(batch, queries, value_dim), parts.new_empty(batch, queries)
+    merge_launch(parts, part_lse, mixed, lse).run()
+    return mixed, lse
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    # triton launches on the current device, whatever the tensors' is
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _check_device(tensor: torch.Tensor, gradients: bool = False) -> None:
+    if not kernels_available(tensor.device):
+        raise UnsupportedError(
+            f"Got a tensor on {tensor.device}; the kernels need a CUDA or ROCm device. For tests on the CPU, set "
+            "TRITON_INTERPRET=1 before anything imports triton."
+        )
+    if tensor.requires_grad and torch.is_grad_enabled() and not gradients:
+        raise UnsupportedError(
+            "Got a query that requires gradients; the kernels have no backward pass. Use them under torch.no_grad(), "
+            "or absorbed_attention for training."
+        )

@@ -1,0 +1,179 @@
+"""What a kernel is started with: its grid, arguments and sizes, from tensors and the limits of a device.
+
+Calls and compilation without a device (`compilation`) make their launches here, so that what is compiled is what runs.
+
+Legend: as in `attention`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kvsplice_hf.attend.triton.attention import attend_kernel
+from kvsplice_hf.attend.triton.blocks import Blocks, Limits, choose_blocks, choose_splits
+from kvsplice_hf.attend.triton.merging import merge_kernel
+from kvsplice_hf.attend.triton.packing import pack_kernel
+from kvsplice_hf.attend.triton.pieces import PIECES, pieces_of
+from kvsplice_hf.attend.triton.tables import FIELDS, tables_of
+from kvsplice_hf.code.codec import RowCodec
+
+
+_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+# Rows that a program packs, and coordinates that it packs at once.
+PACKED_ROWS = 8
+_PACKED_COORDINATES = 64
+# Numbers that a program of the merging kernel holds in registers.
+_MERGED_AT_ONCE = 4096
+
+
+class Launch(NamedTuple):
+    """One start of a kernel.
+
+    Attributes:
+        kernel: of Triton.
+        grid: programs in each direction.
+        arguments: by position.
+        settings: by name: sizes that are compiled in, warps and stages.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    settings: dict[str, Any]
+
+    def run(self) -> None:
+        """Start it on the current device."""
+        self.kernel[self.grid](*self.arguments, **self.settings)
+
+
+class Problem(NamedTuple):
+    """What attention is asked for.
+
+    Attributes:
+        query: [B, M, n], contiguous, its factor applied.
+        rows: [B, S, n], or packed uint8 [B, S, row_bytes] of `codec`.
+        codec: None where rows are numbers.
+        value_dim, bias, lengths, input_precision: see `calls.attend_rows`.
+        dtype: of products.
+    """
+
+    query: torch.Tensor
+    rows: torch.Tensor
+    codec: RowCodec | None
+    value_dim: int
+    bias: torch.Tensor | None
+    lengths: torch.Tensor | None
+    dtype: torch.dtype
+    input_precision: str = "ieee"
+
+
+def blocks_for(problem: Problem, limits: Limits) -> Blocks:
+    """The blocks of its attention kernel on such a device."""
+    _, queries, n = problem.query.shape
+    return choose_blocks(queries, sum(pieces_of(n)), problem.dtype, problem.codec is not None, limits)
+
+
+def splits_for(problem: Problem, blocks: Blocks, limits: Limits) -> int:
+    """Into how many shares its rows are divided on such a device."""
+    batch, queries, _ = problem.query.shape
+    return choose_splits(problem.rows.shape[1], triton.cdiv(queries, blocks.queries) * batch, blocks.rows, limits)
+
+
+def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: torch.Tensor) -> Launch:
+    """The attention kernel, writing means [B, M, splits, v] and log-sum-exp [B, M, splits]."""
+    query, rows, codec, value_dim, bias, lengths, dtype, input_precision = problem
+    batch, queries, n = query.shape
+    gained = 0 if codec is None else len(codec.sigmas)
+    arguments = (
+        query,
+        rows,
+        bias,
+        lengths,
+        mixed,
+        lse,
+        *_codec_arguments(codec),
+        queries,
+        rows.shape[1],
+        n,
+        value_dim,
+        gained,
+        rows.stride(0),
+        rows.stride(1),
+        *_bias_strides(bias),
+    )
+    settings = {
+        "HAS_BIAS": bias is not None,
+        "HAS_LENGTHS": lengths is not None,
+        "PACKED": codec is not None,
+        "HAS_GAIN": gained > 0,
+        **_piece_settings(pieces_of(n), value_dim, codec),
+        "BLOCK_M": blocks.queries,
+        "BLOCK_S": blocks.rows,
+        "DTYPE": _DTYPES[dtype],
+        "PRECISION": input_precision,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }
+    grid = (triton.cdiv(queries, blocks.queries), batch, lse.shape[2])
+    return Launch(attend_kernel, grid, arguments, settings)
+
+
+def merge_launch(parts: torch.Tensor, part_lse: torch.Tensor, mixed: torch.Tensor, lse: torch.Tensor) -> Launch:
+    """The merging kernel, from means [B, M, splits, v] and log-sum-exp [B, M, splits] to [B, M, v] and [B, M]."""
+    batch, queries, splits, value_dim = parts.shape
+    shares = triton.next_power_of_2(splits)
+    block = min(max(8, _MERGED_AT_ONCE // shares), 64, triton.next_power_of_2(value_dim))
+    grid = (batch * queries, triton.cdiv(value_dim, block))
+    arguments = (parts, part_lse, mixed, lse, splits, value_dim)
+    return Launch(merge_kernel, grid, arguments, {"BLOCK_SPLITS": shares, "BLOCK_V": block})
+
+
+def pack_launch(rows: torch.Tensor, packed: torch.Tensor, codec: RowCodec, most_rows: int) -> Launch:
+    """The packing kernel, from rows [count, n] to bytes [count, row_bytes], at most `most_rows` rows per program."""
+    tables, count = tables_of(codec), len(rows)
+    members = [codec._raw, *(codec._plane(field)[0] for field in FIELDS)]
+    block = min(most_rows, triton.next_power_of_2(count))
+    arguments = (
+        rows,
+        packed,
+        count,
+        codec.row_dim,
+        codec.row_bytes,
+        len(codec.sigmas),
+        tables.layout,
+        codec.scales,
+        codec.centres,
+        codec.sigmas,
+        tables.gains,
+        codec._bends,
+        tables.stretches,
+        *members,
+        *(len(coordinates) for coordinates in members),
+    )
+    settings = {"HAS_GAIN": len(codec.sigmas) > 0, "BLOCK_R": block, "BLOCK": _PACKED_COORDINATES}
+    return Launch(pack_kernel, (triton.cdiv(count, block),), arguments, settings)
+
+
+def _codec_arguments(codec: RowCodec | None) -> tuple[torch.Tensor | None, ...]:
+    if codec is None:
+        return (None,) * 5
+    tables = tables_of(codec)
+    return tables.layout, codec.scales, codec.centres, codec._levels, tables.gains
+
+
+def _piece_settings(pieces: tuple[int, ...], value_dim: int, codec: RowCodec | None) -> dict[str, Any]:
+    planes = (0,) * PIECES if codec is None else tables_of(codec).planes
+    settings: dict[str, Any] = {f"D{index}": piece for index, piece in enumerate(pieces)}
+    settings |= {f"PLANES{index}": plane for index, plane in enumerate(planes)}
+    # What only scores (the rotated key) needs no mean.
+    return settings | {f"VALUES{i}": pieces[i] > 0 and sum(pieces[:i]) < value_dim for i in range(1, PIECES)}
+
+
+def _bias_strides(bias: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """Strides over batch, queries and keys, and the number of queries after which the bias repeats."""
+    if bias is None:
+        return 0, 0, 0, 1
+    batch, queries, keys = bias.stride()
+    return batch if bias.shape[0] > 1 else 0, queries, keys, bias.shape[1]

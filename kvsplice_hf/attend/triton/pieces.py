@@ -1,0 +1,22 @@
+"""How a row is cut into pieces: the sides of a block in Triton are powers of two, a row of 576 numbers is not."""
+
+import triton
+
+
+PIECES = 3
+WIDEST = 512
+# Coordinates of packed rows that are decoded at once.
+CHUNK = 128
+
+
+def pieces_of(n: int) -> tuple[int, ...]:
+    """Powers of two from 16 up, of which three at most, the others 0, together hold n numbers with little to spare."""
+    pieces: list[int] = []
+    rest = n
+    while rest > 0:
+        above = min(WIDEST, max(16, triton.next_power_of_2(rest)))
+        # One piece that is an eighth empty is cheaper than three full ones.
+        whole = len(pieces) == PIECES - 1 or above - rest <= rest // 8 or rest <= 16
+        pieces.append(above if whole else above // 2)
+        rest -= pieces[-1]
+    return (*pieces, *[0] * (PIECES - len(pieces)))
