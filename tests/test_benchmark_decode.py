@@ -1,8 +1,11 @@
 """The decode benchmark has a row for every recipe, and its caches are those of a real prefill. No time is judged."""
 
+import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from kvsplice_hf.bench.bandwidth import weight_bytes
 from kvsplice_hf.bench.filled_caches import Filled, fill, padding_of, rewind, step
 from kvsplice_hf.bench.geometries import GEOMETRIES
 from kvsplice_hf.bench.recipes import RECIPES, apply_recipe, patched_models, random_tokens
+from kvsplice_hf.bench.rounds import interleaved
 from kvsplice_hf.errors import ConfigError
 
 
@@ -44,6 +48,12 @@ def shared(models: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch) 
     for program in ("decode", "prefill", "profile_step"):
         module = load_program(f"measure/{program}.py")
         monkeypatch.setattr(module, "patched_models", lambda model, names: {name: models[name] for name in names})
+
+
+def test_every_recipe_comes_first_in_turn_and_the_first_round_does_not_count() -> None:
+    turns = list(interleaved(["a", "b", "c"], rounds=3))
+    assert "".join(turn.name for turn in turns) == "abc" + "bca" + "cab" + "abc"
+    assert [turn.counts for turn in turns] == [False] * 3 + [True] * 9
 
 
 def settings_of(rows: list[dict[str, Any]]) -> list[tuple[int, int, str]]:
@@ -218,12 +228,34 @@ def test_memory_of_decode_steps_holds_the_cache_and_the_temporaries(
 
 
 @linux
-def test_peak_memory_is_measured_of_every_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_peak_memory_of_generate_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    settings = ["--contexts", "96", "--memory_steps", "2", "--recipes", "stock", "rank R/2"]
-    report = run_program("measure/memory.py", *SHAPE, *settings, "--output", str(tmp_path))
-    assert list(report["results"]) == ["stock", "rank R/2"]
-    assert all(row["peak_bytes"] > 0 for row in report["rows"])
+    settings = ["--contexts", "96", "--memory_steps", "2", "--recipes", "rank R/2"]
+    (row,) = run_program("measure/memory.py", *SHAPE, *settings, "--output", str(tmp_path))["rows"]
+    assert row["peak_bytes"] > 0
+
+
+@linux
+def test_every_recipe_has_a_process_of_its_own_and_one_that_ends_early_is_skipped_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(command: list[str], env: dict[str, str], **settings: Any) -> CompletedProcess[str]:
+        assert env["MALLOC_ARENA_MAX"] == "1"
+        name, _, batch, _, context = command[-5:]
+        measured = json.dumps({"peak_bytes": int(batch) * int(context)})
+        return {
+            "stock": CompletedProcess(command, 0, f"other output\n{measured}\n", ""),
+            "full rank": CompletedProcess(command, 1, "", "a warning\nConfigError: too large\n"),
+            "rank R/2": CompletedProcess(command, -9, "", ""),
+        }[name]
+
+    monkeypatch.setattr(subprocess, "run", run)
+    settings = ["--contexts", "32", "64", "--batch_sizes", "2", "--output", str(tmp_path)]
+    rows = run_program("measure/memory.py", *SHAPE, *settings)["rows"]
+    assert settings_of(rows) == [(2, n, name) for n in (32, 64) for name in ("stock", "full rank", "rank R/2")]
+    assert [row["peak_bytes"] for row in rows if row["recipe"] == "stock"] == [64, 128]
+    assert rows[1]["skipped"] == "ConfigError: too large"
+    assert "killed" in rows[2]["skipped"]
 
 
 def test_what_does_not_fit_into_memory_is_skipped_with_its_reason(
