@@ -34,6 +34,7 @@ from kvsplice_hf.bench.command_line import (
     results_folder,
     splice,
 )
+from kvsplice_hf.bench.memory_limits import is_out_of_memory
 from kvsplice_hf.bench.tables import ratio
 from kvsplice_hf.upstream import cache_argument, cache_of
 
@@ -97,10 +98,6 @@ def measure(model: PreTrainedModel, batch_size: int, length: int, args: Argument
         row[name]["prefill_tokens_per_s"] = batch_size * length / row[name]["prefill_s"]
         row[name]["decode_tokens_per_s"] = batch_size / row[name]["decode_s"]
     return row
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error).lower()
 
 
 def settings_of(args: Arguments) -> list[tuple[int, int]]:

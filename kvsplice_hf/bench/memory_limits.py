@@ -63,6 +63,11 @@ def prefill_too_large(model: PreTrainedModel, batch: int, length: int) -> str | 
     return None if needed <= free else f"a prefill takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was what it lacked, on a GPU or on a CPU."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error).lower()
+
+
 def reason_to_skip(name: str, error: Exception) -> str:
     """Why a recipe is left out after an error.
 
@@ -70,7 +75,6 @@ def reason_to_skip(name: str, error: Exception) -> str:
         Exception: the error itself, where the recipe has to work and memory was not what it lacked. (Whether the other
             caches of transformers work with MLA depends on its release; ours have to.)
     """
-    short_of_memory = isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error).lower()
-    if (name == STOCK or RECIPES[name].is_spliced) and not short_of_memory:
+    if (name == STOCK or RECIPES[name].is_spliced) and not is_out_of_memory(error):
         raise error
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
