@@ -93,6 +93,18 @@ def test_more_bits_read_back_better(stem: str, is_standardised: bool) -> None:
     assert errors[1] < errors[0] / 5
 
 
+@pytest.mark.parametrize(
+    ("kind", "shared"), [(rivals.IntegerPerToken, -1), (rivals.IntegerPerChannel, -2)], ids=["token", "channel"]
+)
+def test_a_large_number_spoils_its_own_token_or_its_own_channel_alone(kind: Any, shared: int) -> None:
+    latent = LATENT.clone()
+    latent[..., 7, 3] = 1e3
+    before, after = (kind().fit(STATISTICS).round_trip(rows, K_ROT)[0] for rows in (LATENT, latent))
+    spoilt = (latent != LATENT).any(dim=shared, keepdim=True).expand_as(latent)
+    assert torch.equal(after[~spoilt], before[~spoilt])
+    assert not torch.equal(after[spoilt], before[spoilt])
+
+
 @pytest.mark.parametrize("kind", TRUNCATIONS)
 def test_more_rank_reads_back_better_and_all_of_it_is_exact_but_for_bf16(kind: Any) -> None:
     errors = [error_of(kind(share=share)) for share in (0.25, 0.5, 1.0)]
