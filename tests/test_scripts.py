@@ -106,13 +106,15 @@ def test_the_demo_answers_with_both_models(model_folder: str, tmp_path: Path) ->
 
 
 def test_one_command_runs_benchmark_and_quality(model_folder: str, tmp_path: Path) -> None:
+    # Calibrated by the first of the two programs, read by the second.
+    calibration = f"--calibration_tokens 2048 --statistics {tmp_path / 'statistics.safetensors'}"
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
         "OUTPUT": str(tmp_path),
-        "BENCHMARK_ARGS": "--batch_sizes 1 --seq_len 16 --trials 1 --new_tokens 2 --calibration_tokens 2048",
-        "QUALITY_ARGS": "--samples 2 --window 32 --calibration_tokens 2048",
+        "BENCHMARK_ARGS": f"--batch_sizes 1 --seq_len 16 --trials 1 --new_tokens 2 {calibration}",
+        "QUALITY_ARGS": f"--samples 2 --window 32 {calibration}",
     }
     command = [str(ROOT / "scripts" / "test_deepseek_kvsplice.sh"), "--model", model_folder]
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
