@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvsplice_hf.attend.triton.pieces import WIDEST
+from kvsplice_hf.attend.triton.pieces import WIDEST, pieces_of
 
 
 # Programs per multiprocessor that the splits should make: a second one works while the first waits for memory.
@@ -26,14 +26,13 @@ class Limits(NamedTuple):
         shared_memory: bytes that a program may take.
         processors: multiprocessors or compute units.
         lanes: threads of a warp.
-        doubles_operands: whether operands of matrix products take twice the registers, as on RDNA 3, where two lanes
-            hold each number.
+        whole_operands: whether a matrix product takes its operands into registers as a whole, as Triton has it on AMD.
     """
 
     shared_memory: int
     processors: int
     lanes: int
-    doubles_operands: bool = False
+    whole_operands: bool = False
 
 
 # It has no such limits.
@@ -56,33 +55,34 @@ def limits_of(device: torch.device) -> Limits:
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 0) or _SHARED_MEMORY
-    doubles = getattr(properties, "gcnArchName", "").startswith("gfx11")
-    return Limits(shared, properties.multi_processor_count, properties.warp_size, doubles)
+    return Limits(shared, properties.multi_processor_count, properties.warp_size, torch.version.hip is not None)
 
 
-def choose_blocks(queries: int, width: int, dtype: torch.dtype, packed: bool, limits: Limits) -> Blocks:
+def choose_blocks(queries: int, n: int, dtype: torch.dtype, packed: bool, limits: Limits) -> Blocks:
     """Sizes that shared memory and registers hold.
 
-    Measured on compiled kernels (docs/kernels.md): larger blocks than these spill registers.
+    The more queries a program takes, the less often a row is read, but what finds no register is slow. The sizes are
+    those with which the compiled kernels spill least (docs/kernels.md).
 
     Args:
         queries: M.
-        width: numbers of a row, with those that fill its pieces up.
+        n: numbers of a row.
         dtype: of the products.
         packed: whether rows are decoded.
         limits: of the device.
     """
     if limits == INTERPRETER:
         return Blocks(16, 64, 4, 1)  # it pays for steps, not for numbers
-    size = dtype.itemsize
-    # Decoding takes the registers that more queries would need; so do products in float32.
-    tall = 16 if queries <= 16 or packed or size == 4 else 64
-    rows = 16 if packed or limits.doubles_operands else 64 // size
+    size, width = dtype.itemsize, sum(pieces_of(n))
+    # Numbers that are read one by one, as those of rows at odd addresses, have an address each.
+    needs_registers = packed or size == 4 or n % 16 > 0 or (limits.whole_operands and limits.lanes == 32)
+    tall = 16 if queries <= 16 or needs_registers else 64
+    rows = 16 if packed or limits.whole_operands else 64 // size
     stages = 1 if packed else 2
     while _shared_memory(tall, rows, stages, width, size) > limits.shared_memory and tall + stages > 17:
         tall, stages = (tall, stages - 1) if stages > 1 else (tall // 2, stages)
     # Four warps of 64 lanes may have twice the registers of eight.
-    few = size == 4 if limits.lanes == 64 else not packed and tall == 16 and width <= 256
+    few = size == 4 if limits.lanes == 64 else not needs_registers and tall == 16 and width <= 256
     return Blocks(tall, rows, 4 if few else 8, stages)
 
 

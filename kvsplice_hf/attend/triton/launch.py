@@ -72,7 +72,7 @@ class Problem(NamedTuple):
 def blocks_for(problem: Problem, limits: Limits) -> Blocks:
     """The blocks of its attention kernel on such a device."""
     _, queries, n = problem.query.shape
-    return choose_blocks(queries, sum(pieces_of(n)), problem.dtype, problem.codec is not None, limits)
+    return choose_blocks(queries, n, problem.dtype, problem.codec is not None, limits)
 
 
 def splits_for(problem: Problem, blocks: Blocks, limits: Limits) -> int:

@@ -10,8 +10,8 @@ from kvsplice_hf.attend.triton.pieces import CHUNK, pieces_of
 from kvsplice_hf.code.codec import RowCodec
 
 
-# What the layout table holds of each coordinate: its width, where its field is in each plane (8 * byte + bit), where
-# its 16-bit number is, and where the levels of its width start.
+# What the layout table holds of each coordinate: its width, where its bit field is in each plane (8 * byte + bit),
+# where its 16-bit number is, and where the levels of its width start.
 WIDTH = tl.constexpr(0)
 IN_PLANE8 = tl.constexpr(1)
 IN_PLANE4 = tl.constexpr(2)
@@ -20,7 +20,7 @@ IN_PLANE1 = tl.constexpr(4)
 RAW = tl.constexpr(5)
 FIRST_LEVEL = tl.constexpr(6)
 ENTRIES = 7
-# By the bits of a field, the largest first, as in a row.
+# By the bits of a bit field, the largest first, as in a row.
 FIELDS = {8: IN_PLANE8, 4: IN_PLANE4, 2: IN_PLANE2, 1: IN_PLANE1}
 
 
@@ -31,7 +31,7 @@ class Tables(NamedTuple):
         layout: int32 [7, n], see `WIDTH` and the others.
         gains: the 256 factors, float32.
         stretches: sinh of the coordinates' bends, [n].
-        planes: of each piece, five bits for each of its chunks: which field sizes (1, 2, 4, 8 and 16) occur in it.
+        planes: of each piece, five bits for each of its chunks: which bit fields (of 1, 2, 4, 8 or 16) occur in it.
     """
 
     layout: torch.Tensor

@@ -1,0 +1,136 @@
+"""The kernels on the device that is here: whether they agree with PyTorch, and how fast they read rows."""
+
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+from kvsplice_hf.attend import reference
+from kvsplice_hf.attend.triton import calls
+from kvsplice_hf.attend.triton.blocks import Blocks, limits_of
+from kvsplice_hf.attend.triton.compilation import TARGETS
+from kvsplice_hf.attend.triton.launch import Problem, attend_launch, splits_for
+from kvsplice_hf.bench.kernels.shapes import DTYPES, Case, packed_codec
+from kvsplice_hf.bench.rounds import timed
+
+
+Row = dict[str, Any]
+
+# Largest difference from PyTorch in float32, relative to the largest number: products of the kernels are taken in the
+# dtype of the queries, and attention weights are rounded to it.
+TOLERANCE = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-4}
+# Codes at the border of two cells may come out as the other one.
+_CODES_OFF = 1e-3
+# Of the rows: the kernel that merges splits has its turn, whatever the device would choose.
+_SPLITS = 3
+# Beside those that are chosen: the ones that spill registers when they are compiled, and may be faster all the same.
+ALTERNATIVES = (
+    Blocks(16, 16, 8, 1),
+    Blocks(16, 16, 4, 1),
+    Blocks(16, 32, 8, 1),
+    Blocks(16, 32, 8, 2),
+    Blocks(32, 32, 8, 1),
+    Blocks(64, 16, 8, 1),
+    Blocks(64, 32, 8, 1),
+    Blocks(64, 32, 8, 2),
+)
+
+
+def describe(device: str) -> Row:
+    """What the choice of blocks takes the device for, and what it was compiled for in its stead."""
+    limits = limits_of(torch.device(device, 0) if device == "cuda" else torch.device(device))
+    row: Row = {"limits": limits._asdict()}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        name = getattr(properties, "gcnArchName", "").partition(":")[0] or f"sm_{properties.major}{properties.minor}"
+        expected = TARGETS[name].limits._asdict() if name in TARGETS else None
+        row |= {"target": name, "expected_limits": expected}
+    return row
+
+
+def agreement_of(case: Case, device: str) -> Row:
+    """How far the kernel is from PyTorch, relative to the largest number, or which share of codes differs."""
+    found = _codes_off(case, device) if case.kernel == "pack" else _attention_off(case, device)
+    return {**case._asdict(), "n": case.shape.row_dim, **found}
+
+
+def _attention_off(case: Case, device: str) -> Row:
+    problem = case.problem(device, empty=False)
+    query, rows, codec, value_dim, bias = problem[:5]
+    numbers = rows if codec is not None else rows.float()
+    expected = reference.attend(query.float(), numbers, codec, value_dim, None if bias is None else bias[:, None])
+    off = 0.0
+    for splits in (None, _SPLITS):
+        mixed, lse = _attend(problem, splits)
+        off = max(off, _relative(mixed, expected.mixed), _relative(lse, expected.lse))
+    return {"off": off, "allowed": TOLERANCE[case.dtype], "agrees": off <= TOLERANCE[case.dtype]}
+
+
+def _attend(problem: Problem, splits: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    query, rows, codec, value_dim, bias = problem[:5]
+    if codec is None:
+        return calls.attend_rows(query, rows, value_dim, bias, splits)
+    return calls.attend_packed(query, rows, codec, value_dim, bias, splits)
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    off = (found - expected).abs().max() / expected.abs().max()
+    return float(off) if bool(off.isfinite()) else float("inf")
+
+
+def _codes_off(case: Case, device: str) -> Row:
+    codec = packed_codec(case.shape).to(device)
+    count = 1 if case.phase == "decode" else case.rows
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows = torch.randn(count, codec.row_dim, generator=generator, dtype=torch.float32, device="cpu")
+    rows = rows.to(DTYPES[case.dtype]).to(device)
+    found, expected = (codec.codes(packed).int() for packed in (calls.encode_pack(rows, codec), codec.pack(rows)))
+    off = float((found != expected).float().mean())
+    return {"off": off, "allowed": _CODES_OFF, "agrees": off <= _CODES_OFF and int((found - expected).abs().max()) <= 1}
+
+
+def bandwidth_of(case: Case, device: str, copy: float, alternatives: bool = False) -> list[Row]:
+    """Bytes of rows that attention reads per second, with the blocks that are chosen, and with others.
+
+    Args:
+        case: of attention.
+        device: "cuda", or "cpu" in the interpreter.
+        copy: bytes per second of a copy, reads and writes counted.
+        alternatives: whether to time `ALTERNATIVES`.
+    """
+    problem = case.problem(device, empty=False)
+    runs: dict[str, Callable[[], object]] = {"chosen": functools.partial(_attend, problem)}
+    if alternatives:
+        runs |= {" x ".join(map(str, blocks)): _with_blocks(problem, blocks, device) for blocks in ALTERNATIVES}
+    rows = []
+    for name, run in runs.items():
+        row: Row = {**case._asdict(), "n": case.shape.row_dim, "blocks": name, "bytes": problem.rows.nbytes}
+        try:
+            row["seconds"] = _seconds(run, device)
+        except Exception as error:  # whatever the compiler or driver raises: it stands in the report
+            row["skipped"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            row["bytes_per_second"] = row["bytes"] / row["seconds"]
+            row["of_copy"] = row["bytes_per_second"] / copy
+        rows.append(row)
+    return rows
+
+
+def _with_blocks(problem: Problem, blocks: Blocks, device: str) -> Callable[[], object]:
+    """Attention without the merging of splits."""
+    splits = splits_for(problem, blocks, limits_of(problem.query.device))
+    sizes = (*problem.query.shape[:2], splits)
+    parts = torch.empty(*sizes, problem.value_dim, dtype=torch.float32, device=device)
+    lse = torch.empty(sizes, dtype=torch.float32, device=device)
+    return attend_launch(problem, blocks, parts, lse).run
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    """Median seconds of a call, with a cold L2 cache on a GPU."""
+    run()  # compiles
+    if device == "cpu":
+        return statistics.median(timed(run, device) for _ in range(3))
+    return float(triton.testing.do_bench(run, return_mode="median")) / 1e3

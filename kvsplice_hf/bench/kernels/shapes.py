@@ -1,0 +1,182 @@
+"""Rows of published models, unquantised and packed, and the queries that attend to them.
+
+Legend: `M` queries, heads and tokens together, `S` rows, `R` kv_lora_rank, `P` qk_rope_head_dim, `n` numbers of a row.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from kvsplice_hf.attend.triton.blocks import Limits
+from kvsplice_hf.attend.triton.launch import (
+    PACKED_ROWS,
+    Launch,
+    Problem,
+    attend_launch,
+    blocks_for,
+    merge_launch,
+    pack_launch,
+    splits_for,
+)
+from kvsplice_hf.bench.geometries import GEOMETRIES
+from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.widths import row_bytes
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+KERNELS = ("attend", "merge", "pack")
+# What a cache holds: rows of R + P numbers, of R / 2 + P, and packed rows of a quarter of the stock bytes in bf16.
+KINDS = ("full rank", "half rank", "packed")
+PHASES = ("decode", "prefill")
+ROWS = 4096
+LONG_CONTEXT = 131072
+# For trying things out, and the only one that the interpreter is fast enough for.
+TINY = "tiny"
+# The most queries that kernels are given (`attend.choice`), and those of the tiny shape: so many tokens of a prompt.
+_MOST_QUERIES = 1024
+_TINY_QUERIES = 20
+_PACKED_SHARE = 0.25
+# The variance of a coordinate falls with its place to the power of this, its error to a quarter with each bit. SmolLM2
+# as MLA comes out with widths like those that calibration gives it.
+_SPECTRUM = 1.5
+
+
+class RowShape(NamedTuple):
+    """Sizes of a model's attention: its heads, R (or r, where rows are of lower rank), and P."""
+
+    heads: int
+    latent_dim: int
+    rope_dim: int
+
+    @property
+    def row_dim(self) -> int:
+        """n."""
+        return self.latent_dim + self.rope_dim
+
+
+@functools.cache
+def row_shapes() -> dict[str, RowShape]:
+    """By the name of the geometry; that of MiniCPM3 is the default of its configuration class in transformers 5.24."""
+    shapes = {TINY: RowShape(3, 40, 16)}
+    for name, geometry in GEOMETRIES.items():
+        config = geometry.config(layers=1)
+        shapes[name] = RowShape(config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim)
+    return shapes | {"minicpm3": RowShape(40, 256, 32)}
+
+
+@functools.cache
+def published() -> tuple[str, ...]:
+    """Names of geometries, without those for trying things out."""
+    return tuple(name for name in row_shapes() if name not in (TINY, "mini"))
+
+
+def calibrated_widths(shape: RowShape) -> torch.Tensor:
+    """Widths like those of calibration at a quarter of the stock bytes, int64 [n]: falling, but wide for `k_rot`."""
+    budget = _PACKED_SHARE * 2 * shape.row_dim
+    place = torch.arange(1, shape.latent_dim + 1, dtype=torch.float64, device="cpu")
+    # The rotated key counts like coordinates between the first hundredth and the first fifth.
+    rotated = torch.logspace(-2, -0.7, shape.rope_dim, dtype=torch.float64, device="cpu") * shape.latent_dim
+    importance = -_SPECTRUM / 2 * torch.log2(torch.cat([place, rotated]))
+
+    def at(bits: float) -> torch.Tensor:
+        widths = (importance + bits).round().clamp(min=0)
+        return torch.where(widths > 8, 16, widths).long()
+
+    return at(max(step / 64 for step in range(16 * 64) if row_bytes(at(step / 64), shape.latent_dim) <= budget))
+
+
+@functools.cache
+def packed_codec(shape: RowShape) -> RowCodec:
+    """The codec of such a model's rows, on the CPU, for coordinates around 0 of size 1."""
+    n = shape.row_dim
+    scales = torch.full((n,), 3.0, dtype=torch.float32, device="cpu")
+    sigmas = torch.ones(shape.latent_dim, dtype=torch.float32, device="cpu")
+    return RowCodec(calibrated_widths(shape), scales, torch.zeros_like(scales), sigmas)
+
+
+class Case(NamedTuple):
+    """One kernel at one shape.
+
+    Attributes:
+        kernel: one of `KERNELS`.
+        geometry: a name of `row_shapes`.
+        kind: of rows, one of `KINDS`.
+        dtype: of queries, and of rows that are not packed; a name of `DTYPES`.
+        phase: one of `PHASES`.
+        biased: whether scores get a bias, as those of padded batches and of prompts do.
+        rows: S.
+    """
+
+    kernel: str
+    geometry: str
+    kind: str
+    dtype: str
+    phase: str
+    biased: bool = False
+    rows: int = ROWS
+
+    @property
+    def shape(self) -> RowShape:
+        """Of the rows as stored: at half rank with half of the latent."""
+        shape = row_shapes()[self.geometry]
+        return shape._replace(latent_dim=shape.latent_dim // 2) if self.kind == "half rank" else shape
+
+    @property
+    def queries(self) -> int:
+        """M: one token of all heads, or as many tokens as a kernel is given."""
+        heads, most = self.shape.heads, _TINY_QUERIES if self.geometry == TINY else _MOST_QUERIES
+        return heads if self.phase == "decode" else most // heads * heads
+
+    def problem(self, device: str = "cpu", empty: bool = True) -> Problem:
+        """What attention is asked for, of tensors that hold nothing, or random numbers, always the same."""
+        n, dtype = self.shape.row_dim, DTYPES[self.dtype]
+        generator = torch.Generator("cpu").manual_seed(0)
+
+        def numbers(*sizes: int) -> torch.Tensor:
+            if empty:
+                return torch.empty(sizes, dtype=torch.float32, device=device)
+            return torch.randn(sizes, generator=generator, dtype=torch.float32, device="cpu").to(device)
+
+        query, rows = numbers(1, self.queries, n) / n**0.5, numbers(1, self.rows, n)
+        bias = numbers(1, self.queries // self.shape.heads, self.rows) if self.biased else None
+        if self.kind != "packed":
+            return Problem(query.to(dtype), rows.to(dtype), None, self.shape.latent_dim, bias, None, dtype)
+        codec = packed_codec(self.shape).to(device)
+        packed = rows.new_empty(1, self.rows, codec.row_bytes, dtype=torch.uint8) if empty else codec.pack(rows)
+        return Problem(query.to(dtype), packed, codec, self.shape.latent_dim, bias, None, dtype)
+
+    def launch(self, limits: Limits) -> Launch:
+        """Its launch on a device with such limits, of tensors on the CPU that hold nothing."""
+        if self.kernel == "pack":
+            codec = packed_codec(self.shape)
+            count = 1 if self.phase == "decode" else self.rows
+            rows = torch.empty(count, codec.row_dim, dtype=DTYPES[self.dtype], device="cpu")
+            return pack_launch(rows, rows.new_empty(count, codec.row_bytes, dtype=torch.uint8), codec, PACKED_ROWS)
+        problem = self.problem()
+        blocks = blocks_for(problem, limits)
+        sizes = (1, self.queries, splits_for(problem, blocks, limits))
+        parts = torch.empty(*sizes, problem.value_dim, dtype=torch.float32, device="cpu")
+        lse = torch.empty(sizes, dtype=torch.float32, device="cpu")
+        if self.kernel == "attend":
+            return attend_launch(problem, blocks, parts, lse)
+        return merge_launch(parts, lse, parts[:, :, 0].contiguous(), lse[:, :, 0].contiguous())
+
+
+def cases(names: Sequence[str], rows: int = ROWS) -> Iterator[Case]:
+    """All cases of some geometries.
+
+    Prompts have a bias, their causal mask; decode steps have one where a batch is padded. What float16 takes is what
+    bfloat16 takes, but for the conversions: one case each shows that.
+    """
+    for name, kind, dtype in itertools.product(names, KINDS, DTYPES):
+        yield Case("attend", name, kind, dtype, "decode", rows=rows)
+        if dtype != "float16":
+            yield Case("attend", name, kind, dtype, "decode", biased=True, rows=rows)
+            yield Case("attend", name, kind, dtype, "prefill", biased=True, rows=rows)
+    for name, kind, count in itertools.product(names, ("full rank", "half rank"), (rows, LONG_CONTEXT)):
+        yield Case("merge", name, kind, "float32", "decode", rows=count)
+    for name, dtype, phase in itertools.product(names, DTYPES, PHASES):
+        yield Case("pack", name, "packed", dtype, phase, rows=rows)

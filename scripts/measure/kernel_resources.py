@@ -1,0 +1,72 @@
+#!/usr/bin/env python
+"""What the Triton kernels take of GPUs that are not here: shared memory, registers, and what found no register.
+
+Every kernel is compiled for every target at the shapes of published models, with the blocks that would be chosen there.
+Nothing is run, and no GPU is needed. It ends with an error where a kernel takes more than its limit. The table is
+Markdown, on stderr and in the folder of the results. The last line of stdout is one JSON object.
+
+    python scripts/measure/kernel_resources.py
+    python scripts/measure/kernel_resources.py --targets sm_90 --geometries v3 --kernels attend
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass, field
+
+import triton
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+from kvsplice_hf.attend.triton.compilation import TARGETS
+from kvsplice_hf.bench.command_line import environment, finish, readable_errors, require_known, results_folder
+from kvsplice_hf.bench.kernels.resources import Row, compiled_anew, compiled_row, markdown_of
+from kvsplice_hf.bench.kernels.shapes import DTYPES, KERNELS, KINDS, cases, published
+
+
+@dataclass
+class Arguments:
+    """What the Triton kernels take of GPUs that are not here."""
+
+    targets: list[str] = field(default_factory=lambda: list(TARGETS), metadata={"help": ", ".join(TARGETS)})
+    kernels: list[str] = field(default_factory=lambda: list(KERNELS), metadata={"help": ", ".join(KERNELS)})
+    geometries: list[str] = field(default_factory=lambda: list(published()), metadata={"help": ", ".join(published())})
+    kinds: list[str] = field(default_factory=lambda: list(KINDS), metadata={"help": ", ".join(KINDS)})
+    dtypes: list[str] = field(default_factory=lambda: list(DTYPES), metadata={"help": ", ".join(DTYPES)})
+    output: str = field(default="results", metadata={"help": "folder for the results"})
+
+    def __post_init__(self) -> None:
+        known = {"targets": TARGETS, "kernels": KERNELS, "geometries": published(), "kinds": KINDS, "dtypes": DTYPES}
+        for option, names in known.items():
+            require_known(option, getattr(self, option), names)
+
+
+def compile_all(args: Arguments) -> list[Row]:
+    """A row per case and target."""
+    chosen = [
+        case
+        for case in cases(args.geometries)
+        if case.kernel in args.kernels and case.kind in args.kinds and case.dtype in args.dtypes
+    ]
+    pairs = list(itertools.product(args.targets, chosen))
+    with compiled_anew():
+        return [compiled_row(case, target) for target, case in tqdm(pairs, desc="compiling", file=sys.stderr)]
+
+
+def main() -> None:
+    with readable_errors():
+        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+        rows = compile_all(args)
+    folder = results_folder(args.output, "kernel-resources")
+    table = markdown_of(rows, args.targets)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    print(table, file=sys.stderr)
+    where = environment(args)
+    where["versions"]["triton"] = triton.__version__
+    finish({"rows": rows, **where}, folder)
+    above = [f"{row['target']}, {row['kernel']}, {row['geometry']}, {row['kind']}" for row in rows if row["above"]]
+    if above:
+        sys.exit(f'{len(above)} cases take more than their limit; see "above" in the report. The first: {above[0]}')
+
+
+if __name__ == "__main__":
+    main()

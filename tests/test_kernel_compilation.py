@@ -1,0 +1,147 @@
+"""The Triton kernels compile for GPUs that are not here, and take no more of them than they have.
+
+A part of what `scripts/measure/kernel_resources.py` compiles. Nothing is run.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+pytest.importorskip("triton", reason="the kernels need triton, which is not installed")
+
+from kvsplice_hf.attend.triton import blocks  # noqa: E402
+from kvsplice_hf.attend.triton.blocks import choose_blocks, choose_splits, limits_of  # noqa: E402
+from kvsplice_hf.attend.triton.calls import interpreted  # noqa: E402
+from kvsplice_hf.attend.triton.compilation import TARGETS, Resources, compile_launch, limit_excesses  # noqa: E402
+from kvsplice_hf.bench.kernels.resources import compiled_anew, compiled_row, markdown_of, spills_allowed  # noqa: E402
+from kvsplice_hf.bench.kernels.shapes import KINDS, Case, cases, packed_codec, published, row_shapes  # noqa: E402
+from kvsplice_hf.errors import UnsupportedError  # noqa: E402
+
+
+PACKED = Case("attend", "v2-lite", "packed", "bfloat16", "decode")
+NARROW = Case("attend", "minicpm3", "packed", "float16", "decode")
+PROMPT = Case("attend", "v3", "full rank", "bfloat16", "prefill", biased=True)
+FLOATS = Case("attend", "mistral-4", "full rank", "float32", "decode")
+ODD = Case("attend", "smollm2-mla", "full rank", "bfloat16", "decode", biased=True)
+MERGE = Case("merge", "v2-lite", "full rank", "float32", "decode")
+PACK = Case("pack", "minicpm3", "packed", "bfloat16", "decode")
+REPRESENTATIVES = {
+    "sm_80": (PACKED, PROMPT, ODD),
+    "sm_90": (NARROW, PROMPT, MERGE, PACK),
+    "sm_100": (NARROW, PROMPT),
+    "gfx942": (PACKED, FLOATS),
+    "gfx1100": (NARROW, ODD, MERGE, PACK),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiler() -> Iterator[None]:
+    if interpreted():
+        pytest.skip("TRITON_INTERPRET is set for this process: its interpreter compiles nothing")
+    with compiled_anew():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("target", "case"), [(target, case) for target, chosen in REPRESENTATIVES.items() for case in chosen]
+)
+def test_a_kernel_takes_no_more_of_a_gpu_than_that_has(target: str, case: Case) -> None:
+    assert compiled_row(case, target)["above"] == []
+
+
+def test_what_is_compiled_is_the_variant_that_would_run() -> None:
+    """Sizes and addresses that are divisible by 16 are compiled in as such, and only those."""
+    launch = PROMPT.launch(TARGETS["sm_80"].limits)
+    text = compile_launch(launch, TARGETS["sm_80"]).asm["source"]
+    arguments = next(line for line in text.splitlines() if "tt.func public @attend_kernel" in line)
+    assert "%query: !tt.ptr<bf16> {tt.divisibility = 16 : i32}" in arguments
+    assert "%n: i32 {tt.divisibility = 16 : i32}" in arguments
+    assert "%count: i32" in arguments
+    assert "%count: i32 {tt.divisibility" not in arguments
+    odd = compile_launch(ODD.launch(TARGETS["sm_80"].limits), TARGETS["sm_80"]).asm["source"]
+    assert "%n: i32 {tt.divisibility" not in odd
+
+
+def test_the_interpreter_says_that_it_compiles_nothing() -> None:
+    launch = MERGE.launch(TARGETS["sm_80"].limits)._replace(kernel=print)  # what it has is no function of the compiler
+    with pytest.raises(UnsupportedError, match="Unset TRITON_INTERPRET"):
+        compile_launch(launch, TARGETS["sm_80"])
+
+
+def test_what_is_above_a_limit_is_named_with_the_limit() -> None:
+    assert limit_excesses(Resources(64 << 10, 0, 256, 16), "gfx1100") == []
+    assert limit_excesses(Resources((64 << 10) + 1, 513, 257, 17), "gfx1100") == [
+        "65537 bytes of shared memory, at most 65536",
+        "513 columns of tensor memory, at most 512",
+        "257 registers, at most 256",
+        "17 spilled bytes, at most 16",
+    ]
+    assert limit_excesses(Resources(0, 0, 0, 40), "sm_80", spilled=40) == []
+
+
+# What torch says of an A100, an H100, an MI300X and a W7900.
+DEVICES = {
+    "sm_80": {"shared_memory_per_block_optin": 163 << 10, "multi_processor_count": 108, "warp_size": 32},
+    "sm_90": {"shared_memory_per_block_optin": 227 << 10, "multi_processor_count": 132, "warp_size": 32},
+    "gfx942": {"multi_processor_count": 304, "warp_size": 64},
+    "gfx1100": {"shared_memory_per_block_optin": 0, "multi_processor_count": 96, "warp_size": 32},
+}
+
+
+@pytest.mark.parametrize("target", DEVICES)
+def test_a_device_has_the_limits_that_it_is_compiled_for(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**DEVICES[target]))
+    monkeypatch.setattr(torch.version, "hip", "7.0" if target.startswith("gfx") else None)
+    limits_of.cache_clear()
+    assert limits_of(torch.device("cuda", 0)) == TARGETS[target].limits
+    limits_of.cache_clear()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_blocks_shrink_until_they_fit_into_shared_memory(target: str) -> None:
+    limits = TARGETS[target].limits
+    for n in range(1, 577):
+        for dtype in (torch.bfloat16, torch.float32):
+            for packed in (False, True):
+                chosen = choose_blocks(128, n, dtype, packed, limits)
+                width = sum(blocks.pieces_of(n))
+                needed = blocks._shared_memory(chosen.queries, chosen.rows, chosen.stages, width, dtype.itemsize)
+                assert needed <= limits.shared_memory or (chosen.queries, chosen.stages) == (16, 1)
+
+
+def test_splits_fill_a_device_but_are_no_smaller_than_a_few_blocks() -> None:
+    limits = TARGETS["sm_90"].limits
+    assert choose_splits(1 << 20, 1, 32, limits) == 2 * 132
+    assert choose_splits(1 << 20, 100, 32, limits) == 2
+    assert choose_splits(1 << 20, 1000, 32, limits) == 1
+    assert choose_splits(256, 1, 32, limits) == 2
+    assert choose_splits(1, 1, 32, limits) == 1
+
+
+def test_every_published_shape_is_compiled_with_every_kind_of_rows() -> None:
+    found = {(case.geometry, case.kind) for case in cases(published()) if case.kernel == "attend"}
+    assert found == {(name, kind) for name in published() for kind in KINDS}
+    assert {"v2-lite", "v3", "glm-4.7-flash", "minicpm3", "smollm2-mla"} <= set(published())
+
+
+@pytest.mark.parametrize("name", published())
+def test_packed_rows_take_a_quarter_of_the_stock_bytes(name: str) -> None:
+    shape = row_shapes()[name]
+    codec = packed_codec(shape)
+    assert 0.24 * 2 * shape.row_dim < codec.row_bytes <= 0.25 * 2 * shape.row_dim
+    assert len(codec.widths.unique()) > 4
+
+
+def test_a_line_of_the_table_holds_the_most_of_its_cases() -> None:
+    case = {**PACKED._asdict(), "target": "sm_80", "n": 576, "tensor_memory": 0}
+    some = {**case, "shared_memory": 2048, "registers": 99, "spilled": 0}
+    other = {**case, "dtype": "float16", "shared_memory": 1024, "registers": 100, "spilled": 8}
+    *_, line = markdown_of([some, other], ["sm_80", "sm_90"]).splitlines()
+    assert line == "| attend | packed | 576 | 16 bits | decode | 2 / 100 / 8 | not compiled |"
+
+
+def test_only_attention_is_known_to_spill() -> None:
+    assert spills_allowed(PACK, "gfx1100") == spills_allowed(MERGE, "gfx1100") < spills_allowed(PACKED, "gfx1100")
