@@ -17,7 +17,7 @@ def copy_bandwidth(megabytes: int, device: str, attempts: int = 5) -> float:
     it writes one moves three bytes per byte copied, of which two are counted). So a step can come below this bound, the
     more so where its weights fit into the cache of the processor.
     """
-    source = torch.ones(megabytes * 10**6 // 4, device=device)
+    source = torch.ones(megabytes * 10**6 // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     target.copy_(source)  # the first one also takes the memory from the system
     seconds = min(timed(lambda: target.copy_(source), device) for _ in range(attempts))

@@ -67,7 +67,7 @@ def compare(original: PreTrainedModel, converted: PreTrainedModel, windows: torc
             heads = (model.get_output_embeddings() for model in (original, converted))
             before, after = (F.log_softmax(head(p).float(), -1) for head, p in zip(heads, pieces, strict=True))
             divergence += F.kl_div(after, before, reduction="sum", log_target=True).item()
-            loss.append(-torch.cat([before.gather(1, label), after.gather(1, label)], 1).double().cpu())
+            loss.append(-torch.cat([before.gather(1, label), after.gather(1, label)], 1).cpu().double())
         losses.append(torch.cat(loss))
     nll = torch.stack(losses)  # [W, T - 1, 2]
     before, after = nll.mean((0, 1)).tolist()

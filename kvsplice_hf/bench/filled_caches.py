@@ -43,12 +43,12 @@ class Filled:
 
 def padding_of(batch: int, length: int, device: torch.device) -> torch.Tensor:
     """Left padding that differs within the batch, from none up to half of the length, [B]."""
-    return torch.linspace(0, length // 2, batch, device=device).long()
+    return torch.linspace(0, length // 2, batch, dtype=torch.float32, device=device).long()
 
 
 def mask_of(padding: torch.Tensor, length: int) -> torch.Tensor:
     """The attention mask of sequences with this left padding [B], int64 [B, length]."""
-    return (torch.arange(length, device=padding.device) >= padding[:, None]).long()
+    return (torch.arange(length, dtype=torch.int64, device=padding.device) >= padding[:, None]).long()
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def step(model: PreTrainedModel, filled: Filled, tokens: torch.Tensor | None = N
     mask = filled.mask(filled.length + grow)
     padding = {} if mask is None else {"attention_mask": mask}
     if mask is not None and filled.padding is not None:
-        positions = torch.arange(mask.shape[1] - tokens.shape[1], mask.shape[1], device=mask.device)
+        positions = torch.arange(mask.shape[1] - tokens.shape[1], mask.shape[1], dtype=torch.int64, device=mask.device)
         padding["position_ids"] = (positions - filled.padding[:, None]).clamp_min(0)
     model(tokens, **cache_argument(filled.cache), use_cache=True, logits_to_keep=1, **padding)
     filled.length += grow

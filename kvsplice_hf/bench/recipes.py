@@ -74,7 +74,7 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 def random_tokens(model: PreTrainedModel, *shape: int) -> torch.Tensor:
     """Token ids that the model knows, int64 [*shape]."""
-    return torch.randint(text_config(model).vocab_size, shape, device=model.device)
+    return torch.randint(text_config(model).vocab_size, shape, dtype=torch.int64, device=model.device)
 
 
 def apply_recipe(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:

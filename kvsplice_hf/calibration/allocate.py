@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from kvsplice_hf.calibration.solve import LayerSolution
-from kvsplice_hf.code.widths import row_bytes
 from kvsplice_hf.code.levels import BEND
+from kvsplice_hf.code.widths import row_bytes
 from kvsplice_hf.errors import ConfigError
 
 

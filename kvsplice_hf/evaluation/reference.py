@@ -100,7 +100,7 @@ def _log_probabilities(forward: Forward, window: torch.Tensor) -> torch.Tensor:
 
 def _nll(log_probabilities: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
     targets = window[1:, None].to(log_probabilities.device)
-    return -log_probabilities.gather(-1, targets)[:, 0].double().cpu()
+    return -log_probabilities.gather(-1, targets)[:, 0].cpu().double()
 
 
 def lumped_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -150,7 +150,7 @@ class PromptMaker:
         prose = self.filler[first : first + count]
         ahead = round(depth * count)
         ids = self.start + prose[:ahead] + needle + prose[ahead:] + question
-        return Prompt(torch.tensor(ids), answer, len(self.start) + ahead, key, depth)
+        return Prompt(torch.tensor(ids, dtype=torch.int64, device="cpu"), answer, len(self.start) + ahead, key, depth)
 
 
 @torch.no_grad()

@@ -103,7 +103,9 @@ def run_after(plan: AfterTraining, parent: Path, blocks: Blocks, training: Budge
 
 def _calibration_tokens(blocks: Blocks, count: int, seed: int) -> torch.Tensor:
     """[count, T] of the training text."""
-    chosen = torch.randperm(len(blocks.train), generator=torch.Generator().manual_seed(seed))[: max(1, count)]
+    seeded = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(blocks.train), generator=seeded, dtype=torch.int64, device="cpu")
+    chosen = order[: max(1, count)]
     return blocks.train[chosen.tolist()]["input_ids"].long()
 
 

@@ -167,7 +167,9 @@ def load_blocks(args: DataArguments, block_size: int) -> Blocks:
         if not (folder / part).is_dir():
             raise ConfigError(f"The {part} part of {', '.join(args.data)} is shorter than one block of {block_size}.")
         parts[part] = datasets.load_from_disk(str(folder / part)).with_format("torch")
-    chosen = spread_evenly(torch.arange(len(parts["validation"])), args.validation_blocks)
+    chosen = spread_evenly(
+        torch.arange(len(parts["validation"]), dtype=torch.int64, device="cpu"), args.validation_blocks
+    )
     parts["validation"] = parts["validation"].select(chosen.tolist())
     return Blocks(parts["train"], parts["validation"], tokenizer, key)
 

@@ -36,7 +36,10 @@ class CacheBackend:
         """
         layer = self._layer()
         shape = 1, 1, _COUNTED_ROWS
-        layer.update(torch.randn(*shape, latent_dim), torch.randn(*shape, rope_dim))
+        latents, rotated = (
+            torch.randn(*shape, size, dtype=torch.float32, device="cpu") for size in (latent_dim, rope_dim)
+        )
+        layer.update(latents, rotated)
         tensors = _tensors_in((layer._quantized_keys, layer._quantized_values))
         return sum(tensor.numel() * min(tensor.itemsize, 2) for tensor in tensors) / _COUNTED_ROWS
 

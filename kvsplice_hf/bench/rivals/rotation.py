@@ -40,8 +40,8 @@ class RotatedLloydMax(Rival):
 @functools.cache
 def lloyd_max_levels(bits: int) -> torch.Tensor:
     """The 2**bits levels with the least squared error for a unit Gaussian, ascending, fp32."""
-    levels = torch.linspace(-2.5, 2.5, 2**bits, dtype=torch.float64)
-    outside = torch.tensor([torch.inf], dtype=torch.float64)
+    levels = torch.linspace(-2.5, 2.5, 2**bits, dtype=torch.float64, device="cpu")
+    outside = torch.tensor([torch.inf], dtype=torch.float64, device="cpu")
     for _ in range(3000):
         edges = torch.cat([-outside, (levels[1:] + levels[:-1]) / 2, outside])
         density, below = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi), torch.special.ndtr(edges)
@@ -52,5 +52,5 @@ def lloyd_max_levels(bits: int) -> torch.Tensor:
 @functools.cache
 def random_rotation(size: int) -> torch.Tensor:
     """An orthogonal matrix, the same at every call, [size, size]."""
-    gaussian = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gaussian = torch.randn(size, size, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(0))
     return torch.linalg.qr(gaussian).Q.float()
