@@ -35,10 +35,15 @@ done
 scripts=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python}
 
-if ! problem=$("$python" -c "import torch, triton, kvsplice_hf.bench" 2>&1); then
-    echo "Something is not installed for $python (${problem##*$'\n'}): pip install -e '.[bench,gpu]'" >&2
-    exit 1
-fi
+require() {
+    local problem
+    if ! problem=$("$python" -c "import $1" 2>&1); then
+        echo "Something is not installed for $python (${problem##*$'\n'}): pip install -e '.[bench,gpu]'" >&2
+        exit 1
+    fi
+}
+
+require torch
 if [ -n "$dry_run" ]; then
     # Before anything imports Triton: functions that it has compiled and those of the interpreter do not mix.
     export TRITON_INTERPRET=1
@@ -56,6 +61,8 @@ else
     recipes=(stock "full rank" "rank R/2" "packed 4x")
     models=(v2-lite v3)
 fi
+
+require "triton, kvsplice_hf.bench"
 
 mkdir -p "$output"
 folder=$(mktemp -d "$output/gpu-check-$(date +%Y%m%d-%H%M%S)-XXXX")

@@ -1,5 +1,6 @@
 """The one command for a machine with a GPU: what it says without one, what it runs, and what it leaves behind."""
 
+import importlib
 import json
 import os
 import stat
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +51,6 @@ def folder_in(output: Path) -> Path:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so_in_one_sentence_and_measures_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="that it is missing would be said first")
     result = run("--output", str(tmp_path))
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
@@ -156,6 +157,22 @@ def test_a_kernel_that_disagrees_stands_out_and_ends_the_program_with_an_error(
     assert "| 5.0e-01 | 3e-02 | NO |" in printed.err
     assert f"| chosen | OutOfResources: shared memory | {NOT_MEASURED} |" in printed.err
     assert json.loads(printed.out.splitlines()[-1])["checks"] == [CHECK]
+
+
+@pytest.mark.parametrize(("target", "hip"), [("sm_90", None), ("gfx942", "7.0")])
+def test_a_device_is_compared_with_what_its_kernels_are_compiled_for(
+    target: str, hip: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="the kernels need triton, which is not installed")
+    device = importlib.import_module("kvsplice_hf.bench.kernels.device")
+    name = "NVIDIA H100 80GB HBM3" if hip is None else "gfx942:sramecc+:xnack-"
+    properties = SimpleNamespace(major=9, minor=0, gcnArchName=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(device, "limits_of", lambda where: device.TARGETS[target].limits)
+    found = device.describe("cuda")
+    assert found["target"] == target
+    assert found["limits"] == found["expected_limits"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -45,6 +45,8 @@ TARGETS = {
 }
 # Columns of Blackwell's tensor memory.
 TENSOR_MEMORY = 512
+# The release of Triton whose compiler the spills below are those of: the one that PyTorch 2.13 asks for.
+MEASURED_WITH = "3.7"
 # Bytes of a thread that may be spilled where nothing else is known: four numbers.
 SPILLED = 16
 # What is known to spill more of the attention kernel, by target, rows and bits of the products. (docs/kernels.md)

@@ -45,7 +45,9 @@ def describe(device: str) -> Row:
     row: Row = {"limits": limits._asdict()}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        name = getattr(properties, "gcnArchName", "").partition(":")[0] or f"sm_{properties.major}{properties.minor}"
+        name = f"sm_{properties.major}{properties.minor}"
+        if torch.version.hip is not None:  # on CUDA the attribute is the name of the device
+            name = properties.gcnArchName.partition(":")[0]
         expected = TARGETS[name].limits._asdict() if name in TARGETS else None
         row |= {"target": name, "expected_limits": expected}
     return row

@@ -42,7 +42,9 @@ def compiled_row(case: Case, target: str) -> Row:
     launch = case.launch(TARGETS[target].limits)
     found = resources_of(compile_launch(launch, TARGETS[target]))
     settings = launch.settings
-    sizes: Row = {name: settings[name] for name in ("BLOCK_M", "BLOCK_S", "num_warps", "num_stages") if name in settings}
+    sizes: Row = {
+        name: settings[name] for name in ("BLOCK_M", "BLOCK_S", "num_warps", "num_stages") if name in settings
+    }
     excesses = limit_excesses(found, target, spills_allowed(case, target))
     return {**case._asdict(), "target": target, "n": case.shape.row_dim, **sizes, **found._asdict(), "above": excesses}
 
