@@ -23,7 +23,7 @@ from kvsplice_hf.attend.triton.compilation import (  # noqa: E402
     limit_excesses,
 )
 from kvsplice_hf.bench.kernels.resources import compiled_anew, compiled_row, markdown_of, spills_allowed  # noqa: E402
-from kvsplice_hf.bench.kernels.shapes import KINDS, Case, cases, packed_codec, published, row_shapes  # noqa: E402
+from kvsplice_hf.bench.kernels.shapes import KINDS, WIDE, Case, cases, packed_codec, published, row_shapes  # noqa: E402
 from kvsplice_hf.errors import UnsupportedError  # noqa: E402
 
 
@@ -34,8 +34,9 @@ FLOATS = Case("attend", "mistral-4", "full rank", "float32", "decode")
 ODD = Case("attend", "smollm2-mla", "full rank", "bfloat16", "decode", biased=True)
 MERGE = Case("merge", "v2-lite", "full rank", "float32", "decode")
 PACK = Case("pack", "minicpm3", "packed", "bfloat16", "decode")
+WIDEST = Case("attend", WIDE, "full rank", "bfloat16", "prefill", biased=True)
 REPRESENTATIVES = {
-    "sm_80": (PACKED, PROMPT, ODD),
+    "sm_80": (PACKED, PROMPT, ODD, WIDEST),
     "sm_90": (NARROW, PROMPT, MERGE, PACK),
     "sm_100": (NARROW, PROMPT),
     "gfx942": (PACKED, FLOATS),

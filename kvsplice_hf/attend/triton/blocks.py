@@ -15,6 +15,8 @@ from kvsplice_hf.attend.triton.pieces import WIDEST, pieces_of
 _PROGRAMS_PER_PROCESSOR = 2
 # Fewer blocks of rows than this are not worth a split, whose result is written and read again.
 _BLOCKS_PER_SPLIT = 4
+# Wider rows leave 64 queries too little of shared memory and registers, and of the tensor memory of Blackwell.
+_WIDEST_FOR_64 = 576
 # What devices have that do not say, AMD's among them.
 _SHARED_MEMORY = 1 << 16
 
@@ -76,7 +78,7 @@ def choose_blocks(queries: int, n: int, dtype: torch.dtype, packed: bool, limits
     size, width = dtype.itemsize, sum(pieces_of(n))
     # Numbers that are read one by one, as those of rows at odd addresses, have an address each.
     needs_registers = packed or size == 4 or n % 16 > 0 or (limits.whole_operands and limits.lanes == 32)
-    tall = 16 if queries <= 16 or needs_registers else 64
+    tall = 16 if queries <= 16 or needs_registers or width > _WIDEST_FOR_64 else 64
     rows = 16 if packed or limits.whole_operands else 64 // size
     stages = 1 if packed else 2
     while _shared_memory(tall, rows, stages, width, size) > limits.shared_memory and tall + stages > 17:

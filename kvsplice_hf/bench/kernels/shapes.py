@@ -35,6 +35,8 @@ ROWS = 4096
 LONG_CONTEXT = 131072
 # For trying things out, and the only one that the interpreter is fast enough for.
 TINY = "tiny"
+# As wide as the widest rows of dots3_note, whose layers differ: to see that what is chosen for others fits there too.
+WIDE = "wide"
 # The most queries that kernels are given (`attend.choice`), and those of the tiny shape: so many tokens of a prompt.
 _MOST_QUERIES = 1024
 _TINY_QUERIES = 20
@@ -60,7 +62,7 @@ class RowShape(NamedTuple):
 @functools.cache
 def row_shapes() -> dict[str, RowShape]:
     """By the name of the geometry; that of MiniCPM3 is the default of its configuration class in transformers 5.24."""
-    shapes = {TINY: RowShape(3, 40, 16)}
+    shapes = {TINY: RowShape(3, 40, 16), WIDE: RowShape(64, 1024, 64)}
     for name, geometry in GEOMETRIES.items():
         config = geometry.config(layers=1)
         shapes[name] = RowShape(config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim)
@@ -70,7 +72,7 @@ def row_shapes() -> dict[str, RowShape]:
 @functools.cache
 def published() -> tuple[str, ...]:
     """Names of geometries, without those for trying things out."""
-    return tuple(name for name in row_shapes() if name not in (TINY, "mini"))
+    return tuple(name for name in row_shapes() if name not in (TINY, WIDE, "mini"))
 
 
 def calibrated_widths(shape: RowShape) -> torch.Tensor:
