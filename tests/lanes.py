@@ -14,7 +14,7 @@ from tiny_models import TINY_MODELS
 LANES = ("fast", "full", "slow")
 # A plain one; one with complex RoPE; one with a sparse-attention indexer; one that shares latents between layers.
 FAST_ARCHITECTURES = ("deepseek_v3", "deepseek_v2", "glm_moe_dsa", "mistral_large4")
-# Files of the fast lane. Their tests of other architectures, and those marked slow, are left to the full one.
+# Files of the fast lane. Their tests of other architectures, and those marked, are left to the full lane.
 FAST_FILES = (
     "test_absorbed",
     "test_checkpoint",
@@ -41,6 +41,8 @@ def is_in_lane(item: Any, lane: str) -> bool:
     slow = item.get_closest_marker("slow") is not None
     if lane != "fast":
         return slow == (lane == "slow")
+    if item.get_closest_marker("compiles") is not None:
+        return False
     values = item.callspec.params.values() if hasattr(item, "callspec") else ()
     named = [value for value in values if isinstance(value, str) and value in TINY_MODELS]
     return not slow and Path(item.fspath).stem in FAST_FILES and all(name in FAST_ARCHITECTURES for name in named)

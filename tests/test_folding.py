@@ -256,6 +256,7 @@ def test_weights_offloaded_by_accelerate_give_the_same_logits(merge_first: bool)
     assert all(torch.equal(*pair) for pair in zip(both_logits(model), expected, strict=True))
 
 
+@pytest.mark.compiles
 def test_compiled_models_trace_without_graph_breaks() -> None:
     model, (ids, _) = merge_kvsplice(spliced()), batch_for(NAME)
 

@@ -135,6 +135,7 @@ def test_gradients_reach_every_splice_and_checkpointing_does_not_change_them(nam
         torch.testing.assert_close(gradient, plain[key], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("attention", ["auto", "absorbed"])
 def test_compiled_models_trace_without_graph_breaks(attention: str) -> None:
     model = patch_model_with_kvsplice(build(NAME), KVSpliceConfig(rank=9, attention=attention, sink_tokens=2))

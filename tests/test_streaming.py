@@ -142,6 +142,7 @@ def test_decoding_never_holds_more_than_a_share_of_the_rows_unpacked(keys: int) 
     assert 0 < watch.bytes < stock / 16
 
 
+@pytest.mark.compiles
 def test_a_packed_static_cache_compiles_without_graph_breaks_and_only_once_for_all_steps() -> None:
     model = build("deepseek_v2")
     vocabulary = model.config.vocab_size

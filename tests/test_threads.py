@@ -191,6 +191,7 @@ def test_listeners_hear_of_the_calls_of_their_own_thread(checkpointing: bool) ->
     assert len(heard) == layers
 
 
+@pytest.mark.compiles
 def test_a_compiled_model_heeds_the_context_without_breaking_the_graph() -> None:
     model = make("half the rank")
     ids, mask = tiny_batch(NAME)
