@@ -20,12 +20,13 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvsplice_hf import ConfigError, cache_nbytes, splice_disabled
 from kvsplice_hf.bench.command_line import (
     DEMO,
     Budget,
+    ProgramParser,
     console,
     environment,
     finish,
@@ -170,7 +171,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         settings = settings_of(args)
         model, tokenizer = load_model(args.model, args.dtype)

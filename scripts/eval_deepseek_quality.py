@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.table import Table
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvsplice_hf import (
     KVSpliceConfig,
@@ -28,6 +28,7 @@ from kvsplice_hf import (
 from kvsplice_hf.bench.command_line import (
     DEMO,
     Calibration,
+    ProgramParser,
     calibrate,
     console,
     environment,
@@ -145,7 +146,7 @@ def draw(rows: list[dict[str, Any]], path: Any) -> None:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         model, tokenizer = load_model(args.model, args.dtype)
         texts = load_texts(args.dataset, "evaluation")

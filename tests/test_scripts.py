@@ -45,9 +45,14 @@ def test_decode_steps_of_every_recipe_are_measured_beside_stock(tmp_path: Path) 
     assert {"command", "machine", "torch", "transformers"} <= set(report)
 
 
-def test_a_wrong_argument_is_named() -> None:
-    with pytest.raises(ValueError, match="contxt"):
+def test_a_misspelt_option_is_named_with_the_one_that_was_meant() -> None:
+    with pytest.raises(SystemExit, match=r"unknown --contxt. Did you mean --contexts?\?"):
         run_program("measure/decode.py", "--contxt", "5")
+
+
+@pytest.mark.parametrize("program", sorted((ROOT / "scripts").rglob("*.py")), ids=lambda path: path.name)
+def test_every_program_parses_its_options_in_the_same_way(program: Path) -> None:
+    assert "HfArgumentParser" not in program.read_text("utf-8")
 
 
 @pytest.fixture(scope="module")

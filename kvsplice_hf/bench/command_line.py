@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +68,23 @@ class LoadedModel(NamedTuple):
 
     model: PreTrainedModel
     tokenizer: Any
+
+
+class ProgramParser(HfArgumentParser):
+    """`HfArgumentParser`, which says what an unknown option may have been meant to be, instead of a traceback."""
+
+    def parse_args_into_dataclasses(  # type: ignore[override]
+        self, args: Sequence[str] | None = None
+    ) -> tuple[Any, ...]:
+        """The dataclasses; the program ends with a message where an option is unknown."""
+        *found, rest = super().parse_args_into_dataclasses(args, return_remaining_strings=True)
+        unknown = [word for word in rest if word.startswith("-")] or rest
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            close = [option for word in unknown for option in get_close_matches(word, known, n=1, cutoff=0.75)]
+            meant = f" Did you mean {', '.join(close)}?" if close else ""
+            sys.exit(f"{self.prog}: unknown {', '.join(unknown)}.{meant} --help lists the options.")
+        return tuple(found)
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -146,7 +164,7 @@ def parse_with_config(kinds: Sequence[type], argv: list[str], **defaults: Any) -
     Raises:
         ConfigError: the file cannot be read, or holds a setting that nobody takes.
     """
-    parser = HfArgumentParser([DataClassType(kind) for kind in kinds])
+    parser = ProgramParser([DataClassType(kind) for kind in kinds])
     parser.set_defaults(**defaults)
     if "--config" in argv:
         at = argv.index("--config")
@@ -160,7 +178,7 @@ def parse_with_positional(kind: type, name: str, description: str) -> Any:
     argv = sys.argv[1:]
     if argv and not argv[0].startswith("-"):
         argv = [f"--{name}", *argv]
-    (args,) = HfArgumentParser(DataClassType(kind), description=description).parse_args_into_dataclasses(args=argv)
+    (args,) = ProgramParser(DataClassType(kind), description=description).parse_args_into_dataclasses(args=argv)
     return args
 
 

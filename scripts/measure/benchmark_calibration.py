@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from rich.table import Table
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from kvsplice_hf import ConfigError, KVSpliceCalibrator, KVSpliceConfig
 from kvsplice_hf.bench.command_line import (
     DEMO,
+    ProgramParser,
     console,
     environment,
     finish,
@@ -92,7 +92,7 @@ def table_of(report: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         require_known("metrics", args.metrics, METRICS)
         if args.rounds < 1:

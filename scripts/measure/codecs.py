@@ -20,11 +20,11 @@ import matplotlib
 import torch
 from rich.table import Table
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig
 from kvsplice_hf.bench.command_line import (
     DEMO,
+    ProgramParser,
     console,
     environment,
     finish,
@@ -229,7 +229,7 @@ def check(args: Arguments) -> None:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         check(args)
         comparison = CodecComparison(*load_model(args.model, args.dtype), args)

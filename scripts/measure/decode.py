@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 import torch
 from rich.table import Table
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvsplice_hf import cache_nbytes
 from kvsplice_hf.bench.bandwidth import copy_bandwidth, weight_bytes
-from kvsplice_hf.bench.command_line import console, readable_errors, results_folder
+from kvsplice_hf.bench.command_line import ProgramParser, console, readable_errors, results_folder
 from kvsplice_hf.bench.filled_caches import Filled, fill_all, rewind, step
 from kvsplice_hf.bench.grid import Row, ShapeArguments, add_decode_ratios, finish_grid, measured, new_rows, stock_of
 from kvsplice_hf.bench.grid_tables import draw, new_table, setting_cells, show, spread
@@ -124,7 +124,7 @@ def table_of(rows: list[Row]) -> Table:
 
 def main() -> None:
     with readable_errors():
-        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+        (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
         report = run(args)
     rows, folder = report["rows"], results_folder(args.output, "decode")
     show(table_of(rows), f"copying {args.bandwidth_mb} MB: {report['bandwidth_gb_s']:.1f} GB/s, read and written")

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import torch
 from rich.table import Table
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
-from kvsplice_hf.bench.command_line import DEMO, load_model, parse_dtype, readable_errors, results_folder
+from kvsplice_hf.bench.command_line import DEMO, ProgramParser, load_model, parse_dtype, readable_errors, results_folder
 from kvsplice_hf.bench.filled_caches import mask_of, padding_of
 from kvsplice_hf.bench.generating import TokenClock, run_generate
 from kvsplice_hf.bench.grid import (
@@ -130,7 +130,7 @@ def table_of(rows: list[Row]) -> Table:
 
 def main() -> None:
     with readable_errors():
-        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+        (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
         report = run(args)
     rows, folder = report["rows"], results_folder(args.output, "generation")
     show(table_of(rows))

@@ -18,11 +18,17 @@ from dataclasses import dataclass, field
 import torch
 import triton
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from kvsplice_hf.attend.triton.calls import interpreted
 from kvsplice_hf.bench.bandwidth import copy_bandwidth
-from kvsplice_hf.bench.command_line import environment, finish, readable_errors, require_known, results_folder
+from kvsplice_hf.bench.command_line import (
+    ProgramParser,
+    environment,
+    finish,
+    readable_errors,
+    require_known,
+    results_folder,
+)
 from kvsplice_hf.bench.kernels.device import Row, agreement_of, bandwidth_of, describe
 from kvsplice_hf.bench.kernels.shapes import DTYPES, KINDS, LONG_CONTEXT, ROWS, TINY, Case, cases, published
 from kvsplice_hf.bench.tables import NOT_MEASURED
@@ -110,7 +116,7 @@ def markdown_of(checks: list[Row], timings: list[Row]) -> str:
 
 def main() -> None:
     with readable_errors():
-        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+        (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     copy = copy_bandwidth(args.bandwidth_mb, args.device)
     checks = check_all(args)
     timings = time_all(args, copy)

@@ -21,9 +21,8 @@ from pathlib import Path
 
 import grimp
 import matplotlib
-from transformers import HfArgumentParser
 
-from kvsplice_hf.bench.command_line import console, readable_errors
+from kvsplice_hf.bench.command_line import ProgramParser, console, readable_errors
 
 
 matplotlib.use("Agg")
@@ -110,7 +109,7 @@ def draw(edges: dict[str, set[str]], path: Path) -> None:
 
 def main() -> None:
     """Draw the map and print what it shows."""
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     with tempfile.TemporaryDirectory() as folder:
         where = ROOT
         if args.revision is not None:

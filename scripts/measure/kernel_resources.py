@@ -15,10 +15,16 @@ from dataclasses import dataclass, field
 
 import triton
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from kvsplice_hf.attend.triton.compilation import TARGETS
-from kvsplice_hf.bench.command_line import environment, finish, readable_errors, require_known, results_folder
+from kvsplice_hf.bench.command_line import (
+    ProgramParser,
+    environment,
+    finish,
+    readable_errors,
+    require_known,
+    results_folder,
+)
 from kvsplice_hf.bench.kernels.resources import Row, compiled_anew, compiled_row, markdown_of
 from kvsplice_hf.bench.kernels.shapes import DTYPES, KERNELS, KINDS, cases, published
 
@@ -54,7 +60,7 @@ def compile_all(args: Arguments) -> list[Row]:
 
 def main() -> None:
     with readable_errors():
-        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+        (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
         rows = compile_all(args)
     folder = results_folder(args.output, "kernel-resources")
     table = markdown_of(rows, args.targets)

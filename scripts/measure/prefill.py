@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 from rich.table import Table
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
-from kvsplice_hf.bench.command_line import console, readable_errors, results_folder
+from kvsplice_hf.bench.command_line import ProgramParser, console, readable_errors, results_folder
 from kvsplice_hf.bench.filled_caches import Filled, padding_of, step
 from kvsplice_hf.bench.grid import Row, ShapeArguments, add_prefill_ratios, finish_grid, measured, new_rows
 from kvsplice_hf.bench.grid_tables import draw, new_table, setting_cells, show, spread
@@ -94,7 +94,7 @@ def table_of(rows: list[Row]) -> Table:
 
 def main() -> None:
     with readable_errors():
-        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+        (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
         report = run(args)
     rows, folder = report["rows"], results_folder(args.output, "prefill")
     show(table_of(rows))

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
-from kvsplice_hf.bench.command_line import readable_errors, results_folder
+from kvsplice_hf.bench.command_line import ProgramParser, readable_errors, results_folder
 from kvsplice_hf.bench.filled_caches import Filled, fill_all, step
 from kvsplice_hf.bench.grid import Row, ShapeArguments, by_setting, finish_grid, measured, new_rows
 from kvsplice_hf.bench.grid_tables import draw, show
@@ -91,7 +91,7 @@ def _table_of(batch: int, length: int, rows: list[Row], operators: int) -> Table
 
 def main() -> None:
     with readable_errors():
-        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+        (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
         report = run(args)
     rows, folder = report["rows"], results_folder(args.output, "profile_step")
     show(*tables_of(rows, args.operators))

@@ -21,10 +21,18 @@ import torch
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvsplice_hf import ConfigError
-from kvsplice_hf.bench.command_line import console, environment, finish, read_settings, readable_errors, results_folder
+from kvsplice_hf.bench.command_line import (
+    ProgramParser,
+    console,
+    environment,
+    finish,
+    read_settings,
+    readable_errors,
+    results_folder,
+)
 from kvsplice_hf.bench.pretraining.run import KINDS
 from kvsplice_hf.bench.pretraining.training import ModelArguments, build_model
 from kvsplice_hf.bench.tables import ratio
@@ -169,7 +177,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()
     with readable_errors():
         if args.steps <= _WARM_UP:
             raise ConfigError(f"--steps is {args.steps}; the first {_WARM_UP} do not count, so it must be above that.")

@@ -24,12 +24,13 @@ from typing import Any, TypeVar
 import matplotlib
 from rich.table import Table
 from tqdm import tqdm
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvsplice_hf import get_kv_cache_size
 from kvsplice_hf.bench.command_line import (
     DEMO,
     Budget,
+    ProgramParser,
     console,
     environment,
     finish,
@@ -220,7 +221,7 @@ def run(args: Arguments) -> dict[str, Any]:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         report = run(args)
     folder = results_folder(args.output, "retrieval")

@@ -11,10 +11,8 @@ object.
 import json
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
 from kvsplice_hf import cache_nbytes
-from kvsplice_hf.bench.command_line import readable_errors, results_folder
+from kvsplice_hf.bench.command_line import ProgramParser, readable_errors, results_folder
 from kvsplice_hf.bench.filled_caches import fill, step
 from kvsplice_hf.bench.grid import Row, finish_grid
 from kvsplice_hf.bench.grid_tables import draw, show
@@ -77,7 +75,7 @@ def peak_of(name: str, batch: int, length: int, args: Arguments) -> Row:
 
 def main() -> None:
     with readable_errors():
-        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+        (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
         if args.only is not None:  # a process that `measured_apart` started
             print(json.dumps(peak_of(args.only, *args.settings[0], args)))
             return

@@ -18,11 +18,11 @@ from unittest import mock
 
 import torch
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig
 from kvsplice_hf.bench.command_line import (
     DEMO,
+    ProgramParser,
     console,
     environment,
     finish,
@@ -239,7 +239,7 @@ def table_of(rows: list[Row], texts: list[str]) -> Table:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         require_known("rows", args.rows, PARTS)
         ablation = Ablation(*load_model(args.model, args.dtype), args)

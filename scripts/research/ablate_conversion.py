@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvsplice_hf.bench.command_line import (
     DEMO,
     LoadedModel,
+    ProgramParser,
     console,
     environment,
     finish,
@@ -219,7 +220,7 @@ def table_of(name: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     unknown = sorted(set(args.tables) - set(TABLES))
     if unknown:
         sys.exit(f"--tables has {', '.join(unknown)}; it takes {', '.join(TABLES)}.")

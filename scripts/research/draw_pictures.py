@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from transformers import HfArgumentParser
+
+from kvsplice_hf.bench.command_line import ProgramParser
 
 
 matplotlib.use("Agg")
@@ -169,7 +170,7 @@ def save(figure: Any, path: Path) -> str:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     data, output = Path(args.data), Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     pictures = {"how_it_works": draw_overview()}

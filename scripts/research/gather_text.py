@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from transformers import HfArgumentParser
 
 from kvsplice_hf import ConfigError
-from kvsplice_hf.bench.command_line import console, readable_errors, require_known
+from kvsplice_hf.bench.command_line import ProgramParser, console, readable_errors, require_known
 from kvsplice_hf.bench.pretraining.data import DOCUMENT_BREAK
 from kvsplice_hf.bench.pretraining.text_sources import SHORT, SOURCES, NotFetched
 
@@ -119,7 +118,7 @@ def run(args: Arguments) -> dict[str, Any]:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         report = run(args)
     table = Table("source", "MB", "documents", "licence")

@@ -17,12 +17,13 @@ import torch
 from datasets import Dataset
 from rich.table import Table
 from torch.nn import functional as F
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvsplice_hf import KVSpliceConfig, load_kvsplice, patch_model_with_kvsplice, save_kvsplice, unpatch_model
 from kvsplice_hf.bench.command_line import (
     DEMO,
     Calibration,
+    ProgramParser,
     calibrate,
     console,
     environment,
@@ -140,7 +141,7 @@ def table_of(found: list[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         found = list(rows(*load_model(args.model, args.dtype), args))
     console().print(table_of(found))

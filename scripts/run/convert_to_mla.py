@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvsplice_hf import cache_nbytes
 from kvsplice_hf.bench.cache_size import filled_cache
-from kvsplice_hf.bench.command_line import console, environment, readable_errors
+from kvsplice_hf.bench.command_line import ProgramParser, console, environment, readable_errors
 from kvsplice_hf.bench.conversion import compare, load_original
 from kvsplice_hf.bench.tables import ratio
 from kvsplice_hf.bench.texts import spread_windows
@@ -108,7 +108,7 @@ def summary(report: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SystemExit(

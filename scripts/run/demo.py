@@ -16,12 +16,13 @@ import torch
 from rich.columns import Columns
 from rich.panel import Panel
 from rich.table import Table
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvsplice_hf import cache_nbytes, get_kv_cache_size, splice_disabled
 from kvsplice_hf.bench.command_line import (
     DEMO,
     Budget,
+    ProgramParser,
     console,
     environment,
     finish,
@@ -121,7 +122,7 @@ def run(args: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         report, texts = run(args)
     console().print(Panel(args.prompt, title="prompt"))

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.table import Table
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvsplice_hf import ConfigError, LearnedKVSplice, load_kvsplice, save_kvsplice
-from kvsplice_hf.bench.command_line import console, environment, load_model, readable_errors
+from kvsplice_hf.bench.command_line import ProgramParser, console, environment, load_model, readable_errors
 from kvsplice_hf.bench.tables import NOT_FINITE, number
 from kvsplice_hf.code.files import CONFIG_NAME
 from kvsplice_hf.manage.loading import read_splices
@@ -141,7 +141,7 @@ def spread(found: dict[str, float] | None) -> str:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         check(args)
         splices = read_splices(args.splice)
