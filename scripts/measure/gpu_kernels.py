@@ -14,12 +14,11 @@ Markdown, on stderr and in the folder of the results. The last line of stdout is
 import itertools
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import torch
-import triton
 from tqdm import tqdm
 
-from kvsplice_hf.attend.triton.calls import interpreted
 from kvsplice_hf.bench.bandwidth import copy_bandwidth
 from kvsplice_hf.bench.command_line import (
     ProgramParser,
@@ -29,7 +28,7 @@ from kvsplice_hf.bench.command_line import (
     require_known,
     results_folder,
 )
-from kvsplice_hf.bench.kernels.device import Row, agreement_of, bandwidth_of, describe
+from kvsplice_hf.bench.kernels.device import Row, agreement_of, bandwidth_of, describe, interpreted
 from kvsplice_hf.bench.kernels.shapes import DTYPES, KINDS, LONG_CONTEXT, ROWS, TINY, Case, cases, published
 from kvsplice_hf.bench.tables import NOT_MEASURED
 from kvsplice_hf.errors import UnsupportedError
@@ -126,7 +125,7 @@ def main() -> None:
     (folder / "table.md").write_text(text, encoding="utf-8")
     print(text, file=sys.stderr)
     where = environment(args)
-    where["versions"]["triton"] = triton.__version__
+    where["versions"]["triton"] = version("triton")
     report = {"device": describe(args.device), "copy_gb_s": copy / 1e9, "checks": checks, "timings": timings}
     finish({**report, **where}, folder)
     wrong = [row for row in checks if not row["agrees"]]

@@ -12,11 +12,10 @@ Markdown, on stderr and in the folder of the results. The last line of stdout is
 import itertools
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
-import triton
 from tqdm import tqdm
 
-from kvsplice_hf.attend.triton.compilation import TARGETS
 from kvsplice_hf.bench.command_line import (
     ProgramParser,
     environment,
@@ -25,7 +24,7 @@ from kvsplice_hf.bench.command_line import (
     require_known,
     results_folder,
 )
-from kvsplice_hf.bench.kernels.resources import Row, compiled_anew, compiled_row, markdown_of
+from kvsplice_hf.bench.kernels.resources import TARGETS, Row, compiled_anew, compiled_row, markdown_of
 from kvsplice_hf.bench.kernels.shapes import DTYPES, KERNELS, KINDS, cases, published
 
 
@@ -67,7 +66,7 @@ def main() -> None:
     (folder / "table.md").write_text(table, encoding="utf-8")
     print(table, file=sys.stderr)
     where = environment(args)
-    where["versions"]["triton"] = triton.__version__
+    where["versions"]["triton"] = version("triton")
     finish({"rows": rows, **where}, folder)
     above = [f"{row['target']}, {row['kernel']}, {row['geometry']}, {row['kind']}" for row in rows if row["above"]]
     if above:

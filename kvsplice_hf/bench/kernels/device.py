@@ -11,6 +11,7 @@ import triton
 from kvsplice_hf.attend import reference
 from kvsplice_hf.attend.triton import calls
 from kvsplice_hf.attend.triton.blocks import Blocks, limits_of
+from kvsplice_hf.attend.triton.calls import interpreted as interpreted  # for the programs that use this module
 from kvsplice_hf.attend.triton.compilation import TARGETS
 from kvsplice_hf.attend.triton.launch import Problem, attend_launch, splits_for
 from kvsplice_hf.bench.kernels.shapes import DTYPES, Case, packed_codec
