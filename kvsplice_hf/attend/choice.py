@@ -130,11 +130,10 @@ def _backend_for(operation: str, tensors: Sequence[torch.Tensor], codec: Codec |
     """The backend that serves a call with these tensors, or None where PyTorch does."""
     if torch.compiler.is_compiling():  # before anything that dynamo would have to look into
         return None
-    found = tensors if codec is None else (*tensors, *codec.steps)
-    backend = claiming(found)
+    backend = claiming(tensors)
     if backend is None or operation not in backend.operations:
         return None
-    return backend if _refusal_of(backend, found, codec) is None else None
+    return backend if _refusal_of(backend, tensors, codec) is None else None
 
 
 def claiming(tensors: Sequence[torch.Tensor]) -> Backend | None:
@@ -153,6 +152,8 @@ def _refusal_of(backend: Backend, tensors: Sequence[torch.Tensor], codec: Codec 
         return "KVSPLICE_KERNELS=torch leaves the kernels out"
     if torch.compiler.is_compiling():
         return "inside torch.compile PyTorch serves"
+    if codec is not None:
+        tensors = (*tensors, *codec.steps)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "gradients are on, and the kernels have none: run under torch.no_grad()"
     if codec is not None and codec.kind not in backend.codecs:

@@ -10,7 +10,7 @@ Legend: `B` batch, `M` query rows (heads times queries, all reading the same row
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -108,10 +108,23 @@ def attend_rows(
         scaling: factor on the scores, before the bias.
         dropout: probability of dropping a weight.
     """
+    size = _MAX_SCORES // (query.shape[0] * query.shape[1])
+    blocks = ((block, rows[:, block]) for block in _blocks(rows.shape[1], size))
+    return _attend_blocks(query, blocks, value_dim, bias, scaling, dropout)
+
+
+def _attend_blocks(
+    query: torch.Tensor,
+    blocks: Iterable[tuple[slice, torch.Tensor]],
+    value_dim: int,
+    bias: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> Attended:
+    """`attend_rows` over rows of numbers that come block by block, [B, s, n] each."""
     running = _Running(dropout)
     turned = query.transpose(1, 2)
-    for block in _blocks(rows.shape[1], _MAX_SCORES // (query.shape[0] * query.shape[1])):
-        part = rows[:, block]
+    for block, part in blocks:
         # This way round and back: the long side first is what the CPU's matrix product is fastest at.
         scores = (part @ turned).transpose(1, 2).float() * scaling
         running.add(_biased(scores, bias, block), functools.partial(_mix_rows, part[..., :value_dim]))
@@ -175,14 +188,10 @@ def attend_unpacked(
     dropout: float = 0.0,
 ) -> Attended:
     """Attention over rows of any codec, a block of rows unpacked at a time. Arguments as in `attend_packed`."""
-    running, turned = _Running(dropout), query.float().transpose(1, 2)
     batch, rows = packed.shape[:2]
     size = min(_MAX_UNPACKED // (batch * codec.row_dim + 1), _MAX_SCORES // (batch * query.shape[1]))
-    for block in _blocks(rows, size):
-        part = codec.unpack(packed[:, block])
-        scores = (part @ turned).transpose(1, 2) * scaling
-        running.add(_biased(scores, bias, block), functools.partial(_mix_rows, part[..., :value_dim]))
-    return running.result()
+    blocks = ((block, codec.unpack(packed[:, block])) for block in _blocks(rows, size))
+    return _attend_blocks(query.float(), blocks, value_dim, bias, scaling, dropout)
 
 
 def _mix_columns(columns: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,13 @@ def padding_of(batch: int, length: int, device: torch.device) -> torch.Tensor:
     return torch.linspace(0, length // 2, batch, dtype=torch.float32, device=device).long()
 
 
+def prompt_mask(batch: int, length: int, padded: bool, device: torch.device) -> torch.Tensor:
+    """The attention mask of prompts, int64 [B, length]: all of it real, or padded on the left by `padding_of`."""
+    if padded:
+        return mask_of(padding_of(batch, length, device), length)
+    return torch.ones(batch, length, dtype=torch.int64, device=device)
+
+
 def mask_of(padding: torch.Tensor, length: int) -> torch.Tensor:
     """The attention mask of sequences with this left padding [B], int64 [B, length]."""
     return (torch.arange(length, dtype=torch.int64, device=padding.device) >= padding[:, None]).long()

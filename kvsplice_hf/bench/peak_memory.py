@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,11 +81,15 @@ def _release() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def measured_apart(args: PeakArguments) -> list[Row]:
+def measured_apart(args: PeakArguments, measure: Callable[[str, int, int], Row]) -> list[Row] | None:
     """A row per setting and recipe, each from a process of its own: this program again, with `--only`.
 
-    Such a process prints its figures as its last line of stdout.
+    In such a process `measure` (of recipe, batch and context) gives the figures. They are printed as its last line of
+    stdout, and there are no rows.
     """
+    if args.only is not None:
+        print(json.dumps(measure(args.only, *args.settings[0])))
+        return None
     rows = []
     jobs = [(*setting, name) for setting in args.settings for name in args.recipes]
     for batch, length, name in tqdm(jobs, desc="peak memory", file=sys.stderr):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvsplice_hf.patch.families import AttentionSite
-from kvsplice_hf.weights.offload import read_parameter
+from kvsplice_hf.weights.offload import persistent_names, read_parameter
 
 
 _PREFIX = "all-weights"
@@ -73,20 +73,11 @@ def _decoder_of(model: nn.Module, module: nn.Module) -> nn.Module:
 def _digest(model: nn.Module, left_out: set[int]) -> str:
     """Of the weights of all modules but those left out; empty where there are none."""
     digest, seen = hashlib.sha256(), False
-    for module, name in _weights(model, left_out):
-        digest.update(_content(module, name))
-        seen = True
+    for _, module, name in persistent_names(model):
+        if id(module) not in left_out:
+            digest.update(_content(module, name))
+            seen = True
     return digest.hexdigest() if seen else ""
-
-
-def _weights(model: nn.Module, left_out: set[int]) -> Iterator[tuple[nn.Module, str]]:
-    for module in model.modules():
-        if id(module) in left_out:
-            continue
-        tensors: dict[str, Any] = {**module._parameters, **module._buffers}
-        for name, tensor in tensors.items():
-            if tensor is not None and name not in module._non_persistent_buffers_set:
-                yield module, name
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from kvsplice_hf.code.codecs import Codec, register_codec
 from kvsplice_hf.code.fields import BIT_FIELDS, BitField, as_bf16, as_bytes, join_fields, pieces_of, split_fields
 from kvsplice_hf.code.levels import BEND, reaches_of, sinh_, unit_levels
 from kvsplice_hf.code.widths import check_steps, row_bytes
+from kvsplice_hf.config import DEFAULT_CODEC
 from kvsplice_hf.errors import ConfigError
 
 
@@ -62,7 +63,7 @@ class RowCodec(Codec):
         torch.Size([2, 1, 7, 3])
     """
 
-    kind = "rows"
+    kind = DEFAULT_CODEC
     saved = ("widths", "scales", "centres", "sigmas")
     fitted_together = True
 

@@ -110,9 +110,10 @@ def _explain_layer(site: AttentionSite, state: SitePatch, tokens: int) -> LayerP
     reason = absorbed_refusal(site.module, state, 1, tokens) or _gradients_of_packed(site, state)
     if reason is not None:
         return path(EXPANDED, prefill, {"codes": reason})
-    backend = choice.claiming(list(_tensors_of_a_step(site, state)))
+    tensors = list(_tensors_of_a_step(site, state))
+    backend = choice.claiming(tensors)
     kernel = "any kernel" if backend is None else backend.name
-    reason = _kernel_refusal(site, state)
+    reason = choice.refusal(tensors, state.splice.codec) or _given_up()
     if reason is not None:
         return path("PyTorch", prefill, {kernel: reason})
     return path(kernel, prefill, {})
@@ -125,25 +126,21 @@ def _gradients_of_packed(site: AttentionSite, state: SitePatch) -> str | None:
     return "gradients are on, and packed rows have none: run under torch.no_grad()"
 
 
-def _kernel_refusal(site: AttentionSite, state: SitePatch) -> str | None:
-    reason = choice.refusal(list(_tensors_of_a_step(site, state)), state.splice.codec)
-    if reason is not None:
-        return reason
+def _given_up() -> str | None:
+    """What of a step kernels were given up for in this process, and why."""
     given_up = [f"{kind}: {verdict}" for kind, verdict in choice.verdicts().items() if verdict != "serves"]
     mine = [line for line in given_up if line.startswith(("decode", "attend"))]
     return f"given up in this process for {'; '.join(mine)}" if mine else None
 
 
 def _tensors_of_a_step(site: AttentionSite, state: SitePatch) -> Iterator[torch.Tensor]:
-    """What a step hands to the kernels: a query and rows as the model makes them, weights as they are."""
+    """What a step hands to the kernels, but for the codec: a query and rows as the model makes them, and weights."""
     device, splice = execution_device(site.module.kv_b_proj), state.splice
     row_dtype = state.geometry.row_dtype(site.dtype)
     trained = any(_requires_gradients(site.module))
     yield torch.empty(1, 1, dtype=site.dtype, device=device, requires_grad=trained)
     yield torch.empty(1, 1, dtype=row_dtype, device=device)
     yield from (tensor for tensor in splice.weights() if tensor is not None)
-    if splice.codec is not None:
-        yield from splice.codec.steps
 
 
 def _requires_gradients(module: Any) -> Iterator[bool]:

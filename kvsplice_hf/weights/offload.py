@@ -83,7 +83,7 @@ def read_all(module: nn.Module) -> dict[str, torch.Tensor]:
     Raises:
         ConfigError: as `read_parameter`.
     """
-    return {name: read_parameter(owner, own_name) for name, owner, own_name in _persistent_names(module)}
+    return {name: read_parameter(owner, own_name) for name, owner, own_name in persistent_names(module)}
 
 
 def write_all(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
@@ -92,7 +92,7 @@ def write_all(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     Raises:
         ConfigError: as `write_parameter`; or values are missing.
     """
-    names = list(_persistent_names(module))
+    names = list(persistent_names(module))
     missing = sorted({name for name, _, _ in names} - set(values))
     if missing:
         raise ConfigError(f"There are no values for {missing} of a {type(module).__name__}.")
@@ -100,7 +100,7 @@ def write_all(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
         write_parameter(owner, own_name, values[name])
 
 
-def _persistent_names(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def persistent_names(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Name, owner and name within the owner of each parameter and saved buffer."""
     for path, owner in module.named_modules():
         unsaved = owner._non_persistent_buffers_set

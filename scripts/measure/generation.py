@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from kvsplice_hf.bench.command_line import DEMO, ProgramParser, load_model, parse_dtype, readable_errors, results_folder
-from kvsplice_hf.bench.filled_caches import mask_of, padding_of
+from kvsplice_hf.bench.filled_caches import prompt_mask
 from kvsplice_hf.bench.generating import TokenClock, run_generate
 from kvsplice_hf.bench.grid import (
     GridArguments,
@@ -89,8 +89,7 @@ def measure(
     """A row per recipe: seconds of the prefill and of one token after it, in each repeat."""
     names = list(models)
     prompt = random_tokens(models[names[0]], batch, length)
-    padding = padding_of(batch, length, prompt.device) if args.padded else torch.zeros(batch, device=prompt.device)
-    mask = mask_of(padding, length)
+    mask = prompt_mask(batch, length, args.padded, prompt.device)
     rows = new_rows(names, batch, length)
     for row in rows.values():
         row |= {"decode_s": [], "prefill_s": []}

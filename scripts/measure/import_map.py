@@ -17,6 +17,7 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import grimp
@@ -71,13 +72,10 @@ def floors_of(edges: dict[str, set[str]]) -> dict[str, int]:
 
 def has_circle(edges: dict[str, set[str]]) -> bool:
     """Whether some box uses itself by way of others."""
-    left = {box: set(used) for box, used in edges.items()}
-    while left:
-        free = [box for box, used in left.items() if not used & left.keys()]
-        if not free:
-            return True
-        for box in free:
-            del left[box]
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError:
+        return True
     return False
 
 

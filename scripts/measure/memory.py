@@ -7,13 +7,11 @@ model takes is not counted. The last line of stdout is one JSON object.
     python scripts/measure/memory.py --recipes stock "full rank" "rank R/2" "packed 4x"
 """
 
-import json
+import functools
 from dataclasses import dataclass, field
 
-import torch
-
 from kvsplice_hf.bench.command_line import ProgramParser, readable_errors, results_folder
-from kvsplice_hf.bench.filled_caches import mask_of, padding_of
+from kvsplice_hf.bench.filled_caches import prompt_mask
 from kvsplice_hf.bench.generating import run_generate
 from kvsplice_hf.bench.grid import Row, finish_grid
 from kvsplice_hf.bench.grid_tables import draw, show
@@ -35,7 +33,7 @@ class Arguments(PeakArguments):
     )
 
 
-def peak_of(name: str, batch: int, length: int, args: Arguments) -> Row:
+def peak_of(args: Arguments, name: str, batch: int, length: int) -> Row:
     """Peak bytes of prefill and decode of one recipe, above what the loaded model takes.
 
     Raises:
@@ -47,8 +45,7 @@ def peak_of(name: str, batch: int, length: int, args: Arguments) -> Row:
     if reason is not None:
         raise ConfigError(reason)
     prompt = random_tokens(model, batch, length)
-    padding = padding_of(batch, length, model.device) if args.padded else torch.zeros(batch, device=model.device)
-    mask = mask_of(padding, length)
+    mask = prompt_mask(batch, length, args.padded, model.device)
     before = reset_peak(args.device)
     run_generate(model, recipe, prompt, mask, args.memory_steps)
     return {"peak_bytes": read_peak(args.device) - before}
@@ -57,10 +54,9 @@ def peak_of(name: str, batch: int, length: int, args: Arguments) -> Row:
 def main() -> None:
     with readable_errors():
         (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
-        if args.only is not None:  # a process that `measured_apart` started
-            print(json.dumps(peak_of(args.only, *args.settings[0], args)))
-            return
-        rows = measured_apart(args)
+        rows = measured_apart(args, functools.partial(peak_of, args))
+    if rows is None:
+        return
     folder = results_folder(args.output, "memory")
     show(memory_table(rows, {"peak_bytes": _COLUMN}, "peak_bytes"))
     draw(rows, lambda row: row["peak_bytes"] / 1e6, _COLUMN, folder / "peak_memory.png")

@@ -8,7 +8,7 @@ object.
     python scripts/measure/step_memory.py --recipes stock "rank R/2" "packed 4x" --contexts 16384
 """
 
-import json
+import functools
 from dataclasses import dataclass, field
 
 from kvsplice_hf import cache_nbytes
@@ -41,7 +41,7 @@ class Arguments(PeakArguments):
     )
 
 
-def peak_of(name: str, batch: int, length: int, args: Arguments) -> Row:
+def peak_of(args: Arguments, name: str, batch: int, length: int) -> Row:
     """Peak bytes of decode steps of one recipe, above what they find: model and filled cache.
 
     The first step is kept apart. It holds what happens once: buffers of libraries, and where ours are concerned the
@@ -76,10 +76,9 @@ def peak_of(name: str, batch: int, length: int, args: Arguments) -> Row:
 def main() -> None:
     with readable_errors():
         (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
-        if args.only is not None:  # a process that `measured_apart` started
-            print(json.dumps(peak_of(args.only, *args.settings[0], args)))
-            return
-        rows = measured_apart(args)
+        rows = measured_apart(args, functools.partial(peak_of, args))
+    if rows is None:
+        return
     folder = results_folder(args.output, "step_memory")
     show(memory_table(rows, _COLUMNS, "total_bytes"))
     draw(rows, lambda row: row["total_bytes"] / 1e6, "cache and temporaries (MB)", folder / "decode_memory.png")
