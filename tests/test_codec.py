@@ -58,7 +58,7 @@ def test_packing_and_unpacking_are_exact_inverses_on_codes(widths: list[int], sh
 def test_columns_hold_the_numbers_of_the_rows(widths: list[int], gained: int | None) -> None:
     codec = make(widths, gained)
     packed = codec.pack(rows_for(codec, (2, 9)))
-    columns, gains = codec.read_columns(packed)
+    columns, gains, _ = codec.read_columns(packed)
     assert columns.shape == (2, len(codec.column_index), 9)
     assert (gains is None) == (len(codec.sigmas) == 0)
     factors = torch.ones_like(columns)

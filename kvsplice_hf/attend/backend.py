@@ -15,6 +15,7 @@ import torch
 
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.keys import KeyWeights
 from kvsplice_hf.code.projection import SpliceWeights
 
 
@@ -30,12 +31,39 @@ class Attended(NamedTuple):
     lse: torch.Tensor
 
 
+class CodedKeys(NamedTuple):
+    """How to read the keys of packed rows that were coded before their rotation (`code.keys`).
+
+    A row is `[code | key code]`, r + p numbers; its rotated key is `R(slot) (expand @ key_code + mean)`, P numbers.
+    R turns the two numbers (a, b) of pair f into `(a c - b s, a s + b c)`, with c = `table[f, slot]` and
+    s = `table[F + f, slot]`.
+
+    Attributes:
+        expand: [P, p], float32 or bf16.
+        mean: [P], float32 or bf16.
+        pairs: int64 [3, F], F = P / 2: index of the two numbers of each pair, and a line that is not read here.
+        table: bf16 [2 F, slots], each line side by side.
+        slots: int32 [B, S], of each stored row.
+    """
+
+    expand: torch.Tensor
+    mean: torch.Tensor
+    pairs: torch.Tensor
+    table: torch.Tensor
+    slots: torch.Tensor
+
+    def turns(self, block: slice = slice(None)) -> torch.Tensor:
+        """Cosines and sines of some rows, line by line: bf16 [2 F, B, s]."""
+        return self.table[:, self.slots[:, block].long()]
+
+
 class Step(NamedTuple):
     """A decode step of one layer: one new query per sequence and head, and what it attends to.
 
     Attributes:
         query: [B, H, 1, N + P], the last P numbers rotated.
         rows: the stored rows, [B, 1, S, r + P], or packed [B, 1, S, row_bytes].
+        keys: how the keys in packed rows are read, where they were coded before their rotation; or None.
         codec: of the rows, or None where they are numbers.
         weight: that of `kv_b_proj`, [H * (N + V), R].
         v_dim: V.
@@ -58,11 +86,13 @@ class Step(NamedTuple):
     bias: torch.Tensor | None
     sinks: torch.Tensor | None
     scaling: float
+    keys: CodedKeys | None = None
 
     @property
     def numbers(self) -> list[torch.Tensor]:
         """All tensors but the positions."""
-        given = (self.query, self.rows, self.weight, self.exact, self.bias, self.sinks, *self.projection)
+        keys = () if self.keys is None else (self.keys.expand, self.keys.mean)
+        given = (self.query, self.rows, self.weight, self.exact, self.bias, self.sinks, *self.projection, *keys)
         return [tensor for tensor in given if tensor is not None]
 
 
@@ -72,12 +102,14 @@ class Backend(ABC):
     Attributes:
         name: in messages, and in the tables of `explain`.
         operations: which of the methods below it has: "attend", "decode", "encode", "pack". PyTorch does the others.
+        reads_coded_keys: whether those methods take keys that were coded before their rotation.
         codecs: the kinds of codec whose rows it reads and writes.
     """
 
     name: ClassVar[str]
     operations: ClassVar[frozenset[str]]
     codecs: ClassVar[frozenset[str]] = frozenset({RowCodec.kind})
+    reads_coded_keys: ClassVar[bool] = False
 
     @abstractmethod
     def claims(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -96,6 +128,7 @@ class Backend(ABC):
         bias: torch.Tensor | None,
         *,
         scaling: float,
+        keys: CodedKeys | None = None,
     ) -> Attended:
         """Attention over stored rows; arguments as in `choice.attend`, but bias float32 [B or 1, T or 1, S]."""
         raise NotImplementedError
@@ -105,9 +138,18 @@ class Backend(ABC):
         raise NotImplementedError
 
     def encode(
-        self, latent: torch.Tensor, k_rot: torch.Tensor, weights: SpliceWeights, codec: Codec | None
+        self,
+        latent: torch.Tensor,
+        k_rot: torch.Tensor,
+        weights: SpliceWeights,
+        codec: Codec | None,
+        keys: KeyWeights | None = None,
+        turns: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The rows of latents [..., R] and rotated keys [..., P]: what `LearnedKVSplice.rows` gives."""
+        """The rows of latents [B, 1, T, R] and rotated keys [B, 1, T, P]: what `LearnedKVSplice.rows` gives.
+
+        Where keys are coded before their rotation, with `keys`, and turns bf16 [B or 1, 1, T, 2 F].
+        """
         raise NotImplementedError
 
     def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:

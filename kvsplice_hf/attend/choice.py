@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kvsplice_hf.attend import reference
-from kvsplice_hf.attend.backend import Attended, Backend, Step
+from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, Step
 from kvsplice_hf.attend.native.backend import NativeBackend
 from kvsplice_hf.attend.triton.backend import TritonBackend
 from kvsplice_hf.code.codecs import Codec
@@ -52,6 +52,7 @@ def attend(
     *,
     scaling: float,
     dropout: float = 0.0,
+    keys: CodedKeys | None = None,
 ) -> Attended:
     """Attention over stored rows.
 
@@ -60,20 +61,24 @@ def attend(
         rows: [B, S, n], or packed uint8 [B, S, row_bytes] of `codec`.
         codec: None where rows are numbers.
         value_dim, bias, scaling, dropout: as in `reference.attend_rows`.
+        keys: how the keys of packed rows are read, where they were coded before their rotation.
     """
 
     def by_torch() -> Attended:
-        return reference.attend(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout)
+        return reference.attend(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout, keys=keys)
 
-    backend = None if dropout or query.shape[1] > _MOST_QUERIES else _backend_for("attend", (query, rows), codec)
+    given = (query, rows) if keys is None else (query, rows, keys.expand, keys.mean)
+    wanted = None if dropout or query.shape[1] > _MOST_QUERIES else "attend"
+    backend = None if wanted is None else _backend_for(wanted, given, codec, coded_keys=keys is not None)
     if backend is None:
         return by_torch()
 
     def by_kernel() -> Attended:
         of_queries = None if bias is None else bias[:, 0]
-        return backend.attend(query, rows, codec, value_dim, of_queries, scaling=scaling)
+        return backend.attend(query, rows, codec, value_dim, of_queries, scaling=scaling, keys=keys)
 
-    kind = ("attend", codec is None, bias is None, query.dtype, rows.dtype, query.device, backend.name)
+    given = (codec is None, bias is None, query.dtype, rows.dtype, query.device, _coded(keys is not None))
+    kind = ("attend", *given, backend.name)
     return _either(kind, by_kernel, by_torch, _attend_alike)
 
 
@@ -82,16 +87,23 @@ def decode(step: Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
 
     In one call where a backend serves that, by `by_torch` anywhere else.
     """
-    backend = _backend_for("decode", step.numbers, step.codec)
+    backend = _backend_for("decode", step.numbers, step.codec, coded_keys=step.keys is not None)
     if backend is None:
         return by_torch()
     given = (step.codec is None, step.bias is None, step.exact is None, step.query.dtype, step.rows.dtype)
-    kind = ("decode", *given, backend.name)
+    kind = ("decode", *given, _coded(step.keys is not None), backend.name)
     return _either(kind, lambda: backend.decode(step).to(step.query.dtype), by_torch, _numbers_alike)
 
 
-def encode(splice: LearnedKVSplice, latent: torch.Tensor, k_rot: torch.Tensor) -> torch.Tensor:
-    """`splice.rows(latent, k_rot)`: the rows that a cache stores of latents [..., R] and rotated keys [..., P].
+def encode(
+    splice: LearnedKVSplice, latent: torch.Tensor, k_rot: torch.Tensor, turns: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`splice.rows(latent, k_rot, turns)`: the rows that a cache stores.
+
+    Args:
+        splice: the projection.
+        latent, k_rot: latents [B, 1, T, R] and rotated keys [B, 1, T, P].
+        turns: bf16 [B or 1, 1, T, 2 F], where keys are coded before their rotation.
 
     Raises:
         UnsupportedError: as `LearnedKVSplice.rows`.
@@ -100,21 +112,24 @@ def encode(splice: LearnedKVSplice, latent: torch.Tensor, k_rot: torch.Tensor) -
     codec = splice.codec
 
     def by_torch() -> torch.Tensor:
-        rows = splice.numbers_to_store(latent, k_rot)
+        rows = splice.numbers_to_store(latent, k_rot, turns)
         return rows if codec is None else pack(rows, codec)
 
     if splice.code_norm is not None or latent.numel() > _MOST_TOKENS * latent.shape[-1]:
         return by_torch()
-    weights = splice.weights()
+    weights, keys = splice.weights(), None if splice.keys is None else splice.keys.weights()
     given = [latent, *(tensor for tensor in weights if tensor is not None)]
     if k_rot.shape[-1]:
         given.append(k_rot)
-    backend = _backend_for("encode", given, codec)
+    if keys is not None:
+        given += [keys.compress, keys.mean]
+    backend = _backend_for("encode", given, codec, coded_keys=keys is not None)
     if backend is None:
         return by_torch()
     alike = _numbers_alike if codec is None else _bytes_alike
-    kind = ("encode", codec is None, weights.offset is None, latent.dtype, weights.compress.dtype, backend.name)
-    return _either(kind, lambda: backend.encode(latent, k_rot, weights, codec), by_torch, alike)
+    kind = ("encode", codec is None, weights.offset is None, latent.dtype, weights.compress.dtype)
+    kind = (*kind, _coded(keys is not None), backend.name)
+    return _either(kind, lambda: backend.encode(latent, k_rot, weights, codec, keys, turns), by_torch, alike)
 
 
 def pack(rows: torch.Tensor, codec: Codec) -> torch.Tensor:
@@ -126,14 +141,21 @@ def pack(rows: torch.Tensor, codec: Codec) -> torch.Tensor:
     return _either(kind, lambda: backend.pack(rows, codec), lambda: codec.pack(rows), _bytes_alike)
 
 
-def _backend_for(operation: str, tensors: Sequence[torch.Tensor], codec: Codec | None) -> Backend | None:
+def _coded(keys: bool) -> str | None:
+    """In the kind of a call: whether keys were coded before their rotation."""
+    return "coded keys" if keys else None
+
+
+def _backend_for(
+    operation: str, tensors: Sequence[torch.Tensor], codec: Codec | None, coded_keys: bool = False
+) -> Backend | None:
     """The backend that serves a call with these tensors, or None where PyTorch does."""
     if torch.compiler.is_compiling():  # before anything that dynamo would have to look into
         return None
     backend = claiming(tensors)
     if backend is None or operation not in backend.operations:
         return None
-    return backend if _refusal_of(backend, tensors, codec) is None else None
+    return backend if _refusal_of(backend, tensors, codec, coded_keys) is None else None
 
 
 def claiming(tensors: Sequence[torch.Tensor]) -> Backend | None:
@@ -141,13 +163,19 @@ def claiming(tensors: Sequence[torch.Tensor]) -> Backend | None:
     return next((backend for backend in BACKENDS if backend.claims(tensors)), None)
 
 
-def refusal(tensors: Sequence[torch.Tensor], codec: Codec | None = None) -> str | None:
-    """Why PyTorch serves calls with these tensors, or None where a backend does."""
+def refusal(tensors: Sequence[torch.Tensor], codec: Codec | None = None, coded_keys: bool = False) -> str | None:
+    """Why PyTorch serves calls with these tensors, or None where a backend does.
+
+    Args:
+        tensors: of the call.
+        codec: of the rows.
+        coded_keys: whether keys were coded before their rotation.
+    """
     backend = claiming(tensors)
-    return "no backend serves this device" if backend is None else _refusal_of(backend, tensors, codec)
+    return "no backend serves this device" if backend is None else _refusal_of(backend, tensors, codec, coded_keys)
 
 
-def _refusal_of(backend: Backend, tensors: Sequence[torch.Tensor], codec: Codec | None) -> str | None:
+def _refusal_of(backend: Backend, tensors: Sequence[torch.Tensor], codec: Codec | None, coded_keys: bool) -> str | None:
     if _WITHOUT_KERNELS:
         return "KVSPLICE_KERNELS=torch leaves the kernels out"
     if torch.compiler.is_compiling():
@@ -158,6 +186,8 @@ def _refusal_of(backend: Backend, tensors: Sequence[torch.Tensor], codec: Codec 
         return "gradients are on, and the kernels have none: run under torch.no_grad()"
     if codec is not None and codec.kind not in backend.codecs:
         return f"{backend.name} does not read rows of the codec {codec.kind!r}"
+    if coded_keys and not backend.reads_coded_keys:
+        return f"{backend.name} does not read keys that were coded before their rotation"
     return backend.refusal(tensors)
 
 

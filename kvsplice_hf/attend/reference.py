@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.nn.functional as F
 
-from kvsplice_hf.attend.backend import Attended
+from kvsplice_hf.attend.backend import Attended, CodedKeys
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.keys import Pairs, redo_turns
 
 
 # Scores held in memory at once: at most this many numbers (for at least _SMALLEST_BLOCK rows).
@@ -80,13 +81,20 @@ def attend(
     *,
     scaling: float = 1.0,
     dropout: float = 0.0,
+    keys: CodedKeys | None = None,
 ) -> Attended:
-    """Attention over rows of numbers [B, S, n], or over rows [B, S, row_bytes] of any codec; see `attend_rows`."""
+    """Attention over rows of numbers [B, S, n], or over rows [B, S, row_bytes] of any codec; see `attend_rows`.
+
+    `keys` says how the keys of packed rows are read, where they were coded before their rotation.
+    """
     if codec is None:
         return attend_rows(query, rows, value_dim, bias, scaling=scaling, dropout=dropout)
     if isinstance(codec, RowCodec):
-        return attend_packed(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout)
-    return attend_unpacked(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout)
+        if keys is not None and len(codec.sigmas) == value_dim:
+            return attend_packed_keys(query, rows, codec, value_dim, bias, keys, scaling=scaling, dropout=dropout)
+        if keys is None:
+            return attend_packed(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout)
+    return attend_unpacked(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout, keys=keys)
 
 
 def attend_rows(
@@ -163,7 +171,7 @@ def attend_packed(
     size = max(rows // _SMALLEST_SHARE, _SMALLEST_BLOCK)
     size = min(size, _MAX_UNPACKED // (batch * len(index) + 1), _MAX_SCORES // (batch * query.shape[1]))
     for block in _blocks(rows, size):
-        columns, gains = codec.read_columns(packed[:, block])
+        columns, gains, _ = codec.read_columns(packed[:, block])
         if gains is None:
             scores = scaled @ columns + base
             mix = functools.partial(_mix_columns, columns)
@@ -177,6 +185,100 @@ def attend_packed(
     return Attended(mixed[..., :value_dim], lse)
 
 
+class _KeyScores:
+    """What queries score on keys that were coded before their rotation, a block of rows at a time.
+
+    Keys are decoded and turned once for all queries, their two numbers of a pair apart.
+
+    Args:
+        query: against rotated keys, their factor applied, float32 [B, M, P].
+        keys: how they are read.
+        codec: of the rows, whose first r coordinates all have its gain.
+        rank: r.
+    """
+
+    def __init__(self, query: torch.Tensor, keys: CodedKeys, codec: RowCodec, rank: int) -> None:
+        self.keys, coded = keys, len(codec.column_slopes)
+        first, second, _ = keys.pairs
+        self.query = query[..., first], query[..., second]
+        self.coded, self.raw = slice(codec.gained_columns, coded), slice(coded + codec.gained_raw, None)
+        expand, index = keys.expand.float(), codec.column_index
+        mean = keys.mean.float() + expand @ codec.base[rank:]
+        scales = codec.column_scales
+        coded_weight, raw_weight = (expand[:, index[part] - rank] * scales[part] for part in (self.coded, self.raw))
+        self.weights = [(coded_weight[one], raw_weight[one], mean[one, None]) for one in (first, second)]
+
+    def of(self, columns: torch.Tensor, key_gains: torch.Tensor | None, block: slice) -> torch.Tensor:
+        """Scores [B, M, s] on the rows of a block, read as `columns`."""
+        cos, sin = self.keys.turns(block).float().transpose(0, 1).chunk(2, dim=1)
+        first, second = (self._decoded(columns, key_gains, *weights) for weights in self.weights)
+        turned = first * cos - second * sin, first * sin + second * cos
+        return self.query[0] @ turned[0] + self.query[1] @ turned[1]
+
+    def _decoded(
+        self,
+        columns: torch.Tensor,
+        key_gains: torch.Tensor | None,
+        coded: torch.Tensor,
+        raw: torch.Tensor,
+        mean: torch.Tensor,
+    ) -> torch.Tensor:
+        """One number of each pair before the rotation, [B, F, s]."""
+        numbers = coded @ columns[:, self.coded]
+        if key_gains is not None:
+            numbers = numbers * key_gains
+        if raw.shape[1]:
+            numbers = numbers + raw @ columns[:, self.raw]
+        return numbers + mean
+
+
+def attend_packed_keys(
+    query: torch.Tensor,
+    packed: torch.Tensor,
+    codec: RowCodec,
+    value_dim: int,
+    bias: torch.Tensor | None,
+    keys: CodedKeys,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+) -> Attended:
+    """Attention over packed rows `[code | key code]`, whose keys were coded before their rotation.
+
+    Args:
+        query: [B, M, r + P], the last P numbers rotated.
+        packed: uint8 [B, S, row_bytes], of `codec`, whose first r coordinates all have its gain.
+        codec, value_dim: see `attend_rows`; the first r numbers of a row.
+        bias, scaling, dropout: as in `attend_rows`.
+        keys: how the keys are read.
+    """
+    query = query.float() * scaling
+    on_keys = _KeyScores(query[..., value_dim:], keys, codec, value_dim)
+    gained, coded = codec.gained_columns, len(codec.column_slopes)
+    raw = slice(coded, coded + codec.gained_raw)
+    index = torch.cat([codec.column_index[:gained], codec.column_index[raw]])
+    scales = torch.cat([codec.column_scales[:gained], codec.column_scales[raw]])
+    scaled = query[..., index] * scales
+    base = (query[..., :value_dim] @ codec.base[:value_dim])[..., None]
+    running = _Running(dropout)
+    batch, rows = packed.shape[:2]
+    size = max(rows // _SMALLEST_SHARE, _SMALLEST_BLOCK)
+    unpacked = len(codec.column_index) + keys.expand.shape[0]
+    size = min(size, _MAX_UNPACKED // (batch * unpacked + 1), _MAX_SCORES // (batch * query.shape[1]))
+    for block in _blocks(rows, size):
+        columns, gains, key_gains = codec.read_columns(packed[:, block])
+        assert gains is not None
+        front, back = columns[:, :gained], columns[:, raw]
+        others = base + on_keys.of(columns, key_gains, block)
+        if back.shape[1]:
+            others = others + scaled[..., gained:] @ back
+        scores = torch.addcmul(others, scaled[..., :gained] @ front, gains)
+        running.add(_biased(scores, bias, block), functools.partial(_mix_gained, front, back, gains, True))
+    sums, lse = running.result()
+    mixed = codec.base[:value_dim].expand(*sums.shape[:2], -1).index_add(-1, index, sums * scales)
+    return Attended(mixed, lse)
+
+
 def attend_unpacked(
     query: torch.Tensor,
     packed: torch.Tensor,
@@ -186,11 +288,21 @@ def attend_unpacked(
     *,
     scaling: float = 1.0,
     dropout: float = 0.0,
+    keys: CodedKeys | None = None,
 ) -> Attended:
     """Attention over rows of any codec, a block of rows unpacked at a time. Arguments as in `attend_packed`."""
     batch, rows = packed.shape[:2]
-    size = min(_MAX_UNPACKED // (batch * codec.row_dim + 1), _MAX_SCORES // (batch * query.shape[1]))
-    blocks = ((block, codec.unpack(packed[:, block])) for block in _blocks(rows, size))
+    size = min(_MAX_UNPACKED // (batch * query.shape[2] + 1), _MAX_SCORES // (batch * query.shape[1]))
+
+    def read(block: slice) -> torch.Tensor:
+        numbers = codec.unpack(packed[:, block])
+        if keys is None:
+            return numbers
+        key = numbers[..., value_dim:] @ keys.expand.float().T + keys.mean.float()
+        key = redo_turns(key, keys.turns(block).permute(1, 2, 0), Pairs(*keys.pairs))
+        return torch.cat([numbers[..., :value_dim], key], dim=-1)
+
+    blocks = ((block, read(block)) for block in _blocks(rows, size))
     return _attend_blocks(query.float(), blocks, value_dim, bias, scaling, dropout)
 
 

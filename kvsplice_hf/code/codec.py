@@ -5,20 +5,20 @@ the same for all coordinates: a uniform grid bent by a sinh (fine near the centr
 Lloyd-Max levels of a Gaussian. Width 0 stores nothing and reads the centre; width 16 stores the bf16 number itself.
 Scales and centres are fixed by calibration, so that rows are independent of one another: a row is written once, and
 cropping, reordering or gathering rows needs no decoding. The gain is one byte per token for all coordinates of the code
-(those of k_rot have none): tokens differ in size much more than the coordinates of one token do, and an outlier
-overflows no grid.
+tokens differ in size much more than the coordinates of one token do, and an outlier overflows no grid. The coordinates
+of a key may have a second gain of their own.
 
-Layout of a row: the gain, all 16-bit numbers, then four planes of 8-, 4-, 2- and 1-bit fields. Any width up to 8 is a
+Layout of a row: the gains, all 16-bit numbers, then four planes of 8-, 4-, 2- and 1-bit fields. Any width up to 8 is a
 sum of such fields (5 = 4 + 1), the largest in the lowest bits. Coordinates that share the gain come first, the widest
-ones ahead, then the others in the same way, so that coordinates of one width lie side by side in every plane. Within a
+ones ahead, then those that share the second one, then the others in the same way, so that coordinates of one width lie side by side in every plane. Within a
 plane of m bytes, byte j holds the fields j, j + m, j + 2 m and so on. Thus unpacking moves contiguous pieces only.
 
-Legend: `n` = r + P coordinates of a row, `r` of which share a gain.
+Legend: `n` = r + p coordinates of a row, the first `r` of which share a gain, and the `p` behind them perhaps another.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -40,6 +40,20 @@ _AT_ONCE = 1024
 NUMBERS_PER_COLUMN = len(BIT_FIELDS) * len(BitField._fields)
 
 
+class Columns(NamedTuple):
+    """Packed rows as `RowCodec.read_columns` gives them, float32.
+
+    Attributes:
+        columns: [B, m, S].
+        gains: of the first `gained_columns` columns, [B, 1, S]; None where rows have none.
+        key_gains: of the `key_gained_columns` columns behind them, [B, 1, S]; None where rows have none.
+    """
+
+    columns: torch.Tensor
+    gains: torch.Tensor | None
+    key_gains: torch.Tensor | None
+
+
 @register_codec
 class RowCodec(Codec):
     """Packs rows of numbers into bytes, and back.
@@ -53,6 +67,7 @@ class RowCodec(Codec):
         centres: middle of the levels, [n]; not read at width 16.
         sigmas: root mean square of the first r coordinates, [r]; a row's gain is the size of its code relative to them.
             Empty: rows have no gain.
+        key_sigmas: the same of the p coordinates behind those, [p]. Empty, or None: they have no gain of their own.
 
     Raises:
         ConfigError: an unknown width, shapes that differ, or scales that are not positive and finite.
@@ -65,12 +80,14 @@ class RowCodec(Codec):
 
     kind = DEFAULT_CODEC
     saved = ("widths", "scales", "centres", "sigmas")
+    saved_if_any = ("key_sigmas",)
     fitted_together = True
 
     widths: torch.Tensor
     scales: torch.Tensor
     centres: torch.Tensor
     sigmas: torch.Tensor
+    key_sigmas: torch.Tensor
     _raw: torch.Tensor
     _bends: torch.Tensor
     _levels: torch.Tensor
@@ -81,23 +98,32 @@ class RowCodec(Codec):
     column_reaches: torch.Tensor
     column_fields: torch.Tensor
 
-    def __init__(self, widths: torch.Tensor, scales: torch.Tensor, centres: torch.Tensor, sigmas: torch.Tensor) -> None:
+    def __init__(
+        self,
+        widths: torch.Tensor,
+        scales: torch.Tensor,
+        centres: torch.Tensor,
+        sigmas: torch.Tensor,
+        key_sigmas: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
-        check_steps(widths, scales, centres, sigmas)
+        key_sigmas = sigmas[:0] if key_sigmas is None else key_sigmas
+        check_steps(widths, scales, centres, torch.cat([sigmas, key_sigmas]))
         # Contiguous, because C++ reads them by address.
         self.register_buffer("widths", widths.to(torch.uint8).contiguous())
         self.register_buffer("scales", scales.float().contiguous())
         self.register_buffer("centres", centres.float().contiguous())
         self.register_buffer("sigmas", sigmas.float().contiguous())
+        # Files of rows without a second gain are those of before there was one.
+        self.register_buffer("key_sigmas", key_sigmas.float().contiguous(), persistent=len(key_sigmas) > 0)
         self._add_tables()
 
     def _add_tables(self) -> None:
         """What follows from the widths: byte count, and index tensors that move with the module but are not saved."""
         widths = self.widths.long()
-        self.row_bytes = row_bytes(widths, len(self.sigmas))
+        self.row_bytes = row_bytes(widths, len(self.sigmas), len(self.key_sigmas))
         small = torch.where(widths == 16, 0, widths)
-        ungained = torch.arange(len(widths), dtype=torch.int64, device=widths.device) >= len(self.sigmas)
-        order = torch.argsort(100 * ungained - small, stable=True)
+        order = torch.argsort(100 * self._gain_groups() - small, stable=True)
         order = order[small[order] > 0]
         for field in BIT_FIELDS:
             coordinates = order[small[order] & field > 0]
@@ -116,6 +142,17 @@ class RowCodec(Codec):
         self.register_buffer("_first_level", torch.where(small > 0, 2**small - 1, 0), persistent=False)
         self._add_columns(order)
 
+    def _gain_groups(self) -> torch.Tensor:
+        """Of each coordinate: 0 with the gain, 1 with that of keys, 2 without one; int64 [n]."""
+        place = torch.arange(len(self.widths), dtype=torch.int64, device=self.widths.device)
+        gained, last = len(self.sigmas), len(self.sigmas) + len(self.key_sigmas)
+        return (place >= gained).long() + (place >= last).long()
+
+    @property
+    def gain_bytes(self) -> int:
+        """How many gains a row has, a byte each."""
+        return int(len(self.sigmas) > 0) + int(len(self.key_sigmas) > 0)
+
     def _add_columns(self, order: torch.Tensor) -> None:
         """Tables of `read_columns`, whose columns are the coordinates `order`, and after them the 16-bit numbers."""
         widths = self.widths[order].long()
@@ -127,9 +164,13 @@ class RowCodec(Codec):
         self.register_buffer("column_starts", -last, persistent=False)
         self.register_buffer("column_reaches", reaches, persistent=False)
         self.register_buffer("column_index", torch.cat([order, self._raw]), persistent=False)
-        self.gained_columns = int((order < len(self.sigmas)).sum())
-        # Whether the columns behind those hold none of the coordinates that share a gain.
-        self.gains_all = len(self.sigmas) > 0 and not bool((self._raw < len(self.sigmas)).any())
+        groups = self._gain_groups()[order]
+        self.gained_columns = int((groups == 0).sum())
+        self.key_gained_columns = int((groups == 1).sum())
+        # How many of the 16-bit numbers are among the coordinates that share the gain.
+        self.gained_raw = int((self._raw < len(self.sigmas)).sum())
+        # Whether the columns behind those with the gain hold none of these coordinates.
+        self.gains_all = len(self.sigmas) > 0 and self.gained_raw == 0
         self._pieces = {field: pieces_of(widths.tolist(), field) for field in BIT_FIELDS}
         fields = [
             fields + (len(BIT_FIELDS) - len(fields)) * [BitField(0, 0, 0, 0)] for fields in self._fields(len(order))
@@ -143,7 +184,7 @@ class RowCodec(Codec):
     def _fields(self, columns: int) -> list[list[BitField]]:
         """Where the code of each column is in a row."""
         found: list[list[BitField]] = [[] for _ in range(columns)]
-        start = int(len(self.sigmas) > 0) + 2 * len(self._raw)
+        start = self.gain_bytes + 2 * len(self._raw)
         for field, pieces in self._pieces.items():
             size = -(-pieces[-1].fields.stop * field // 8) if pieces else 0
             for piece in pieces:
@@ -159,10 +200,11 @@ class RowCodec(Codec):
         widths: Any = state_dict.get(f"{prefix}widths", self.widths)
         known = widths.shape == self.widths.shape and not self.widths.is_meta
         changed = known and not torch.equal(widths.cpu(), self.widths.cpu())
-        if changed and row_bytes(widths.cpu(), len(self.sigmas)) != self.row_bytes:
+        found = row_bytes(widths.cpu(), len(self.sigmas), len(self.key_sigmas)) if changed else self.row_bytes
+        if found != self.row_bytes:
             error_messages = args[-1]
             error_messages.append(
-                f"{prefix}widths makes rows of {row_bytes(widths.cpu(), len(self.sigmas))} bytes, those of this model "
+                f"{prefix}widths makes rows of {found} bytes, those of this model "
                 f"have {self.row_bytes}. Call unpatch_model(model), then load_kvsplice(model, folder)."
             )
             return
@@ -206,8 +248,10 @@ class RowCodec(Codec):
         return self.scales, self.centres
 
     def reads_rows_of(self, other: Codec) -> bool:
-        """Where the widths are the same: all tables follow from them."""
-        return isinstance(other, RowCodec) and torch.equal(self.widths, other.widths)
+        """Where the widths and the gains are the same: all tables follow from them."""
+        if not isinstance(other, RowCodec) or len(self.key_sigmas) != len(other.key_sigmas):
+            return False
+        return torch.equal(self.widths, other.widths)
 
     def without(self, kept: torch.Tensor) -> "RowCodec":
         of_row = torch.ones(self.row_dim, dtype=torch.bool, device=kept.device)
@@ -217,6 +261,7 @@ class RowCodec(Codec):
             scales=self.scales.detach()[of_row],
             centres=self.centres.detach()[of_row],
             sigmas=self.sigmas[of_row[: len(self.sigmas)]],
+            key_sigmas=self.key_sigmas,
         )
         if isinstance(self.scales, nn.Parameter):
             smaller.train_steps()
@@ -227,7 +272,7 @@ class RowCodec(Codec):
     @classmethod
     def saved_shapes(cls, row_dim: int, rank: int) -> tuple[torch.Size, ...]:
         row = torch.Size([row_dim])
-        return row, row, row, torch.Size([rank])
+        return row, row, row, torch.Size([rank]), torch.Size([row_dim - rank])
 
     def value_columns(self, value_dim: int) -> int:
         """How many columns, from the first, hold all of the first `value_dim` coordinates; see `read_columns`."""
@@ -246,22 +291,32 @@ class RowCodec(Codec):
         return self
 
     def gains(self, rows: torch.Tensor) -> torch.Tensor:
-        """The byte of each row's gain, uint8 [..., 1], or [..., 0] where rows have none."""
-        count = len(self.sigmas)
-        if count == 0:
+        """The bytes of each row's gains, uint8 [..., 2, 1 or 0]: that of the first r coordinates, that of the others."""
+        parts, start = [], 0
+        for sigmas in (self.sigmas, self.key_sigmas):
+            last = start + len(sigmas)
+            if len(sigmas):
+                relative = (rows[..., start:last].float() - self.centres[start:last]) / sigmas
+                size = relative.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
+                parts.append((_GAIN_STEPS * size.log2() + _GAIN_ONE).round().clamp(0, 255).to(torch.uint8))
+            start = last
+        if not parts:
             return torch.empty(*rows.shape[:-1], 0, dtype=torch.uint8, device=rows.device)
-        relative = (rows[..., :count].float() - self.centres[:count]) / self.sigmas
-        size = relative.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
-        return (_GAIN_STEPS * size.log2() + _GAIN_ONE).round().clamp(0, 255).to(torch.uint8)
+        return torch.cat(parts, dim=-1)
 
     def _row_scales(self, gains: torch.Tensor) -> torch.Tensor:
-        """Scales [..., n] of rows with these gains [..., 1 or 0]."""
-        count = len(self.sigmas)
-        if count == 0:
+        """Scales [..., n] of rows with these gains [..., 2, 1 or 0]."""
+        if self.gain_bytes == 0:
             return self.scales
-        return torch.cat(
-            [gain_factors(gains) * self.scales[:count], self.scales[count:].expand(*gains.shape[:-1], -1)], dim=-1
-        )
+        parts, start, gain = [], 0, 0
+        factors = gain_factors(gains)
+        for sigmas in (self.sigmas, self.key_sigmas):
+            last = start + len(sigmas)
+            if len(sigmas):
+                parts.append(factors[..., gain : gain + 1] * self.scales[start:last])
+                gain += 1
+            start = last
+        return torch.cat([*parts, self.scales[start:].expand(*gains.shape[:-1], -1)], dim=-1)
 
     def quantise(self, rows: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
         """Codes uint8 [..., n] of rows [..., n]: the level each is put on, 0 where the width is 0 or 16."""
@@ -324,33 +379,37 @@ class RowCodec(Codec):
         rows = torch.empty(*packed.shape[:-1], self.row_dim, dtype=torch.float32, device=packed.device)
         pairs = zip(self._flat(packed).split(_AT_ONCE), rows.view(-1, self.row_dim).split(_AT_ONCE), strict=True)
         for stored, out in pairs:
-            columns, gains = self.read_columns(stored[None])
+            columns, gains, key_gains = self.read_columns(stored[None])
+            gained, key_gained = self.gained_columns, self.gained_columns + self.key_gained_columns
             if gains is not None:
-                columns[:, : self.gained_columns] *= gains
+                columns[:, :gained] *= gains
+            if key_gains is not None:
+                columns[:, gained:key_gained] *= key_gains
             lines = self.base[:, None].repeat(1, len(stored))
             lines.index_add_(0, self.column_index, columns[0].mul_(self.column_scales[:, None]))
             out.copy_(lines.T)
         return rows
 
-    def read_columns(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read_columns(self, packed: torch.Tensor) -> Columns:
         """Packed rows in the form that attention reads fastest: one line per coordinate, scales left to the query.
 
         Coordinate `column_index[i]` of a row is `base[column_index[i]] + gain * column_scales[i] * column`, where the
-        gain is that of the row for the first `gained_columns` columns and 1 for the others. Coordinates without a
-        column are their `base`.
+        gain is that of the row for the first `gained_columns` columns, that of its key for the next
+        `key_gained_columns`, and 1 for the others. Coordinates without a column are their `base`.
 
         Args:
             packed: uint8 [B, S, row_bytes].
-
-        Returns:
-            Columns [B, m, S] and gains [B, 1, S], float32. The gains are None where rows have none.
         """
-        start = int(len(self.sigmas) > 0)
+        start, has_gain = self.gain_bytes, int(len(self.sigmas) > 0)
         raw = as_bf16(packed[..., start : start + 2 * len(self._raw)]).transpose(1, 2).float()
-        gains = gain_factors(packed[..., :start]).transpose(1, 2) if start else None
+        factors = gain_factors(packed[..., :start]).transpose(1, 2)
         codes = self._code_lines(packed).float()
         columns = sinh_(codes.mul_(self.column_slopes[:, None]).add_(self.column_starts[:, None]))
-        return (torch.cat([columns, raw], dim=1) if raw.shape[1] else columns), gains
+        return Columns(
+            torch.cat([columns, raw], dim=1) if raw.shape[1] else columns,
+            factors[:, :1] if has_gain else None,
+            factors[:, has_gain:] if len(self.key_sigmas) else None,
+        )
 
     def codes(self, packed: torch.Tensor) -> torch.Tensor:
         """Codes uint8 [..., n] of bytes uint8 [..., row_bytes]: the exact inverse of packing them.
@@ -374,7 +433,7 @@ class RowCodec(Codec):
 
     def _code_lines(self, packed: torch.Tensor) -> torch.Tensor:
         """Codes uint8 [B, m, S] of packed rows [B, S, row_bytes], of the columns that hold codes."""
-        end = int(len(self.sigmas) > 0) + 2 * len(self._raw)
+        end = self.gain_bytes + 2 * len(self._raw)
         lines = packed[..., end:].transpose(1, 2).contiguous()  # whole lines move at the speed of memory
         codes = lines.new_zeros(lines.shape[0], len(self.column_slopes), lines.shape[2])
         end = 0

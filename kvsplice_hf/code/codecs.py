@@ -4,7 +4,7 @@ A codec is a file with a subclass of `Codec` in it and a line that registers it 
 (`KVSpliceConfig.codec`), saved splices remember it, PyTorch reads its rows at once. Faster backends say which they
 read.
 
-Legend: `M` sampled rows, `n` = r + P numbers of a row, `r` of which are the code.
+Legend: `M` sampled rows, `n` = r + p numbers of a row, `r` of which are the code of the latent.
 """
 
 from abc import ABC, abstractmethod
@@ -23,6 +23,7 @@ class Codec(nn.Module, ABC):
     Attributes:
         kind: the name under which it is registered.
         saved: names of the buffers that a saved splice holds; from them `from_saved` makes the codec again.
+        saved_if_any: names of further ones, which a splice may lack.
         fitted_together: whether calibration fits all layers at once, which then compete for bytes; otherwise `fit` is
             called for each layer.
         row_bytes: bytes of a row, the same for all rows.
@@ -30,6 +31,7 @@ class Codec(nn.Module, ABC):
 
     kind: ClassVar[str]
     saved: ClassVar[tuple[str, ...]]
+    saved_if_any: ClassVar[tuple[str, ...]] = ()
     fitted_together: ClassVar[bool] = False
     row_bytes: int
 
@@ -64,7 +66,8 @@ class Codec(nn.Module, ABC):
         """The tensors that say what bytes mean, as they are held: all saved ones, by default."""
         # Past the lookup of attributes in modules, which is slow: each step of a model asks, once per layer.
         buffers, parameters = self._buffers, self._parameters
-        held = [buffers[name] if name in buffers else parameters[name] for name in self.saved]
+        names = (*self.saved, *self.saved_if_any)
+        held = [buffers[name] if name in buffers else parameters[name] for name in names]
         return [tensor for tensor in held if tensor is not None]
 
     def train_steps(self, mode: bool = True) -> Self:
@@ -103,7 +106,7 @@ class Codec(nn.Module, ABC):
 
     @classmethod
     def from_saved(cls, tensors: Sequence[torch.Tensor]) -> Self:
-        """The codec whose `saved` buffers are these, in that order.
+        """The codec whose `saved` buffers are these, in that order, and those of `saved_if_any` that there are.
 
         Raises:
             ConfigError: their values cannot be used.
@@ -113,7 +116,7 @@ class Codec(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def saved_shapes(cls, row_dim: int, rank: int) -> tuple[torch.Size, ...]:
-        """The shapes of the `saved` buffers for rows of n numbers, r of which are the code."""
+        """The shapes of the `saved` and `saved_if_any` buffers for rows of n numbers, r of which are the code."""
 
 
 _CodecT = TypeVar("_CodecT", bound=type[Codec])

@@ -80,9 +80,11 @@ def codec_of(saved: SavedSplices, layer_idx: int, directory: Path) -> Codec | No
     """
     try:
         kind = codec_class(saved.config.codec)
-        values = [saved.tensors.get(key_of(layer_idx, f"codec.{name}")) for name in kind.saved]
-        found = [value for value in values if value is not None]
-        return kind.from_saved(found) if len(found) == len(kind.saved) else None
+        needed, further = (
+            [saved.tensors[key] for name in names if (key := key_of(layer_idx, f"codec.{name}")) in saved.tensors]
+            for names in (kind.saved, kind.saved_if_any)
+        )
+        return kind.from_saved([*needed, *further]) if len(needed) == len(kind.saved) else None
     except ConfigError as error:
         raise CheckpointError(f"The codec of layer {layer_idx} in {directory} cannot be used: {error}") from error
 

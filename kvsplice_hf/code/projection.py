@@ -5,11 +5,13 @@ Encoding is `z = compress(softplus(scale) * c + shift)`, then LayerNorm if asked
 attention run on codes (see `attention.py`). So is encoding before the LayerNorm, `z = A (c - mu)`, with the same `mu`;
 a merged splice keeps `A`, `D` and `mu` instead of computing them from its parameters.
 
-Legend: `B` batch, `T` tokens, `R` kv_lora_rank, `r` spliced rank.
+The rotated key is stored beside the code as it is, or, where rows are packed, as a code of its own (`keys`).
+
+Legend: `B` batch, `T` tokens, `R` kv_lora_rank, `r` spliced rank, `P` qk_rope_head_dim, `p` numbers of a key in a row:
+those of its code, or P.
 """
 
 import hashlib
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -17,32 +19,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.keys import KeyProjection
+from kvsplice_hf.code.matrix import SpliceMatrix
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, TrainingError, UnsupportedError
 from kvsplice_hf.weights.offload import read_all, read_parameter
 
 
 # A, D and mu of a merged splice. Buffers, so that they move, are cast and are copied with it; not saved.
 _FOLDED = ("_folded_compress", "_folded_expand", "_folded_offset")
-
-
-class SpliceMatrix(nn.Module):
-    """One of the two matrices of a splice: `weight` [rows, columns].
-
-    Not an `nn.Linear`: it is folded into other products, and its forward is not called while a model runs. Libraries
-    that put adapters on linear layers, replace them by quantised ones or watch their inputs would be wrong about it.
-    """
-
-    def __init__(self, rows: int, columns: int, **factory: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns, **factory))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-
-    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The product [..., rows] with numbers [..., columns]."""
-        return F.linear(numbers, read_parameter(self, "weight"))
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]} x {self.weight.shape[1]}"
 
 
 class SpliceWeights(NamedTuple):
@@ -66,8 +50,8 @@ class LearnedKVSplice(nn.Module):
 
     Parameters: `transform_scale` and `transform_shift` of shape [R] (1 and 0 at the start; the scale in use is
     `softplus(transform_scale)`, so it is always positive), `compress.weight` [r, R], `expand.weight` [R, r], and
-    `code_norm` (LayerNorm over r) if asked for. `codec` packs rows into bytes; calibration sets it, at first there is
-    none.
+    `code_norm` (LayerNorm over r) if asked for. `codec` packs rows into bytes, `keys` codes rotated keys before their
+    rotation; calibration sets them, at first there are none.
 
     Args:
         latent_dim: R, the size of the latent.
@@ -107,6 +91,7 @@ class LearnedKVSplice(nn.Module):
         self.compress = SpliceMatrix(rank, latent_dim, **factory)
         self.expand = SpliceMatrix(latent_dim, rank, **factory)
         self.code_norm = nn.LayerNorm(rank, **factory) if use_layernorm else None
+        self.keys: KeyProjection | None = None
         self.codec: Codec | None = None
         # What `identity` was made of, and what it was.
         self._known_identity: tuple[Any, str] = (None, "")
@@ -133,7 +118,10 @@ class LearnedKVSplice(nn.Module):
         parts: dict[str, Any] = self._modules
         tensors: list[Any] = list(self._parameters.values())
         tensors += (parts["compress"]._parameters["weight"], parts["expand"]._parameters["weight"])
-        codec = parts.get("codec")
+        keys, codec = parts.get("keys"), parts.get("codec")
+        if keys is not None:
+            tensors += (keys._parameters["mean"], keys._buffers["pairs"])
+            tensors += (keys._modules["compress"]._parameters["weight"], keys._modules["expand"]._parameters["weight"])
         if codec is not None:
             tensors += codec.meaning()
         return tensors
@@ -231,21 +219,33 @@ class LearnedKVSplice(nn.Module):
         matrix, offset = self.fold()
         return F.linear(codes.to(matrix.dtype), matrix, offset).to(codes.dtype)
 
-    def rows(self, latent: torch.Tensor, k_rot: torch.Tensor) -> torch.Tensor:
+    def rows(self, latent: torch.Tensor, k_rot: torch.Tensor, turns: torch.Tensor | None = None) -> torch.Tensor:
         """What a cache stores of latents [..., R] and rotated keys [..., P].
 
-        Numbers `[code | k_rot]` [..., r + P] in the latents' dtype, or with a codec packed bytes.
+        Numbers `[code | key]` [..., r + p] in the latents' dtype, or with a codec packed bytes.
+
+        Args:
+            latent, k_rot: of the tokens.
+            turns: bf16 [..., 2 F], how their keys were rotated (`KeyProjection.turns_of`), where `keys` codes them.
 
         Raises:
             UnsupportedError: accelerate offloads buffers, and with them the tables of the codec.
         """
         self.require_codec_here()
-        rows = self.numbers_to_store(latent, k_rot)
+        rows = self.numbers_to_store(latent, k_rot, turns)
         return rows if self.codec is None else self.codec.pack(rows)
 
-    def numbers_to_store(self, latent: torch.Tensor, k_rot: torch.Tensor) -> torch.Tensor:
-        """`[code | k_rot]` [..., r + P] of latents [..., R] and rotated keys [..., P], in the latents' dtype."""
-        return torch.cat([self.encode(latent), k_rot.to(latent.dtype)], dim=-1)
+    def numbers_to_store(
+        self, latent: torch.Tensor, k_rot: torch.Tensor, turns: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[code | key]` [..., r + p] of latents [..., R] and rotated keys [..., P], in the latents' dtype."""
+        return torch.cat([self.encode(latent), self._keys_to_store(k_rot, turns).to(latent.dtype)], dim=-1)
+
+    def _keys_to_store(self, k_rot: torch.Tensor, turns: torch.Tensor | None) -> torch.Tensor:
+        if self.keys is None:
+            return k_rot
+        assert turns is not None
+        return self.keys.encode(k_rot, turns)
 
     def require_codec_here(self) -> None:
         """Check that the tables of the codec are on a device.
@@ -260,17 +260,42 @@ class LearnedKVSplice(nn.Module):
             )
 
     def numbers(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`[code | k_rot]` [..., r + P] of stored rows; in `dtype` where they were packed."""
+        """`[code | key]` [..., r + p] of stored rows; in `dtype` where they were packed."""
         return rows if self.codec is None else self.codec.unpack(rows).to(dtype)
 
-    def round_trip(self, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the cache would give back of latents [..., R] and rotated keys [..., P], without a cache."""
+    def read(self, rows: torch.Tensor, dtype: torch.dtype, turns: torch.Tensor | None = None) -> torch.Tensor:
+        """`[code | k_rot]` [..., r + P] of stored rows; in `dtype` where they were packed.
+
+        Args:
+            rows: as stored.
+            dtype: of the result.
+            turns: as in `rows`, of the rows' tokens.
+        """
+        if self.keys is None or self.codec is None:
+            return self.numbers(rows, dtype)
+        assert turns is not None
+        numbers = self.codec.unpack(rows)
+        k_rot = self.keys.decode(numbers[..., self.rank :], turns)
+        return torch.cat([numbers[..., : self.rank], k_rot], dim=-1).to(dtype)
+
+    def round_trip(
+        self, latent: torch.Tensor, k_rot: torch.Tensor, turns: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the cache would give back of latents [..., R] and rotated keys [..., P], without a cache.
+
+        `turns` as in `rows`.
+        """
         codes = self.encode(latent)
         if self.codec is None:
             return self.decode(codes), k_rot
         self.require_codec_here()
-        rows = self.codec.round_trip(torch.cat([codes, k_rot.to(codes.dtype)], dim=-1))
-        return self.decode(rows[..., : self.rank]), rows[..., self.rank :]
+        key = self._keys_to_store(k_rot, turns).to(codes.dtype)
+        rows = self.codec.round_trip(torch.cat([codes, key], dim=-1))
+        codes, key = rows[..., : self.rank], rows[..., self.rank :]
+        if self.keys is not None:
+            assert turns is not None
+            key = self.keys.decode(key, turns).to(codes.dtype)
+        return self.decode(codes), key
 
     def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(D, mu)` of shapes [R, r] and [R], in the dtype of the weights, with `decode(z) == D z + mu`.

@@ -9,9 +9,12 @@ from kvsplice_hf.errors import ConfigError
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 16)
 
 
-def row_bytes(widths: torch.Tensor, gained: int) -> int:
-    """Bytes of a row whose coordinates have these widths, [n]; with a gain if `gained` > 0 of them share one."""
-    total = 2 * int((widths == 16).sum()) + int(gained > 0)
+def row_bytes(widths: torch.Tensor, gained: int, key_gained: int = 0) -> int:
+    """Bytes of a row whose coordinates have these widths, [n].
+
+    With a gain if `gained` > 0 of them share one, and a second one if `key_gained` > 0 others do.
+    """
+    total = 2 * int((widths == 16).sum()) + int(gained > 0) + int(key_gained > 0)
     small = torch.where(widths == 16, 0, widths.to(torch.int64))
     return total + sum(-(-int((small & field > 0).sum()) * field // 8) for field in BIT_FIELDS)
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from kvsplice_hf.attend.backend import Attended, Backend, Step
+from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, Step
 from kvsplice_hf.attend.native import calls
 from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.keys import KeyWeights
 from kvsplice_hf.code.projection import SpliceWeights
 
 
@@ -36,6 +37,7 @@ class NativeBackend(Backend):
         bias: torch.Tensor | None,
         *,
         scaling: float,
+        keys: CodedKeys | None = None,
     ) -> Attended:
         if codec is None:
             return Attended(*calls.attend_rows(query, rows, value_dim, bias, scaling=scaling))
@@ -45,7 +47,13 @@ class NativeBackend(Backend):
         return calls.decode(step)
 
     def encode(
-        self, latent: torch.Tensor, k_rot: torch.Tensor, weights: SpliceWeights, codec: Codec | None
+        self,
+        latent: torch.Tensor,
+        k_rot: torch.Tensor,
+        weights: SpliceWeights,
+        codec: Codec | None,
+        keys: KeyWeights | None = None,
+        turns: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return calls.encode(latent, k_rot, weights, None if codec is None else calls.row_codec(codec))
 

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-from kvsplice_hf.attend.backend import Attended, Backend
+from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys
 from kvsplice_hf.code.codecs import Codec
 
 
@@ -42,6 +42,7 @@ class TritonBackend(Backend):
         bias: torch.Tensor | None,
         *,
         scaling: float,
+        keys: CodedKeys | None = None,
     ) -> Attended:
         kernels = _loaded()
         if codec is None:
