@@ -15,6 +15,7 @@ DEFAULT_BYTES_RATIO = 0.25
 # The exact tokens of a sequence of this length are counted into a budget of bytes per token.
 REFERENCE_LENGTH = 4096
 DEFAULT_CODEC = "rows"
+KEYS = ("unrotated", "rotated")
 ALLOCATIONS = ("auto", "global", "layer")
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 INITIALISATIONS = ("svd", "orthogonal", "identity")
@@ -56,6 +57,8 @@ class KVSpliceConfig:
         bits: the same as bits per number of the stock row. Of these four budgets give one; with none, packed codes at
             a quarter of the stock row in bf16.
         codec: name of the codec that packs rows; "rows" is `RowCodec`, others are registered (docs/how_to_add.md).
+        keys: "unrotated" codes keys in packed rows before their rotation, which loses less at equal bytes; "rotated" as
+            they come. Only read where a splice is fitted.
         allocation: "global" lets layers compete for bytes, "layer" gives each the same, "auto" takes what loses less on
             calibration text that was held out ("global" where there is none).
         layers: which latents to splice: "all", "last:n", or a sequence of cache layer indices (`layer_idx`).
@@ -83,6 +86,7 @@ class KVSpliceConfig:
     bytes_per_token: float | None = None
     bits: float | None = None
     codec: str = DEFAULT_CODEC
+    keys: str = KEYS[0]
     allocation: str = "auto"
     layers: str | tuple[int, ...] = "all"
     layer_pattern: str | None = None
@@ -102,6 +106,7 @@ class KVSpliceConfig:
         self._check_layers()
         _check_choice("attention", self.attention, ATTENTION_MODES)
         _check_choice("init", self.init, INITIALISATIONS)
+        _check_choice("keys", self.keys, KEYS)
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         if not _is_int(self.sink_tokens) or self.sink_tokens < 0:
             raise ConfigError(f"`sink_tokens` is {self.sink_tokens!r}; it must be an integer of 0 or more.")
@@ -198,6 +203,8 @@ class KVSpliceConfig:
         values = asdict(self)
         if self.codec == DEFAULT_CODEC:  # so that releases that know one codec only read the files of that one
             del values["codec"]
+        if self.keys == KEYS[0]:  # files say it by what they hold
+            del values["keys"]
         if not isinstance(self.layers, str):
             values["layers"] = list(self.layers)
         return dict(sorted(values.items()))

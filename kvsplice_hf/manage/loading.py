@@ -9,6 +9,7 @@ from torch import nn
 from kvsplice_hf.code.codecs import Codec, codec_class
 from kvsplice_hf.code.files import SavedSplices, codec_of, key_of, read_splice_files
 from kvsplice_hf.code.initialise import normal_tensors
+from kvsplice_hf.code.keys import KeyProjection
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
@@ -80,6 +81,7 @@ def read_splices(directory: str | Path) -> dict[int, LearnedKVSplice]:
                 splice = LearnedKVSplice(
                     sizes["kv_lora_rank"], sizes["rank"], use_layernorm=config.use_layernorm, dtype=dtype
                 )
+                splice.keys = _empty_keys(saved, layer_idx, None, dtype=dtype, device="cpu")
             _set_parameters(splice, tensors, layer_idx, codec)
         except (ConfigError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"The splice of layer {layer_idx} in {directory} is damaged: {error}") from error
@@ -154,7 +156,26 @@ def _empty_splice(
     device = execution_device(site.module.kv_b_proj) if device is None else device
     rank, use_layernorm = _rank(site, saved), saved.config.use_layernorm
     with torch.random.fork_rng(devices=[]), torch.device(device):  # constructors draw random numbers
-        return LearnedKVSplice(site.kv_lora_rank, rank, use_layernorm=use_layernorm, device=device, dtype=site.dtype)
+        splice = LearnedKVSplice(site.kv_lora_rank, rank, use_layernorm=use_layernorm, device=device, dtype=site.dtype)
+        splice.keys = _empty_keys(saved, site.layer_idx, site.qk_rope_head_dim, dtype=site.dtype, device=device)
+    return splice
+
+
+def _empty_keys(
+    saved: SavedSplices, layer_idx: int, rope_dim: int | None, dtype: torch.dtype, device: torch.device | str
+) -> KeyProjection | None:
+    """A projection of keys of the saved rank, or None where the saved rows hold rotated keys.
+
+    Args:
+        saved: the splices.
+        layer_idx: cache layer.
+        rope_dim: P of the model, or None for that of the file.
+        dtype, device: of the projection.
+    """
+    weight = saved.tensors.get(key_of(layer_idx, "keys.compress.weight"))
+    if weight is None or weight.dim() != 2:
+        return None
+    return KeyProjection(weight.shape[1] if rope_dim is None else rope_dim, len(weight), dtype=dtype, device=device)
 
 
 def _shapes_after_patch(model: nn.Module, saved: SavedSplices, chosen: list[AttentionSite]) -> dict[str, torch.Size]:
@@ -169,9 +190,13 @@ def _shapes_after_patch(model: nn.Module, saved: SavedSplices, chosen: list[Atte
             splice = _empty_splice(site, saved, device="meta")
             shapes |= {key_of(site.layer_idx, name): tensor.shape for name, tensor in splice.state_dict().items()}
             if saved.config.is_packed:
-                kind, row_dim = codec_class(saved.config.codec), splice.rank + site.qk_rope_head_dim
-                sizes = zip(kind.saved, kind.saved_shapes(row_dim, splice.rank), strict=True)
-                shapes |= {key_of(site.layer_idx, f"codec.{name}"): size for name, size in sizes}
+                key_dim = site.qk_rope_head_dim if splice.keys is None else splice.keys.rank
+                kind, row_dim = codec_class(saved.config.codec), splice.rank + key_dim
+                names = (*kind.saved, *kind.saved_if_any)
+                for name, size in zip(names, kind.saved_shapes(row_dim, splice.rank), strict=True):
+                    key = key_of(site.layer_idx, f"codec.{name}")
+                    if name in kind.saved or key in saved.tensors:
+                        shapes[key] = size
     except ConfigError as error:
         raise CheckpointError(f"The saved splice does not fit this {type(model).__name__}: {error}") from error
     return shapes
