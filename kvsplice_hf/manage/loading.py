@@ -1,5 +1,7 @@
 """Loads saved splices (`code.files`) into a model, patched or not."""
 
+import json
+import logging
 from pathlib import Path
 from typing import TypeVar
 
@@ -7,19 +9,22 @@ import torch
 from torch import nn
 
 from kvsplice_hf.code.codecs import Codec, codec_class
-from kvsplice_hf.code.files import SavedSplices, codec_of, key_of, read_splice_files
+from kvsplice_hf.code.files import CONFIG_NAME, SavedSplices, codec_of, key_of, read_splice_files
 from kvsplice_hf.code.initialise import normal_tensors
 from kvsplice_hf.code.keys import KeyProjection
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
 from kvsplice_hf.patch.apply import apply_splices, sites_to_patch
+from kvsplice_hf.patch.base import BASE_KEY, warn_of_other_base
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
-from kvsplice_hf.patch.state import is_patched, patched_sites
+from kvsplice_hf.patch.state import find_patch, is_patched, patched_sites
 from kvsplice_hf.weights.offload import execution_device, write_all
 from kvsplice_hf.weights.sharding import spread_like
 
+
+logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -28,7 +33,8 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
     """Load a splice saved by `save_kvsplice`.
 
     An unpatched model is patched with the saved settings. On a patched one the parameters are replaced; it must splice
-    the same layers to the same ranks, and keeps its other settings.
+    the same layers to the same ranks, and keeps its other settings. A warning says where those differ from the saved
+    ones, and where the splice was saved on a model with other weights (to see that, all weights are read).
 
     Returns:
         `model` itself.
@@ -50,6 +56,8 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
         with normal_tensors():
             for site, patched in patched_sites(model):
                 _set_parameters(patched.splice, tensors, site.layer_idx, codecs[site.layer_idx])
+        _tell_of_replacement(model, config, directory)
+        warn_of_other_base(model, patched_sites(model)[0][0].module, _saved_base(directory), directory)
         return model
     chosen = _chosen_sites(model, config)
     _require_fit(_shapes_after_patch(model, saved, chosen), tensors, directory)
@@ -60,7 +68,29 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
             _set_parameters(splice, tensors, site.layer_idx, codec_of(saved, site.layer_idx, directory))
             splices[site.layer_idx] = splice.train(site.module.training)
     apply_splices(model, sites_to_patch(model, config), splices, config)
+    warn_of_other_base(model, chosen[0].module, _saved_base(directory), directory)
     return model
+
+
+def _saved_base(directory: Path) -> str:
+    """The fingerprint of the base model in a folder that was read before; empty in those of earlier releases."""
+    return str(json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8")).get(BASE_KEY, ""))
+
+
+def _tell_of_replacement(model: nn.Module, saved: KVSpliceConfig, directory: Path) -> None:
+    """Say what was replaced on a patched model, and warn of saved settings that are not in force."""
+    layers = [site.layer_idx for site, _ in patched_sites(model)]
+    logger.info("The splices of layers %s were replaced by those in %s.", layers, directory)
+    ours, theirs = find_patch(model)[1].config.to_dict(), saved.to_dict()
+    names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if names:
+        logger.warning(
+            "The model was patched already: it has the splice in %s now, but keeps its own settings, %s, where %s were "
+            "saved. For the saved ones, call unpatch_model(model) first, then load.",
+            directory,
+            ", ".join(f"{name}={ours.get(name)!r}" for name in names),
+            ", ".join(f"{name}={theirs.get(name)!r}" for name in names),
+        )
 
 
 def read_splices(directory: str | Path) -> dict[int, LearnedKVSplice]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from kvsplice_hf.code.files import key_of, write_splice_files
 from kvsplice_hf.config import KVSpliceConfig
+from kvsplice_hf.patch.base import BASE_KEY, base_fingerprint
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.site_patch import SitePatch
 from kvsplice_hf.patch.state import find_patch, patched_sites
@@ -83,6 +84,8 @@ def _write(
         return directory
     base = sites[0][0].module.config.to_dict()
     about = {"base_model_name_or_path": base.get("_name_or_path", ""), "model_type": base["model_type"]} | more
+    fingerprint = base_fingerprint(model, sites[0][0].module)
+    about |= {BASE_KEY: fingerprint} if fingerprint else {}
     write_splice_files(directory, config, layers, tensors, about)
     return directory
 

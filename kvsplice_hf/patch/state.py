@@ -29,9 +29,11 @@ class ModelPatch:
 
     Attributes:
         config: the settings in force.
+        known_base: what the fingerprint of the base model was made of, and what it was (`patch.base`).
     """
 
     config: KVSpliceConfig
+    known_base: tuple[Any, str] = (None, "")
 
 
 @contextlib.contextmanager
