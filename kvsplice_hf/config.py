@@ -1,6 +1,7 @@
 """`KVSpliceConfig`: what to splice and how, validated on construction, with a JSON round trip."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,8 @@ DEFAULT_BYTES_RATIO = 0.25
 REFERENCE_LENGTH = 4096
 DEFAULT_CODEC = "rows"
 KEYS = ("unrotated", "rotated")
+# Bytes of the smallest row of the default codec: a bit or two, and the gain.
+SMALLEST_ROW = 2
 ALLOCATIONS = ("auto", "global", "layer")
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 INITIALISATIONS = ("svd", "orthogonal", "identity")
@@ -36,6 +39,11 @@ def _is_number(value: Any) -> bool:
 
 def _is_index(value: Any) -> bool:
     return _is_int(value) and value >= 0
+
+
+def _rounded_up(value: float) -> float:
+    """To one digit more than errors show."""
+    return math.ceil(value * 100) / 100
 
 
 def _parse_last(layers: str) -> int | None:
@@ -144,13 +152,32 @@ class KVSpliceConfig:
         return self.compression_ratio is None and self.rank is None
 
     def row_budget(self, row_dim: int) -> float:
-        """Bytes of a packed row, where the stock row has `row_dim` = R + P numbers."""
-        exact = self.sink_tokens * (2 * row_dim + 8) / REFERENCE_LENGTH
+        """Bytes of a packed row, where the stock row has `row_dim` = R + P numbers.
+
+        Raises:
+            ConfigError: the smallest row of the default codec and the exact first tokens take more than the budget.
+        """
         if self.bytes_per_token is not None:
-            return self.bytes_per_token - exact
-        if self.bits is not None:
-            return self.bits * row_dim / 8 - exact
-        return DEFAULT_BYTES_RATIO * 2 * row_dim - exact
+            budget = float(self.bytes_per_token)
+        elif self.bits is not None:
+            budget = self.bits * row_dim / 8
+        else:
+            budget = DEFAULT_BYTES_RATIO * 2 * row_dim
+        exact = self.exact_bytes(row_dim)
+        needed = SMALLEST_ROW + exact
+        if budget < needed and self.codec == DEFAULT_CODEC:
+            bits = f", or `bits` of {_rounded_up(needed * 8 / row_dim)}" if self.bits is not None else ""
+            raise ConfigError(
+                f"A budget of {budget:.1f} bytes per token and layer is below the {needed:.1f} that are the least: "
+                f"{SMALLEST_ROW} for the smallest row, and {exact:.1f} for {self.sink_tokens} exact tokens in "
+                f"{REFERENCE_LENGTH}. Give `bytes_per_token` of at least {_rounded_up(needed)}{bits}, or fewer "
+                "`sink_tokens`."
+            )
+        return budget - exact
+
+    def exact_bytes(self, row_dim: int) -> float:
+        """What the exact first tokens take per token, as they are counted into a budget of bytes."""
+        return self.sink_tokens * (2 * row_dim + 8) / REFERENCE_LENGTH
 
     def _check_layers(self) -> None:
         layers = self.layers
