@@ -151,7 +151,7 @@ def absorbed_refusal(module: Any, patched: SitePatch, new_tokens: int, stored: i
         return f"for {new_tokens} new tokens on {stored} expanding takes fewer products"
     if foldable_weight(module.kv_b_proj) is None:
         kind = type(module.kv_b_proj).__name__
-        return f"kv_b_proj is a {kind} (packed, adapted or sharded), which cannot be folded"
+        return f"kv_b_proj is a {kind} (packed, adapted or sharded): merge the adapter, or leave it unquantised"
     return None
 
 

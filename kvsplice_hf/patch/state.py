@@ -90,7 +90,8 @@ def _patches(model: nn.Module) -> list[ModelPatch]:
     found = {id(state.patch): state.patch for _, state in patched_modules(model)}
     if not found:
         raise PatchStateError(
-            f"This {type(model).__name__} is not patched with KVSplice. Call patch_model_with_kvsplice(model) first."
+            f"This {type(model).__name__} is not patched with KVSplice, so there is nothing to save, read or undo. "
+            "patch_model_with_kvsplice(model) patches it."
         )
     return list(found.values())
 
