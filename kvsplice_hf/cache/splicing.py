@@ -1,7 +1,7 @@
 """What all spliced cache layers have in common: rows are encoded on the way in, and first tokens kept exactly.
 
-The stock cache layers of transformers are reused whole: a spliced layer gives them the rows as their `keys` and as their
-`values` nothing (width 0), or where keys are coded before their rotation the slots that say how each was rotated
+The stock cache layers of transformers are reused whole: a spliced layer gives them the rows as their `keys`, and as
+their `values` nothing (width 0), or where keys are coded before their rotation the slots that say how each was rotated
 (`turns`). So cropping, beam reordering, sliding windows, static buffers, offloading and the indexer's keys work as
 upstream wrote them.
 

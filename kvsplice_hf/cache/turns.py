@@ -183,7 +183,7 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 class FixedTurns:
-    """The table of static cache layers of one length: the slot of a token is its row, or in a window the next one round.
+    """The table of static cache layers of one length: a slot is a row, and in a window the next row, round and round.
 
     Changed in place, so that compiled graphs keep its address.
 

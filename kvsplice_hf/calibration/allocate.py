@@ -120,7 +120,9 @@ def measure_distortion(solution: LayerSolution) -> Distortion:
     """Distortions of one layer from its sampled rows."""
     R, cost = solution.latent_dim, solution.cost
     # Which coordinates will share a gain is not known yet: take those that will probably get a bit.
-    gained = torch.cat([part > _LIKELY_KEPT * part.max().clamp(min=1e-30) for part in (cost[:R], cost[R:]) if len(part)])
+    gained = torch.cat(
+        [part > _LIKELY_KEPT * part.max().clamp(min=1e-30) for part in (cost[:R], cost[R:]) if len(part)]
+    )
     relative = _relative(*standardised(solution, gained))
     if solution.pairs is None:
         return Distortion(relative)

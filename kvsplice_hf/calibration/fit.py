@@ -115,7 +115,9 @@ def fit_codec(
     """
     R, sigmas = solution.latent_dim, sigmas_of(solution)
     rows, units = solution.codes / sigmas, sigmas
-    if solution.pairs is None:  # as the cache will hold them: codes in units of their root mean square, k_rot in its own
+    if (
+        solution.pairs is None
+    ):  # as the cache will hold them: codes in units of their root mean square, k_rot in its own
         key_units = solution.key_decode.diagonal()
         rotated = solution.codes[:, R:] * key_units + solution.key_mean
         rows, units = torch.cat([rows[:, :R], rotated], dim=-1), torch.cat([sigmas[:R], 1 / key_units])

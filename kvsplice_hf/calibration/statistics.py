@@ -6,8 +6,8 @@ Its size does not depend on the number of tokens, and several processes' statist
 Rotated keys are counted in three ways: as they are, and with their rotation undone (`code.keys`) for each of the two
 ways in which models pair their numbers. Which one a model uses shows in what it costs to code (`solve`).
 
-Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `F` pairs of numbers of a key (0 where no rotation was seen), `M` sampled
-rows, `T` tokens.
+Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `F` pairs of numbers of a key (0 where no rotation was seen), `M`
+sampled rows, `T` tokens.
 """
 
 import hashlib
@@ -205,9 +205,7 @@ class LayerStatistics:
         """
         if self.count < 2:
             raise CalibrationError(f"{where} was given {int(self.count)} calibration tokens. Give it more text.")
-        sums = torch.cat(
-            [part.flatten() for part in (self.latent_outer, self.fisher, self.rot_outer, self.rot_fisher)]
-        )
+        sums = torch.cat([part.flatten() for part in (self.latent_outer, self.fisher, self.rot_outer, self.rot_fisher)])
         if not torch.isfinite(sums).all():
             raise CalibrationError(
                 f"{where} computed latents or gradients that are not finite on the calibration text. Load the model in "
