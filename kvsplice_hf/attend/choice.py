@@ -104,7 +104,7 @@ def encode(
     Args:
         splice: the projection.
         latent, k_rot: latents [B, 1, T, R] and rotated keys [B, 1, T, P].
-        turns: bf16 [B or 1, 1, T, 2 F], where keys are coded before their rotation.
+        turns: uint8 [B or 1, 1, T, F], where keys are coded before their rotation.
 
     Raises:
         UnsupportedError: as `LearnedKVSplice.rows`.

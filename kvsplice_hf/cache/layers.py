@@ -81,11 +81,11 @@ def see_turns(cache: Cache, layer: SplicedLayerMixin, embeddings: Any, position_
     layer.embeddings, layer.position_ids = embeddings, position_ids
     if layer.table is not None or embeddings is None or layer.splice.keys is None:
         return
-    for other in cache.layers:
-        if isinstance(other, SplicedLayerMixin) and other.table is not None and other.table.is_of(embeddings):
-            if isinstance(layer, StaticLayer) == isinstance(other, StaticLayer):
-                layer.table = other.table
-                return
+    others = (other for other in cache.layers if isinstance(other, SplicedLayerMixin) and other.table is not None)
+    for other in others:
+        if isinstance(layer, StaticLayer) == isinstance(other, StaticLayer) and other.table.is_of(embeddings):
+            layer.table = other.table
+            return
     if not isinstance(layer, StaticLayer):  # whose table has a size that shows when it is filled
         layer.table = TurnTable(layer.splice.keys.pairs[2])
 

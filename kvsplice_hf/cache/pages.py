@@ -30,7 +30,6 @@ from kvsplice_hf.attend.choice import encode
 from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
 from kvsplice_hf.cache.turns import SLOT_DTYPE, Turns, embedding_tensor
-from kvsplice_hf.code.keys import TURN_DTYPE
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError, UnsupportedError
 
@@ -94,7 +93,7 @@ class _NewTurns(NamedTuple):
 
     Attributes:
         seen: the tensor by which the embeddings of the pass are known again.
-        of_new: bf16 [1, 1, Q, 2 F].
+        of_new: uint8 [1, 1, Q, F].
         of_groups: of the tokens of each group.
     """
 
@@ -209,12 +208,12 @@ class PagedRows:
             )
         batch = self._batch
         assert batch is not None
-        self._turn_pages[batch.blocks, batch.offsets] = turns[0].contiguous().view(torch.uint8)
+        self._turn_pages[batch.blocks, batch.offsets] = turns[0]
         groups = [self._turns_of(group) for group in batch.groups]
         self._turns = _NewTurns(embedding_tensor(embeddings), turns[:, None], groups)
 
     def _turns_of(self, group: _Group) -> Turns:
-        turns = self._turn_pages[group.blocks, group.offsets].view(TURN_DTYPE)  # [B, S, 2 F]
+        turns = self._turn_pages[group.blocks, group.offsets]  # [B, S, F]
         batch, tokens, _ = turns.shape
         slots = torch.arange(batch * tokens, dtype=SLOT_DTYPE, device=turns.device).view(batch, tokens)
         return Turns(turns.flatten(0, 1).T.contiguous(), slots)
@@ -333,8 +332,7 @@ def paged_rows(kwargs: dict[str, Any]) -> PagedRows | None:
 
 def turn_bytes(sites: Sequence[tuple[Any, Any]]) -> int:
     """Bytes that say how one token was rotated, for all layers together; 0 where rows hold rotated keys."""
-    sizes = [site.qk_rope_head_dim * TURN_DTYPE.itemsize for site, state in sites if state.geometry.coded_keys]
-    return max(sizes, default=0)
+    return max((site.qk_rope_head_dim // 2 for site, state in sites if state.geometry.coded_keys), default=0)
 
 
 def token_bytes(geometry: RowGeometry, dtype: torch.dtype) -> tuple[int, int]:

@@ -98,7 +98,7 @@ class CompressedLatent:
 
     @property
     def new_turns(self) -> torch.Tensor | None:
-        """How the keys of the new tokens were rotated, bf16 [B, 1, T, 2 F]."""
+        """How the keys of the new tokens were rotated, uint8 [B, 1, T, F]."""
         count = self.rows.shape[2]
         return None if self.turns is None else self.turns.by_token(slice(count - self.new_tokens, count))[:, None]
 

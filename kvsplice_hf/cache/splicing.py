@@ -146,7 +146,7 @@ class SplicedLayerMixin(_StockLayer):
         return self.keys.shape[-2]
 
     def _note_turns(self, first_row: int | torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """How the new keys were rotated, bf16 [B or 1, 1, T, 2 F], and their slots [B or 1, T]; None and None without.
+        """How the new keys were rotated, uint8 [B or 1, 1, T, F], and their slots [B or 1, T]; None and None without.
 
         Raises:
             UpstreamChangedError: nothing says how.

@@ -1,7 +1,7 @@
 """How the keys in a cache were rotated: once for all layers, by slots.
 
-Rows hold keys before their rotation (`code.keys`), so that reading them needs the cosines and sines that each token was
-rotated by. All layers of one rotary embedding have the same ones. A table holds them, and beside each row lies the slot
+Rows hold keys before their rotation (`code.keys`), so that reading them needs the angles that each token was rotated
+by. All layers of one rotary embedding have the same ones. A table holds them, and beside each row lies the slot
 of its token in the table: an integer, in what is the `values` of a stock cache layer, so that cropping, beams, windows
 and rows that somebody takes out by hand move it along. Layers share these integers too.
 
@@ -23,13 +23,14 @@ from kvsplice_hf.code.keys import TURN_DTYPE, turns_of
 SLOT_DTYPE = torch.int32
 # Positions this far beyond the tokens that there are do not get slots by position: the table would be mostly empty.
 _MOST_EMPTY = 1024
+_EMPTY = 255  # no angle
 
 
 class Turns(NamedTuple):
     """How the tokens of one call were rotated.
 
     Attributes:
-        lines: bf16 [2 F, slots], the table: cosines, then sines.
+        lines: uint8 [F, slots], the table.
         slots: int32 [B, S], of the tokens.
     """
 
@@ -37,7 +38,7 @@ class Turns(NamedTuple):
     slots: torch.Tensor
 
     def by_token(self, tokens: slice = slice(None)) -> torch.Tensor:
-        """bf16 [B, s, 2 F] of some of the tokens."""
+        """uint8 [B, s, F] of some of the tokens."""
         return self.lines[:, self.slots[:, tokens].long()].permute(1, 2, 0)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Turns":
@@ -88,7 +89,7 @@ class TurnTable:
             position_ids: the same, or None.
 
         Returns:
-            Their turns bf16 [B or 1, T, 2 F], and their slots int32 [B or 1, T].
+            Their turns uint8 [B or 1, T, F], and their slots int32 [B or 1, T].
         """
         if self._noted is not None and self.is_of(embeddings):
             return self._noted
@@ -124,7 +125,7 @@ class TurnTable:
         self._grow(high - base + 1, turns)
         assert self.lines is not None
         before, wanted = self.lines[:, places], turns.permute(2, 0, 1)
-        free = torch.isnan(before)  # as empty slots are
+        free = before == _EMPTY
         self.lines[:, places] = torch.where(free, wanted, before)
         if not torch.equal(self.lines[:, places], wanted):
             return None
@@ -132,12 +133,12 @@ class TurnTable:
         return places.to(SLOT_DTYPE)
 
     def _grow(self, count: int, turns: torch.Tensor) -> None:
-        """Have `count` slots; new ones hold what is not a number."""
+        """Have `count` slots, new ones empty."""
         lines = self.lines
         writable = lines is not None and (torch.is_inference_mode_enabled() or not lines.is_inference())
         if lines is None or not writable or lines.shape[1] < count or lines.device != turns.device:
             capacity = max(count + min(count, max(1024, count // 8)), 0 if lines is None else lines.shape[1])
-            grown = torch.full((turns.shape[2], capacity), torch.nan, dtype=TURN_DTYPE, device=turns.device)
+            grown = torch.full((turns.shape[2], capacity), _EMPTY, dtype=TURN_DTYPE, device=turns.device)
             if lines is not None:
                 grown[:, : self.used] = lines[:, : self.used]
             self.lines = grown
@@ -195,7 +196,7 @@ class FixedTurns:
 
     def __init__(self, columns: torch.Tensor, batch: int, length: int, device: torch.device) -> None:
         self.columns, self.batch, self.length = columns.to(device), batch, length
-        self.lines = torch.zeros(2 * len(columns), batch * length, dtype=TURN_DTYPE, device=device)
+        self.lines = torch.zeros(len(columns), batch * length, dtype=TURN_DTYPE, device=device)
         # The slots of rows that stay where they are, in the place of values: one tensor for all layers.
         self.row_slots = torch.arange(batch * length, dtype=SLOT_DTYPE, device=device).view(batch, 1, length, 1)
         if not torch.compiler.is_compiling():
@@ -226,7 +227,7 @@ class FixedTurns:
             first: how many tokens came before.
 
         Returns:
-            Their turns bf16 [B, T, 2 F], and their slots int32 [B, T].
+            Their turns uint8 [B, T, F], and their slots int32 [B, T].
         """
         if self._noted is not None and not torch.compiler.is_compiling() and self.is_of(embeddings):
             return self._noted
@@ -249,7 +250,7 @@ class FixedTurns:
 
         Args:
             slots: of all rows, [B, S]; those of the new tokens are not read.
-            new_turns: [B, T, 2 F].
+            new_turns: [B, T, F].
         """
         assert self.before is not None
         batch, count = new_turns.shape[:2]

@@ -149,7 +149,7 @@ class Collector:
         self._embeddings = upstream.argument(parameters, POSITION_EMBEDDINGS, args, kwargs)
 
     def _turns(self, layer: LayerStatistics, k_rot: torch.Tensor) -> torch.Tensor | None:
-        """How the keys [B, 1, T, P] that count were rotated, [tokens, 2 F]; None where that is not known."""
+        """How the keys [B, 1, T, P] that count were rotated, [tokens, F]; None where that is not known."""
         columns = angle_columns(self._embeddings, layer.rope_dim) if layer.rope_dim else None
         layer.see_columns(columns)
         if columns is None:

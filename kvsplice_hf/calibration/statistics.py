@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import safetensors.torch
 import torch
@@ -48,7 +48,7 @@ class LayerStatistics:
         readers, rot_readers: the same from forward passes only (see `readers.py`), [R, R], and for the rotated keys the
             diagonal, [P].
         rows: a sample of rows `[latent | k_rot]`, float32 [M, R + P].
-        turns: how their keys were rotated (`code.keys`), bf16 [M, 2 F].
+        turns: how their keys were rotated (`code.keys`), uint8 [M, F].
         columns: which of a model's angles turn its keys, int64 [F].
         draws: one random number per sampled row, [M]. The M smallest are kept, whatever the order of the tokens.
     """
@@ -123,7 +123,7 @@ class LayerStatistics:
         found = self.columns[:0] if columns is None else columns
         if self.count == 0:
             self.columns = found
-            self.turns = self.turns.new_zeros(0, 2 * len(found))
+            self.turns = self.turns.new_zeros(0, len(found))
         elif not torch.equal(found, self.columns):
             raise CalibrationError(
                 "The model rotates its keys in one way on a part of the calibration text and in another way on the "
@@ -133,13 +133,13 @@ class LayerStatistics:
     def add_rows(
         self, latents: torch.Tensor, k_rot: torch.Tensor, turns: torch.Tensor | None, generator: torch.Generator
     ) -> None:
-        """Count tokens: latents [T, R], rotated keys [T, P], and how they were rotated, [T, 2 F]; on any device."""
+        """Count tokens: latents [T, R], rotated keys [T, P], and how they were rotated, [T, F]; on any device."""
         self.count += len(latents)
         self.latent_outer += _outer(latents.float())
         latents, k_rot = latents.float().cpu(), k_rot.float().cpu()
         turns = self.turns.new_zeros(len(k_rot), 0) if turns is None else turns.cpu()
         self.latent_sum += _sum(latents)
-        for pairing, keys in enumerate(self._in_all_pairings(k_rot, turns, undo_turns)):
+        for pairing, keys in enumerate(self._in_all_pairings(k_rot, turns)):
             self.rot_sum[pairing] += _sum(keys)
             self.rot_outer[pairing] += _outer(keys)
         draws = torch.rand(len(latents), generator=generator, dtype=torch.float64, device="cpu")
@@ -153,16 +153,18 @@ class LayerStatistics:
         self.fisher += _outer(latents.float())
 
     def add_rot_gradients(self, k_rot: torch.Tensor, turns: torch.Tensor | None) -> None:
-        """Count gradients at the rotated keys, [T, P], which were rotated by turns [T, 2 F]."""
+        """Count gradients at the rotated keys, [T, P], which were rotated by turns [T, F]."""
         k_rot = k_rot.float().cpu()
         turns = self.turns.new_zeros(len(k_rot), 0) if turns is None else turns.cpu()
-        for pairing, gradients in enumerate(self._in_all_pairings(k_rot, turns, undo_turns_of_gradients)):
+        # Rotations are orthogonal: their transpose, by which gradients go back, undoes them.
+        for pairing, gradients in enumerate(self._in_all_pairings(k_rot, turns)):
             self.rot_fisher[pairing] += _outer(gradients)
 
-    def _in_all_pairings(self, k_rot: torch.Tensor, turns: torch.Tensor, undo: Any) -> Iterator[torch.Tensor]:
+    def _in_all_pairings(self, k_rot: torch.Tensor, turns: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Keys, or gradients at them, as they are and with their rotation undone, [T, P] each."""
         yield k_rot
         for pairing in range(1, len(PAIRINGS)):
-            yield undo(k_rot, turns, self.pairs(pairing)) if len(self.columns) else k_rot
+            yield undo_turns(k_rot, turns, self.pairs(pairing)) if len(self.columns) else k_rot
 
     def sampled_keys(self, pairing: int) -> torch.Tensor:
         """The keys of the sampled rows in one of `PAIRINGS`, float64 [M, P]."""
@@ -216,13 +218,6 @@ class LayerStatistics:
                 f"The latents of {where} are the same for all {int(self.count)} calibration tokens. Give it text that "
                 "varies."
             )
-
-
-def undo_turns_of_gradients(gradients: torch.Tensor, turns: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """Gradients at keys before their rotation, [T, P], of those at rotated keys: the transpose of what rotates."""
-    cos, sin = turns.float().chunk(2, dim=-1)
-    size = torch.cat([cos.square() + sin.square()] * 2, dim=-1)[..., pairs.order]
-    return undo_turns(gradients, turns, pairs) * size
 
 
 def _sum(vectors: torch.Tensor) -> torch.Tensor:

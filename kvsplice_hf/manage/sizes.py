@@ -14,7 +14,6 @@ from transformers.utils import ModelOutput
 
 from kvsplice_hf.cache.layers import splice_cache_layer
 from kvsplice_hf.cache.turns import SLOT_DTYPE, FixedTurns, TurnTable
-from kvsplice_hf.code.keys import TURN_DTYPE
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE
@@ -57,7 +56,7 @@ def get_kv_cache_size(model: nn.Module, seq_len: int = 2048, batch_size: int = 1
     Per token: R + P numbers unspliced, r + P spliced (or the bytes of a packed row), and the indexer's key on
     sparse-attention layers, in the dtype of the model. Per sequence and spliced layer: K exact latents of R numbers (R
     + P where rows are packed) and their positions (8 bytes each). Where keys are coded before their rotation, per token
-    a slot (4 bytes), and once for all sequences and layers how the tokens at each position were rotated (2 P bytes). A
+    a slot (4 bytes), and once for all sequences and layers how the tokens at each position were rotated (P / 2 bytes). A
     sliding window keeps `window - 1` tokens. Linear-attention layers are not counted; on an unpatched model both
     figures are the same. `cache_nbytes` measures the same quantity on a cache.
 
@@ -92,7 +91,7 @@ def _turn_bytes(sites: list[AttentionSite], seq_len: int) -> tuple[int, int]:
     tokens = sum(min(seq_len, (site.sliding_window or 0) - 1) for site in windows)
     tokens += seq_len if len(windows) < len(sites) else 0
     sizes = {site.qk_rope_head_dim for site in sites}
-    return tokens * SLOT_DTYPE.itemsize, seq_len * sum(sizes) * TURN_DTYPE.itemsize
+    return tokens * SLOT_DTYPE.itemsize, seq_len * sum(sizes) // 2
 
 
 def _site_bytes(site: AttentionSite, seq_len: int, spliced: bool) -> int:

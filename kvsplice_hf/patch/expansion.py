@@ -103,7 +103,7 @@ def _round_trip(
 
 
 def _turns_without_cache(module: Any, patched: SitePatch, call: Call) -> torch.Tensor | None:
-    """How the keys of the call are rotated, bf16 [B or 1, 1, T, 2 F], where they are coded before that.
+    """How the keys of the call are rotated, uint8 [B or 1, 1, T, F], where they are coded before that.
 
     Raises:
         UpstreamChangedError: nothing says how.
