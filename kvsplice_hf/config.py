@@ -60,8 +60,8 @@ class KVSpliceConfig:
         compression_ratio: spliced rank over latent rank, r / R, in (0, 1]; each layer gets `round(R * ratio)`, at
             least 1. Codes are stored as numbers of the model's dtype.
         rank: the spliced rank r itself, the same for every layer, from 1 to the smallest `kv_lora_rank`.
-        bytes_per_token: all bytes per token and layer on average, in packed codes; the exact first tokens are counted
-            in at a length of 4096. Needs calibration.
+        bytes_per_token: all bytes per token and layer on average, in packed codes, for one sequence; the exact first
+            tokens are counted in at a length of 4096, and so is what layers have in common. Needs calibration.
         bits: the same as bits per number of the stock row. Of these four budgets give one; with none, packed codes at
             a quarter of the stock row in bf16.
         codec: name of the codec that packs rows; "rows" is `RowCodec`, others are registered (docs/how_to_add.md).
@@ -151,8 +151,12 @@ class KVSpliceConfig:
         """Whether rows are packed bytes."""
         return self.compression_ratio is None and self.rank is None
 
-    def row_budget(self, row_dim: int) -> float:
-        """Bytes of a packed row, where the stock row has `row_dim` = R + P numbers.
+    def row_budget(self, row_dim: int, shared: float = 0.0) -> float:
+        """Bytes of a packed row.
+
+        Args:
+            row_dim: numbers of the stock row, R + P.
+            shared: what else a cache keeps per token, divided by the layers that have it in common.
 
         Raises:
             ConfigError: the smallest row of the default codec and the exact first tokens take more than the budget.
@@ -164,16 +168,16 @@ class KVSpliceConfig:
         else:
             budget = DEFAULT_BYTES_RATIO * 2 * row_dim
         exact = self.exact_bytes(row_dim)
-        needed = SMALLEST_ROW + exact
+        needed = SMALLEST_ROW + exact + shared
         if budget < needed and self.codec == DEFAULT_CODEC:
             bits = f", or `bits` of {_rounded_up(needed * 8 / row_dim)}" if self.bits is not None else ""
             raise ConfigError(
                 f"A budget of {budget:.1f} bytes per token and layer is below the {needed:.1f} that are the least: "
-                f"{SMALLEST_ROW} for the smallest row, and {exact:.1f} for {self.sink_tokens} exact tokens in "
-                f"{REFERENCE_LENGTH}. Give `bytes_per_token` of at least {_rounded_up(needed)}{bits}, or fewer "
+                f"{SMALLEST_ROW} for the smallest row, {exact:.1f} for {self.sink_tokens} exact tokens in "
+                f"{REFERENCE_LENGTH}, and {shared:.1f} for how keys were rotated. Give `bytes_per_token` of at least {_rounded_up(needed)}{bits}, or fewer "
                 "`sink_tokens`."
             )
-        return budget - exact
+        return budget - exact - shared
 
     def exact_bytes(self, row_dim: int) -> float:
         """What the exact first tokens take per token, as they are counted into a budget of bytes."""

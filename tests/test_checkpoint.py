@@ -256,7 +256,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "description_a_list": (description_of_bytes(b"[]"), 'is not a saved splice: "format" should be "kvsplice"'),
     "description_of_another_format": (described_as(format="lora"), "is not a saved splice"),
     "description_of_no_format": (without("format"), "is not a saved splice"),
-    "newer_schema": (described_as(schema_version=2), "schema version 2; .* up to 1. Upgrade"),
+    "newer_schema": (described_as(schema_version=3), "schema version 3; .* up to 2. Upgrade"),
     "schema_version_text": (described_as(schema_version="1"), "schema version '1'"),
     "no_schema_version": (without("schema_version"), "schema version None"),
     "no_config": (without("config"), r"lacks \['config'\]"),

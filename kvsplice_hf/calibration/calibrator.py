@@ -24,8 +24,10 @@ from kvsplice_hf.calibration.statistics import (
     merge_across_processes,
     save_statistics,
 )
+from kvsplice_hf.cache.turns import SLOT_DTYPE
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import codec_class
+from kvsplice_hf.code.keys import TURN_DTYPE
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CalibrationError, ConfigError
 from kvsplice_hf.patch.families import AttentionSite
@@ -316,7 +318,7 @@ class KVSpliceCalibrator:
         self._require_tokens(max(solution.latent_dim for solution in solutions))
         progress = tqdm(chosen, desc="measuring codes", file=sys.stderr, disable=len(chosen) < 8)
         distortions = [self._distortion(layer_idx, config.keys == "unrotated") for layer_idx in progress]
-        budget = config.row_budget(max(len(solution.cost) for solution in solutions))
+        budget = config.row_budget(max(len(solution.cost) for solution in solutions), _shared_bytes(solutions))
         found = allocate(solutions, distortions, budget, per_layer=config.allocation == "layer")
         parts = zip(chosen, solutions, found, strict=True)
         return [fit_widths(self.statistics[layer_idx], solution, bits) for layer_idx, solution, bits in parts]
@@ -326,7 +328,11 @@ class KVSpliceCalibrator:
         kind = codec_class(config.codec)
         return [
             fit_codec(
-                self.statistics[layer_idx], solution, kind, config.row_budget(len(solution.cost)), f"layer {layer_idx}"
+                self.statistics[layer_idx],
+                solution,
+                kind,
+                config.row_budget(len(solution.cost), _shared_bytes(solutions)),
+                f"layer {layer_idx}",
             )
             for layer_idx, solution in zip(chosen, solutions, strict=True)
         ]
@@ -365,6 +371,12 @@ def calibrate(
     """
     calibrator = KVSpliceCalibrator(model, metric=metric)
     return calibrator.collect(data, tokenizer=tokenizer, max_tokens=max_tokens, window=window, holdout=holdout)
+
+
+def _shared_bytes(solutions: list[LayerSolution]) -> float:
+    """Bytes per token and layer, for one sequence, of how its keys were rotated: an angle per pair, and a slot."""
+    sizes = [TURN_DTYPE.itemsize * solution.rope_dim // 2 for solution in solutions if solution.pairs is not None]
+    return (max(sizes) + SLOT_DTYPE.itemsize) / len(solutions) if sizes else 0.0
 
 
 def _report(chosen: list[int], solutions: list[LayerSolution], fits: list[LayerFit]) -> CalibrationReport:

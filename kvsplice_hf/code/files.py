@@ -22,6 +22,8 @@ from kvsplice_hf.errors import CheckpointError, ConfigError
 CONFIG_NAME = "kvsplice_config.json"
 WEIGHTS_NAME = "kvsplice_model.safetensors"
 FORMAT = "kvsplice"
+# Of the files. Version 2 has keys that are coded before their rotation.
+NEWEST_VERSION = 2
 
 
 class SavedSplices(NamedTuple):
@@ -63,13 +65,19 @@ def write_splice_files(
         "config": config.to_dict(),
         "format": FORMAT,
         "layers": layers,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": _version_of(tensors),
         "transformers_version": transformers.__version__,
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
     } | about
     # Each whole or not at all. A process that is killed between the two leaves files that do not fit; loading says so.
     folders.write_bytes(directory / WEIGHTS_NAME, weights)
     folders.write_bytes(directory / CONFIG_NAME, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _version_of(tensors: dict[str, torch.Tensor]) -> int:
+    """The oldest version that describes what is saved: releases of before go on reading what they know."""
+    coded_keys = any(".keys." in name for name in tensors)
+    return NEWEST_VERSION if coded_keys else SCHEMA_VERSION
 
 
 def codec_of(saved: SavedSplices, layer_idx: int, directory: Path) -> Codec | None:
@@ -113,9 +121,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise CheckpointError(f'{path} is not a saved splice: "format" should be "{FORMAT}".')
     version = description.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if not isinstance(version, int) or version > NEWEST_VERSION:
         raise CheckpointError(
-            f"{path} has schema version {version!r}; this release reads up to {SCHEMA_VERSION}. Upgrade kvsplice_hf."
+            f"{path} has schema version {version!r}; this release reads up to {NEWEST_VERSION}. Upgrade kvsplice_hf."
         )
     missing = sorted({"config", "layers", "model_type", "weights_sha256"} - set(description))
     if missing:
