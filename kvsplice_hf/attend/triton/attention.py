@@ -12,7 +12,11 @@ rows, and the weighted mean of the rows is that of the units, scaled and shifted
 
 A row of n numbers is read in up to three pieces, since a block's sides are powers of two: 576 = 512 + 64.
 
-Legend: `B` batch, `M` queries, heads and tokens together, `S` stored rows, `n` numbers of a row, `v` of a value.
+Where keys were coded before their rotation, these pieces are the value alone, n = v, and what queries score on the key
+behind it comes from `turning`.
+
+Legend: `B` batch, `M` queries, heads and tokens together, `S` stored rows, `n` numbers of a row, `v` of a value,
+`F` pairs of numbers of a key that are turned together.
 """
 # mypy: allow-untyped-defs
 
@@ -21,6 +25,7 @@ import triton.language as tl
 
 from kvsplice_hf.attend.triton.decoding import columns, decoded, of_layout
 from kvsplice_hf.attend.triton.tables import WIDTH
+from kvsplice_hf.attend.triton.turning import key_scores, pair_queries
 
 
 @triton.jit
@@ -98,7 +103,7 @@ def _store_mixed(
 
 # Numbers that grow from step to step must not compile the kernel anew whenever one of them is divisible by 16.
 # Long because up to three pieces of a row take part in each step, and a loop of Triton holds them in variables by name.
-@triton.jit(do_not_specialize=["count", "bias_batch", "bias_query"])
+@triton.jit(do_not_specialize=["count", "bias_batch", "bias_query", "table_stride", "table_slots", "slots_batch"])
 def attend_kernel(
     query,
     rows,
@@ -122,6 +127,19 @@ def attend_kernel(
     bias_query,
     bias_key,
     bias_period,
+    key_layout,
+    key_weights,
+    key_mean,
+    pairs,
+    table,
+    slots,
+    key_numbers,
+    key_gained,
+    pair_count,
+    table_stride,
+    table_slots,
+    slots_batch,
+    slots_row,
     HAS_BIAS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -134,6 +152,10 @@ def attend_kernel(
     PLANES2: tl.constexpr,
     VALUES1: tl.constexpr,
     VALUES2: tl.constexpr,
+    KEY: tl.constexpr,
+    PAIRS: tl.constexpr,
+    KEY_PLANES: tl.constexpr,
+    HAS_KEY_GAIN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -141,7 +163,8 @@ def attend_kernel(
 ):
     """One block of queries [BLOCK_M, n] over one split of the rows of one batch entry.
 
-    Writes `mixed` [B, M, splits, v], normalised over the split, and `lse` [B, M, splits].
+    Writes `mixed` [B, M, splits, v], normalised over the split, and `lse` [B, M, splits]. KEY > 0 are the numbers of a
+    key that was coded before its rotation, with room for PAIRS pairs; then queries are [BLOCK_M, n + 2 F].
     """
     batch = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -157,7 +180,12 @@ def attend_kernel(
     first = split * share
     end = tl.minimum(first + share, end)
 
-    query_base = query + flat_index * n
+    if KEY > 0:
+        query_base = query + flat_index * (n + 2 * pair_count)
+        first_query = pair_queries(query_base + n, query_held, pairs, pair_count, 0, PAIRS, DTYPE)
+        second_query = pair_queries(query_base + n, query_held, pairs, pair_count, 1, PAIRS, DTYPE)
+    else:
+        query_base = query + flat_index * n
     at0 = columns(0, D0, PACKED)
     query0, constant = _query_tile(query_base, query_held, at0, n, layout, scales, centres, PACKED, DTYPE)
     mixed0 = tl.zeros([BLOCK_M, D0], tl.float32)
@@ -188,8 +216,40 @@ def attend_kernel(
         gain = tl.full([BLOCK_S], 1.0, tl.float32)
         if HAS_GAIN:
             gain = tl.load(gains + tl.load(base, mask=held, other=0).to(tl.int32))
+        if KEY > 0:
+            # Ahead of the value's numbers, which stay in registers until they are mixed.
+            slot = tl.load(slots + batch * slots_batch + row_index.to(tl.int64) * slots_row, mask=held, other=0)
+            key_gain = tl.full([BLOCK_S], 1.0, tl.float32)
+            if HAS_KEY_GAIN:  # behind that of the value, which such rows have
+                key_gain = tl.load(gains + tl.load(base + 1, mask=held, other=0).to(tl.int32))
+            score = key_scores(
+                first_query,
+                second_query,
+                base,
+                held,
+                slot,
+                key_numbers,
+                key_gained,
+                key_gain,
+                key_layout + (start >> 30),
+                levels,
+                key_weights + (start >> 30),
+                key_mean,
+                pair_count,
+                table,
+                table_stride,
+                table_slots,
+                KEY_PLANES,
+                KEY,
+                PAIRS,
+                DTYPE,
+                PRECISION,
+            )
         tile0 = _row_tile(base, held, 0, n, gained, gain, layout_here, levels, PACKED, PLANES0, D0, DTYPE)
-        score = tl.dot(query0, tl.trans(tile0), input_precision=PRECISION)
+        if KEY > 0:
+            score = tl.dot(query0, tl.trans(tile0), acc=score, input_precision=PRECISION)
+        else:
+            score = tl.dot(query0, tl.trans(tile0), input_precision=PRECISION)
         if D1 > 0:
             tile1 = _row_tile(base, held, D0, n, gained, gain, layout_here, levels, PACKED, PLANES1, D1, DTYPE)
             score = tl.dot(query1, tl.trans(tile1), acc=score, input_precision=PRECISION)

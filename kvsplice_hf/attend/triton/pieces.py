@@ -7,6 +7,13 @@ PIECES = 3
 WIDEST = 512
 # Coordinates of packed rows that are decoded at once.
 CHUNK = 128
+# The most numbers of a key that was coded before its rotation: one chunk.
+WIDEST_KEY = CHUNK
+
+
+def side_of(n: int) -> int:
+    """The side of a block for n numbers: a power of two, and at least the 16 that a matrix product needs."""
+    return max(16, int(triton.next_power_of_2(n)))
 
 
 def pieces_of(n: int) -> tuple[int, ...]:
@@ -14,7 +21,7 @@ def pieces_of(n: int) -> tuple[int, ...]:
     pieces: list[int] = []
     rest = n
     while rest > 0:
-        above = min(WIDEST, max(16, triton.next_power_of_2(rest)))
+        above = min(WIDEST, side_of(rest))
         # One piece that is an eighth empty is cheaper than three full ones.
         whole = len(pieces) == PIECES - 1 or above - rest <= rest // 8 or rest <= 16
         pieces.append(above if whole else above // 2)

@@ -28,39 +28,48 @@ class Tables(NamedTuple):
     """The tables of one codec, on its device.
 
     Attributes:
-        layout: int32 [7, n], see `WIDTH` and the others.
+        layout: int32 [7, r], see `WIDTH` and the others.
         gains: the 256 factors, float32.
         stretches: sinh of the coordinates' bends, [n].
         planes: of each piece, five bits for each of its chunks: which bit fields (of 1, 2, 4, 8 or 16) occur in it.
+        key_layout: int32 [7, n - r].
+        key_planes: which bit fields occur among those coordinates.
     """
 
     layout: torch.Tensor
     gains: torch.Tensor
     stretches: torch.Tensor
     planes: tuple[int, ...]
+    key_layout: torch.Tensor
+    key_planes: int
 
 
-# By codec and device. Not buffers: these follow from the widths, and a copied or loaded codec makes its own.
-_tables: WeakKeyDictionary[RowCodec, dict[torch.device, Tables]] = WeakKeyDictionary()
+# By codec, and by device and r. Not buffers: these follow from the widths, and a copied or loaded codec makes its own.
+_tables: WeakKeyDictionary[RowCodec, dict[tuple[torch.device, int], Tables]] = WeakKeyDictionary()
 
 
-def tables_of(codec: RowCodec) -> Tables:
-    """The tables of a codec, made once for each device that it is on."""
-    device = codec.widths.device
-    by_device = _tables.setdefault(codec, {})
-    if device not in by_device:
+def tables_of(codec: RowCodec, rank: int | None = None) -> Tables:
+    """The tables of a codec, made once for each device that it is on.
+
+    Args:
+        codec: of rows of n numbers.
+        rank: r, the numbers ahead of the code of a key; or None for n, where rows hold no such code.
+    """
+    key = codec.widths.device, codec.row_dim if rank is None else rank
+    found = _tables.setdefault(codec, {})
+    if key not in found:
         with torch.inference_mode(False):
-            by_device[device] = _make_tables(codec, device)
-    return by_device[device]
+            found[key] = _make_tables(codec, *key)
+    return found[key]
 
 
-def _make_tables(codec: RowCodec, device: torch.device) -> Tables:
+def _make_tables(codec: RowCodec, device: torch.device, rank: int) -> Tables:
     widths = codec.widths.cpu().int()
     small = torch.where(widths == 16, 0, widths)
     layout = torch.zeros(ENTRIES, codec.row_dim, dtype=torch.int32, device="cpu")
     layout[WIDTH.value] = widths
     layout[FIRST_LEVEL.value] = torch.where(small > 0, 2**small - 1, 0)
-    start = int(len(codec.sigmas) > 0)
+    start = codec.gain_bytes
     raw = codec._raw.cpu()
     layout[RAW.value, raw] = start + 2 * torch.arange(len(raw), dtype=torch.int32, device="cpu")
     start += 2 * len(raw)
@@ -74,7 +83,13 @@ def _make_tables(codec: RowCodec, device: torch.device) -> Tables:
         start += size
     gains = torch.exp2((torch.arange(256, dtype=torch.float32, device=device) - 128) / 16)
     stretches = torch.sinh(torch.where(codec._bends > 0, codec._bends, 1.0))
-    return Tables(layout.to(device), gains, stretches, _planes(widths))
+    front, back = (part.contiguous().to(device) for part in (layout[:, :rank], layout[:, rank:]))
+    return Tables(front, gains, stretches, _planes(widths[:rank]), back, _fields_in(widths[rank:]))
+
+
+def _fields_in(widths: torch.Tensor) -> int:
+    """Which bit fields occur in these widths, a bit each."""
+    return sum(field for field in (1, 2, 4, 8, 16) if (widths & field).any())
 
 
 def _planes(widths: torch.Tensor) -> tuple[int, ...]:
@@ -82,7 +97,6 @@ def _planes(widths: torch.Tensor) -> tuple[int, ...]:
     found, start = [], 0
     for piece in pieces_of(len(widths)):
         chunks = widths[start : start + piece].split(CHUNK) if piece else ()
-        sets = [sum(field for field in (1, 2, 4, 8, 16) if (chunk & field).any()) for chunk in chunks]
-        found.append(sum(planes << (5 * index) for index, planes in enumerate(sets)))
+        found.append(sum(_fields_in(chunk) << (5 * index) for index, chunk in enumerate(chunks)))
         start += piece
     return tuple(found)

@@ -1,0 +1,88 @@
+"""Keys that were coded before their rotation, inside a kernel: decoded, turned, and what queries score on them.
+
+A row's key code of p numbers is decoded to units, multiplied to the numbers before the rotation, and turned by the
+cosine and sine of the row's slot:
+
+    first_f, second_f   =  weights_f . units + mean_f,          of pair f
+    score on the key    =  query_first . (first c - second s)  +  query_second . (first s + second c)
+
+The scales of the codec are folded into the weights, its centres into the mean (`launch`). First and second numbers are
+tiles of their own, so that whichever numbers a model pairs up lie in the same thread.
+
+Legend: as in `attention`, and `P` numbers of a rotated key, `F` = P / 2 pairs, `p` numbers of a key's code.
+"""
+# mypy: allow-untyped-defs
+
+import triton
+import triton.language as tl
+
+from kvsplice_hf.attend.triton.decoding import units
+
+
+@triton.jit
+def pair_queries(base, held, pairs, pair_count, SECOND: tl.constexpr, F: tl.constexpr, DTYPE: tl.constexpr):
+    """Queries against the first or the second numbers of all pairs, [BLOCK_M, F]; `base` is where those on keys are."""
+    pair = tl.arange(0, F)
+    inside = pair < pair_count
+    at = tl.load(pairs + SECOND * pair_count + pair, mask=inside, other=0)
+    return tl.load(base[:, None] + at[None, :], mask=held[:, None] & inside[None, :], other=0.0).to(DTYPE)
+
+
+@triton.jit
+def _numbers(unit, weights, mean, key_numbers, pair_count, SECOND: tl.constexpr, F: tl.constexpr, PRECISION):
+    """The first or the second numbers of all pairs before their rotation, float32 [BLOCK_S, F]."""
+    pair, number = tl.arange(0, F), tl.arange(0, unit.shape[1])
+    inside = pair < pair_count
+    place = (SECOND * pair_count + pair)[None, :] * key_numbers + number[:, None]
+    weight = tl.load(weights + place, mask=inside[None, :] & (number < key_numbers)[:, None], other=0.0)
+    offset = tl.load(mean + SECOND * pair_count + pair, mask=inside, other=0.0)
+    return tl.dot(unit, weight, input_precision=PRECISION) + offset[None, :]
+
+
+@triton.jit
+def _turns(table, table_stride, table_slots, slot, held, pair_count, F: tl.constexpr):
+    """Cosines and sines of some rows, float32 [BLOCK_S, F] each; 0 past the pairs and at rows that are not held."""
+    line = tl.arange(0, F)
+    inside = held[:, None] & (line < pair_count)[None, :]
+    # Whatever a slot is, nothing beside the table is read.
+    slot = tl.minimum(tl.maximum(slot, 0), table_slots - 1)
+    place = table + slot[:, None]
+    cos = tl.load(place + line.to(tl.int64)[None, :] * table_stride, mask=inside, other=0.0)
+    sin = tl.load(place + (pair_count + line).to(tl.int64)[None, :] * table_stride, mask=inside, other=0.0)
+    return cos.to(tl.float32), sin.to(tl.float32)
+
+
+@triton.jit
+def key_scores(
+    first_query,
+    second_query,
+    base,
+    held,
+    slot,
+    key_numbers,
+    key_gained,
+    key_gain,
+    key_layout,
+    levels,
+    weights,
+    mean,
+    pair_count,
+    table,
+    table_stride,
+    table_slots,
+    PLANES: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What queries score on the keys of some rows, float32 [BLOCK_M, BLOCK_S]."""
+    number = tl.arange(0, D)
+    unit = units(base, held, number, key_numbers, key_gained, key_gain, key_layout, levels, PLANES).to(DTYPE)
+    first = _numbers(unit, weights, mean, key_numbers, pair_count, 0, F, PRECISION)
+    second = _numbers(unit, weights, mean, key_numbers, pair_count, 1, F, PRECISION)
+    cos, sin = _turns(table, table_stride, table_slots, slot, held, pair_count, F)
+    turned = (first * cos - second * sin).to(DTYPE)
+    score = tl.dot(first_query, tl.trans(turned), input_precision=PRECISION)
+    turned = (first * sin + second * cos).to(DTYPE)
+    return tl.dot(second_query, tl.trans(turned), acc=score, input_precision=PRECISION)
