@@ -69,9 +69,13 @@ def check_keys(keys: CodedKeys | None, rows: torch.Tensor, codec: RowCodec, valu
         raise ConfigError(f"Got expand {list(expand.shape)}; needed [P, p], 0 < p <= P <= {WIDEST_KEY}, P even.")
     rope_dim, numbers = expand.shape
     if mean.shape != (rope_dim,) or not (expand.is_floating_point() and mean.is_floating_point()):
-        raise ConfigError(f"Got expand {expand.dtype}, mean {mean.dtype} {list(mean.shape)}; needed floats [{rope_dim}].")
+        raise ConfigError(
+            f"Got expand {expand.dtype}, mean {mean.dtype} {list(mean.shape)}; needed floats [{rope_dim}]."
+        )
     if pairs.dtype != torch.int64 or pairs.shape != (3, rope_dim // 2) or not pairs.is_contiguous():
-        raise ConfigError(f"Got pairs {pairs.dtype} {list(pairs.shape)}; needed int64 [3, {rope_dim // 2}], contiguous.")
+        raise ConfigError(
+            f"Got pairs {pairs.dtype} {list(pairs.shape)}; needed int64 [3, {rope_dim // 2}], contiguous."
+        )
     if table.dtype != torch.bfloat16 or table.dim() != 2 or table.shape[0] != rope_dim or table.shape[1] == 0:
         raise ConfigError(f"Got a table {table.dtype} {list(table.shape)}; needed bfloat16 [{rope_dim}, slots].")
     if table.stride(1) != 1 and table.shape[1] > 1:

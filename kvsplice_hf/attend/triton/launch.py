@@ -162,8 +162,14 @@ def pack_launch(rows: torch.Tensor, packed: torch.Tensor, codec: RowCodec, most_
         tables.stretches,
         *members,
         *(len(coordinates) for coordinates in members),
+        *((codec.key_sigmas, len(codec.key_sigmas)) if len(codec.key_sigmas) else (None, None)),
     )
-    settings = {"HAS_GAIN": len(codec.sigmas) > 0, "BLOCK_R": block, "BLOCK": _PACKED_COORDINATES}
+    settings = {
+        "HAS_GAIN": len(codec.sigmas) > 0,
+        "HAS_KEY_GAIN": len(codec.key_sigmas) > 0,
+        "BLOCK_R": block,
+        "BLOCK": _PACKED_COORDINATES,
+    }
     return Launch(pack_kernel, (triton.cdiv(count, block),), arguments, settings)
 
 
@@ -174,9 +180,7 @@ def _codec_arguments(codec: RowCodec | None, read_dim: int) -> tuple[torch.Tenso
     return tables.layout, codec.scales, codec.centres, codec._levels, tables.gains
 
 
-def _piece_settings(
-    pieces: tuple[int, ...], value_dim: int, codec: RowCodec | None, read_dim: int
-) -> dict[str, Any]:
+def _piece_settings(pieces: tuple[int, ...], value_dim: int, codec: RowCodec | None, read_dim: int) -> dict[str, Any]:
     planes = (0,) * PIECES if codec is None else tables_of(codec, read_dim).planes
     settings: dict[str, Any] = {f"D{index}": piece for index, piece in enumerate(pieces)}
     settings |= {f"PLANES{index}": plane for index, plane in enumerate(planes)}
