@@ -25,7 +25,7 @@ import triton.language as tl
 
 from kvsplice_hf.attend.triton.decoding import columns, decoded, of_layout
 from kvsplice_hf.attend.triton.tables import WIDTH
-from kvsplice_hf.attend.triton.turning import key_scores, pair_queries
+from kvsplice_hf.attend.triton.turning import pair_queries, turned_keys
 
 
 @triton.jit
@@ -222,29 +222,13 @@ def attend_kernel(
             key_gain = tl.full([BLOCK_S], 1.0, tl.float32)
             if HAS_KEY_GAIN:  # behind that of the value, which such rows have
                 key_gain = tl.load(gains + tl.load(base + 1, mask=held, other=0).to(tl.int32))
-            score = key_scores(
-                first_query,
-                second_query,
-                base,
-                held,
-                slot,
-                key_numbers,
-                key_gained,
-                key_gain,
-                key_layout + (start >> 30),
-                levels,
-                key_weights + (start >> 30),
-                key_mean,
-                pair_count,
-                table,
-                table_stride,
-                table_slots,
-                KEY_PLANES,
-                KEY,
-                PAIRS,
-                DTYPE,
-                PRECISION,
+            code = (base, held, key_numbers, key_gained, key_gain, key_layout + (start >> 30), levels)
+            turned = (table, table_stride, table_slots, slot)
+            keys = turned_keys(
+                code, key_weights, key_mean, pair_count, turned, KEY_PLANES, KEY, PAIRS, DTYPE, PRECISION
             )
+            score = tl.dot(first_query, tl.trans(keys[0]), input_precision=PRECISION)
+            score = tl.dot(second_query, tl.trans(keys[1]), acc=score, input_precision=PRECISION)
         tile0 = _row_tile(base, held, 0, n, gained, gain, layout_here, levels, PACKED, PLANES0, D0, DTYPE)
         if KEY > 0:
             score = tl.dot(query0, tl.trans(tile0), acc=score, input_precision=PRECISION)

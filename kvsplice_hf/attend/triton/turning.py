@@ -53,36 +53,26 @@ def _turns(table, table_stride, table_slots, slot, held, pair_count, F: tl.const
 
 
 @triton.jit
-def key_scores(
-    first_query,
-    second_query,
-    base,
-    held,
-    slot,
-    key_numbers,
-    key_gained,
-    key_gain,
-    key_layout,
-    levels,
+def turned_keys(
+    code,
     weights,
     mean,
     pair_count,
-    table,
-    table_stride,
-    table_slots,
+    turned,
     PLANES: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What queries score on the keys of some rows, float32 [BLOCK_M, BLOCK_S]."""
-    number = tl.arange(0, D)
-    unit = units(base, held, number, key_numbers, key_gained, key_gain, key_layout, levels, PLANES).to(DTYPE)
+    """The first and the second numbers of all pairs of some rows' rotated keys, [BLOCK_S, F] each.
+
+    `code` and `turned` are what is taken apart here: where key codes are, and how; and the table of turns.
+    """
+    base, held, key_numbers, key_gained, key_gain, layout, levels = code
+    table, table_stride, table_slots, slot = turned
+    unit = units(base, held, tl.arange(0, D), key_numbers, key_gained, key_gain, layout, levels, PLANES).to(DTYPE)
     first = _numbers(unit, weights, mean, key_numbers, pair_count, 0, F, PRECISION)
     second = _numbers(unit, weights, mean, key_numbers, pair_count, 1, F, PRECISION)
     cos, sin = _turns(table, table_stride, table_slots, slot, held, pair_count, F)
-    turned = (first * cos - second * sin).to(DTYPE)
-    score = tl.dot(first_query, tl.trans(turned), input_precision=PRECISION)
-    turned = (first * sin + second * cos).to(DTYPE)
-    return tl.dot(second_query, tl.trans(turned), acc=score, input_precision=PRECISION)
+    return (first * cos - second * sin).to(DTYPE), (first * sin + second * cos).to(DTYPE)
