@@ -153,6 +153,7 @@ def attend_kernel(
     VALUES1: tl.constexpr,
     VALUES2: tl.constexpr,
     KEY: tl.constexpr,
+    KEY_CHUNK: tl.constexpr,
     PAIRS: tl.constexpr,
     KEY_PLANES: tl.constexpr,
     HAS_KEY_GAIN: tl.constexpr,
@@ -163,8 +164,8 @@ def attend_kernel(
 ):
     """One block of queries [BLOCK_M, n] over one split of the rows of one batch entry.
 
-    Writes `mixed` [B, M, splits, v], normalised over the split, and `lse` [B, M, splits]. KEY > 0 are the numbers of a
-    key that was coded before its rotation, with room for PAIRS pairs; then queries are [BLOCK_M, n + 2 F].
+    Writes `mixed` [B, M, splits, v], normalised over the split, and `lse` [B, M, splits]. With KEY > 0 a row holds
+    the code of a key behind the value, read with room for KEY numbers and PAIRS pairs; queries are [BLOCK_M, n + 2 F].
     """
     batch = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -216,8 +217,16 @@ def attend_kernel(
         gain = tl.full([BLOCK_S], 1.0, tl.float32)
         if HAS_GAIN:
             gain = tl.load(gains + tl.load(base, mask=held, other=0).to(tl.int32))
+        tile0 = _row_tile(base, held, 0, n, gained, gain, layout_here, levels, PACKED, PLANES0, D0, DTYPE)
+        score = tl.dot(query0, tl.trans(tile0), input_precision=PRECISION)
+        if D1 > 0:
+            tile1 = _row_tile(base, held, D0, n, gained, gain, layout_here, levels, PACKED, PLANES1, D1, DTYPE)
+            score = tl.dot(query1, tl.trans(tile1), acc=score, input_precision=PRECISION)
+        if D2 > 0:
+            tile2 = _row_tile(base, held, D0 + D1, n, gained, gain, layout_here, levels, PACKED, PLANES2, D2, DTYPE)
+            score = tl.dot(query2, tl.trans(tile2), acc=score, input_precision=PRECISION)
         if KEY > 0:
-            # Ahead of the value's numbers, which stay in registers until they are mixed.
+            # Behind the product with the value: ahead of it, float32 queries are held in registers and spilled.
             slot = tl.load(slots + batch * slots_batch + row_index.to(tl.int64) * slots_row, mask=held, other=0)
             key_gain = tl.full([BLOCK_S], 1.0, tl.float32)
             if HAS_KEY_GAIN:  # behind that of the value, which such rows have
@@ -225,21 +234,10 @@ def attend_kernel(
             code = (base, held, key_numbers, key_gained, key_gain, key_layout + (start >> 30), levels)
             turned = (table, table_stride, table_slots, slot)
             keys = turned_keys(
-                code, key_weights, key_mean, pair_count, turned, KEY_PLANES, KEY, PAIRS, DTYPE, PRECISION
+                code, key_weights, key_mean, pair_count, turned, KEY_PLANES, KEY, KEY_CHUNK, PAIRS, DTYPE, PRECISION
             )
-            score = tl.dot(first_query, tl.trans(keys[0]), input_precision=PRECISION)
+            score = tl.dot(first_query, tl.trans(keys[0]), acc=score, input_precision=PRECISION)
             score = tl.dot(second_query, tl.trans(keys[1]), acc=score, input_precision=PRECISION)
-        tile0 = _row_tile(base, held, 0, n, gained, gain, layout_here, levels, PACKED, PLANES0, D0, DTYPE)
-        if KEY > 0:
-            score = tl.dot(query0, tl.trans(tile0), acc=score, input_precision=PRECISION)
-        else:
-            score = tl.dot(query0, tl.trans(tile0), input_precision=PRECISION)
-        if D1 > 0:
-            tile1 = _row_tile(base, held, D0, n, gained, gain, layout_here, levels, PACKED, PLANES1, D1, DTYPE)
-            score = tl.dot(query1, tl.trans(tile1), acc=score, input_precision=PRECISION)
-        if D2 > 0:
-            tile2 = _row_tile(base, held, D0 + D1, n, gained, gain, layout_here, levels, PACKED, PLANES2, D2, DTYPE)
-            score = tl.dot(query2, tl.trans(tile2), acc=score, input_precision=PRECISION)
         if HAS_BIAS:
             place = bias + batch * bias_batch + row_index.to(tl.int64)[None, :] * bias_key
             place += (query_index % bias_period).to(tl.int64)[:, None] * bias_query

@@ -15,7 +15,9 @@ from kvsplice_hf.code.codec import RowCodec
 
 # None leaves no trace in the kernel of rows without such keys.
 _NO_ARGUMENTS: tuple[None, ...] = (None,) * 13
-_NO_SETTINGS = {"KEY": 0, "PAIRS": 0, "KEY_PLANES": 0, "HAS_KEY_GAIN": False}
+# Numbers of a key's code that are decoded at once: with more of them, more is spilled on AMD (docs/kernels.md).
+_DECODED_AT_ONCE = 32
+_NO_SETTINGS = {"KEY": 0, "KEY_CHUNK": 0, "PAIRS": 0, "KEY_PLANES": 0, "HAS_KEY_GAIN": False}
 
 
 def key_arguments(keys: CodedKeys | None, codec: RowCodec | None, rank: int, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -55,6 +57,7 @@ def key_settings(keys: CodedKeys | None, codec: RowCodec | None, rank: int) -> d
     assert codec is not None
     return {
         "KEY": side_of(keys.expand.shape[1]),
+        "KEY_CHUNK": min(side_of(keys.expand.shape[1]), _DECODED_AT_ONCE),
         "PAIRS": side_of(keys.pairs.shape[1]),
         "KEY_PLANES": tables_of(codec, rank).key_planes,
         "HAS_KEY_GAIN": len(codec.key_sigmas) > 0,

@@ -29,14 +29,18 @@ def pair_queries(base, held, pairs, pair_count, SECOND: tl.constexpr, F: tl.cons
 
 
 @triton.jit
-def _numbers(unit, weights, mean, key_numbers, pair_count, SECOND: tl.constexpr, F: tl.constexpr, PRECISION):
-    """The first or the second numbers of all pairs before their rotation, float32 [BLOCK_S, F]."""
-    pair, number = tl.arange(0, F), tl.arange(0, unit.shape[1])
-    inside = pair < pair_count
+def _weights(weights, number, key_numbers, pair_count, SECOND: tl.constexpr, F: tl.constexpr):
+    """What some numbers of a key's code add to the first or the second numbers of all pairs, [D, F]."""
+    pair = tl.arange(0, F)
     place = (SECOND * pair_count + pair)[None, :] * key_numbers + number[:, None]
-    weight = tl.load(weights + place, mask=inside[None, :] & (number < key_numbers)[:, None], other=0.0)
-    offset = tl.load(mean + SECOND * pair_count + pair, mask=inside, other=0.0)
-    return tl.dot(unit, weight, input_precision=PRECISION) + offset[None, :]
+    return tl.load(weights + place, mask=(pair < pair_count)[None, :] & (number < key_numbers)[:, None], other=0.0)
+
+
+@triton.jit
+def _means(mean, pair_count, SECOND: tl.constexpr, F: tl.constexpr):
+    """What is added to the first or the second numbers of all pairs, [1, F]."""
+    pair = tl.arange(0, F)
+    return tl.load(mean + SECOND * pair_count + pair, mask=pair < pair_count, other=0.0)[None, :]
 
 
 @triton.jit
@@ -61,6 +65,7 @@ def turned_keys(
     turned,
     PLANES: tl.constexpr,
     D: tl.constexpr,
+    CHUNK: tl.constexpr,
     F: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -71,8 +76,17 @@ def turned_keys(
     """
     base, held, key_numbers, key_gained, key_gain, layout, levels = code
     table, table_stride, table_slots, slot = turned
-    unit = units(base, held, tl.arange(0, D), key_numbers, key_gained, key_gain, layout, levels, PLANES).to(DTYPE)
-    first = _numbers(unit, weights, mean, key_numbers, pair_count, 0, F, PRECISION)
-    second = _numbers(unit, weights, mean, key_numbers, pair_count, 1, F, PRECISION)
+    first = tl.zeros([held.shape[0], F], tl.float32)
+    second = tl.zeros([held.shape[0], F], tl.float32)
+    # A few numbers at a time: each of them takes registers for its address, its code and its weights.
+    for part in tl.static_range(D // CHUNK):
+        number = part * CHUNK + tl.arange(0, CHUNK)
+        unit = units(base, held, number, key_numbers, key_gained, key_gain, layout, levels, PLANES).to(DTYPE)
+        weight = _weights(weights, number, key_numbers, pair_count, 0, F)
+        first = tl.dot(unit, weight, acc=first, input_precision=PRECISION)
+        weight = _weights(weights, number, key_numbers, pair_count, 1, F)
+        second = tl.dot(unit, weight, acc=second, input_precision=PRECISION)
+    first += _means(mean, pair_count, 0, F)
+    second += _means(mean, pair_count, 1, F)
     cos, sin = _turns(table, table_stride, table_slots, slot, held, pair_count, F)
     return (first * cos - second * sin).to(DTYPE), (first * sin + second * cos).to(DTYPE)
