@@ -135,14 +135,19 @@ def masked_bias(shape: tuple[int, ...], device: str) -> torch.Tensor:
     return bias.to(device)
 
 
-@pytest.mark.skipif(kernels.interpreted(), reason="this is the process that it starts")
-def test_the_kernels_pass_these_tests_in_the_interpreter() -> None:
+def pass_in_the_interpreter(path: str) -> None:
+    """Run the tests of a file in a process where kernels run in the interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", path]
     command += ["-k", "not interpreter and not importing"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "skipped" not in result.stdout
+
+
+@pytest.mark.skipif(kernels.interpreted(), reason="this is the process that it starts")
+def test_the_kernels_pass_these_tests_in_the_interpreter() -> None:
+    pass_in_the_interpreter(__file__)
 
 
 SHAPES = [
