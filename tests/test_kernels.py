@@ -457,6 +457,14 @@ def test_pieces_cover_a_row_and_waste_little() -> None:
     assert pieces_of(576) == (512, 64, 0)
 
 
+def test_ahead_of_a_coded_key_there_are_two_pieces_where_they_suffice() -> None:
+    for n in range(1, 1537):
+        pieces = [piece for piece in pieces_of(n, coded_keys=True) if piece]
+        assert sum(pieces) - pieces[-1] < n <= sum(pieces)
+        assert len(pieces) <= 2 or n > 1024
+    assert pieces_of(321, coded_keys=True) == (256, 128, 0)
+
+
 def test_importing_the_package_does_not_import_the_kernels() -> None:
     command = "import sys, kvsplice_hf.attend.triton; print(*sys.modules)"
     result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=120, check=True)

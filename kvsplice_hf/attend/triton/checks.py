@@ -94,8 +94,8 @@ def _check_gains(codec: RowCodec, value_dim: int, numbers: int) -> None:
     gained, key_gained = len(codec.sigmas), len(codec.key_sigmas)
     if gained > value_dim or (key_gained and gained != value_dim):
         raise ConfigError(
-            f"Got gains of {gained} and {key_gained} coordinates; the first must not reach behind the {value_dim} of the "
-            "value, and must reach over all of them where keys have a gain of their own."
+            f"Got gains of {gained} and {key_gained} coordinates; the first must not reach behind the {value_dim} of "
+            "the value, and must reach over all of them where keys have a gain of their own."
         )
 
 

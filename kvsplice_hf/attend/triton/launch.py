@@ -118,7 +118,7 @@ def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: to
         "HAS_LENGTHS": lengths is not None,
         "PACKED": codec is not None,
         "HAS_GAIN": gained > 0,
-        **_piece_settings(pieces_of(n), value_dim, codec, n),
+        **_piece_settings(pieces_of(n, keys is not None), value_dim, codec, n),
         **key_settings(keys, codec, n),
         "BLOCK_M": blocks.queries,
         "BLOCK_S": blocks.rows,

@@ -84,7 +84,7 @@ def _make_tables(codec: RowCodec, device: torch.device, rank: int) -> Tables:
     gains = torch.exp2((torch.arange(256, dtype=torch.float32, device=device) - 128) / 16)
     stretches = torch.sinh(torch.where(codec._bends > 0, codec._bends, 1.0))
     front, back = (part.contiguous().to(device) for part in (layout[:, :rank], layout[:, rank:]))
-    return Tables(front, gains, stretches, _planes(widths[:rank]), back, _fields_in(widths[rank:]))
+    return Tables(front, gains, stretches, _planes(widths[:rank], rank < codec.row_dim), back, _fields_in(widths[rank:]))
 
 
 def _fields_in(widths: torch.Tensor) -> int:
@@ -92,10 +92,10 @@ def _fields_in(widths: torch.Tensor) -> int:
     return sum(field for field in (1, 2, 4, 8, 16) if (widths & field).any())
 
 
-def _planes(widths: torch.Tensor) -> tuple[int, ...]:
+def _planes(widths: torch.Tensor, coded_keys: bool) -> tuple[int, ...]:
     """See `Tables.planes`."""
     found, start = [], 0
-    for piece in pieces_of(len(widths)):
+    for piece in pieces_of(len(widths), coded_keys):
         chunks = widths[start : start + piece].split(CHUNK) if piece else ()
         found.append(sum(_fields_in(chunk) << (5 * index) for index, chunk in enumerate(chunks)))
         start += piece

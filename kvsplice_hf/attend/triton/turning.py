@@ -6,8 +6,8 @@ cosine and sine of the row's slot:
     first_f, second_f   =  weights_f . units + mean_f,          of pair f
     score on the key    =  query_first . (first c - second s)  +  query_second . (first s + second c)
 
-The scales of the codec are folded into the weights, its centres into the mean (`launch`). First and second numbers are
-tiles of their own, so that whichever numbers a model pairs up lie in the same thread.
+The scales of the codec are folded into the weights, its centres into the mean (`coded_keys`). First and second numbers
+are tiles of their own, so that whichever numbers a model pairs up lie in the same thread.
 
 Legend: as in `attention`, and `P` numbers of a rotated key, `F` = P / 2 pairs, `p` numbers of a key's code.
 """
