@@ -84,7 +84,9 @@ def _make_tables(codec: RowCodec, device: torch.device, rank: int) -> Tables:
     gains = torch.exp2((torch.arange(256, dtype=torch.float32, device=device) - 128) / 16)
     stretches = torch.sinh(torch.where(codec._bends > 0, codec._bends, 1.0))
     front, back = (part.contiguous().to(device) for part in (layout[:, :rank], layout[:, rank:]))
-    return Tables(front, gains, stretches, _planes(widths[:rank], rank < codec.row_dim), back, _fields_in(widths[rank:]))
+    return Tables(
+        front, gains, stretches, _planes(widths[:rank], rank < codec.row_dim), back, _fields_in(widths[rank:])
+    )
 
 
 def _fields_in(widths: torch.Tensor) -> int:
