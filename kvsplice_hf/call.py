@@ -55,6 +55,7 @@ class Call(NamedTuple):
         mask: the attention mask, as the module got it.
         new_tokens: T, or None where the hidden states could not be found.
         reads_cache: whether rows of a spliced cache are to reach `expand_kv`.
+        embeddings: how the keys of the new tokens are rotated, as the model hands it over; or None.
     """
 
     module: Any
@@ -62,6 +63,7 @@ class Call(NamedTuple):
     mask: torch.Tensor | None
     new_tokens: int | None
     reads_cache: bool
+    embeddings: Any = None
 
 
 class _Thread(threading.local):

@@ -1,6 +1,7 @@
 """`KVSpliceConfig`: what to splice and how, validated on construction, with a JSON round trip."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -15,6 +16,9 @@ DEFAULT_BYTES_RATIO = 0.25
 # The exact tokens of a sequence of this length are counted into a budget of bytes per token.
 REFERENCE_LENGTH = 4096
 DEFAULT_CODEC = "rows"
+KEYS = ("unrotated", "rotated")
+# Bytes of the smallest row of the default codec: a bit or two, and the gain.
+SMALLEST_ROW = 2
 ALLOCATIONS = ("auto", "global", "layer")
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 INITIALISATIONS = ("svd", "orthogonal", "identity")
@@ -37,6 +41,11 @@ def _is_index(value: Any) -> bool:
     return _is_int(value) and value >= 0
 
 
+def _rounded_up(value: float) -> float:
+    """To one digit more than errors show."""
+    return math.ceil(value * 100) / 100
+
+
 def _parse_last(layers: str) -> int | None:
     """The n of "last:n", or None where the text is something else."""
     prefix, _, count = layers.partition(":")
@@ -56,6 +65,8 @@ class KVSpliceConfig:
         bits: the same as bits per number of the stock row. Of these four budgets give one; with none, packed codes at
             a quarter of the stock row in bf16.
         codec: name of the codec that packs rows; "rows" is `RowCodec`, others are registered (docs/how_to_add.md).
+        keys: "unrotated" codes keys in packed rows before their rotation, which loses less at equal bytes; "rotated" as
+            they come. Only read where a splice is fitted.
         allocation: "global" lets layers compete for bytes, "layer" gives each the same, "auto" takes what loses less on
             calibration text that was held out ("global" where there is none).
         layers: which latents to splice: "all", "last:n", or a sequence of cache layer indices (`layer_idx`).
@@ -83,6 +94,7 @@ class KVSpliceConfig:
     bytes_per_token: float | None = None
     bits: float | None = None
     codec: str = DEFAULT_CODEC
+    keys: str = KEYS[0]
     allocation: str = "auto"
     layers: str | tuple[int, ...] = "all"
     layer_pattern: str | None = None
@@ -102,6 +114,7 @@ class KVSpliceConfig:
         self._check_layers()
         _check_choice("attention", self.attention, ATTENTION_MODES)
         _check_choice("init", self.init, INITIALISATIONS)
+        _check_choice("keys", self.keys, KEYS)
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         if not _is_int(self.sink_tokens) or self.sink_tokens < 0:
             raise ConfigError(f"`sink_tokens` is {self.sink_tokens!r}; it must be an integer of 0 or more.")
@@ -139,13 +152,32 @@ class KVSpliceConfig:
         return self.compression_ratio is None and self.rank is None
 
     def row_budget(self, row_dim: int) -> float:
-        """Bytes of a packed row, where the stock row has `row_dim` = R + P numbers."""
-        exact = self.sink_tokens * (2 * row_dim + 8) / REFERENCE_LENGTH
+        """Bytes of a packed row, where the stock row has `row_dim` = R + P numbers.
+
+        Raises:
+            ConfigError: the smallest row of the default codec and the exact first tokens take more than the budget.
+        """
         if self.bytes_per_token is not None:
-            return self.bytes_per_token - exact
-        if self.bits is not None:
-            return self.bits * row_dim / 8 - exact
-        return DEFAULT_BYTES_RATIO * 2 * row_dim - exact
+            budget = float(self.bytes_per_token)
+        elif self.bits is not None:
+            budget = self.bits * row_dim / 8
+        else:
+            budget = DEFAULT_BYTES_RATIO * 2 * row_dim
+        exact = self.exact_bytes(row_dim)
+        needed = SMALLEST_ROW + exact
+        if budget < needed and self.codec == DEFAULT_CODEC:
+            bits = f", or `bits` of {_rounded_up(needed * 8 / row_dim)}" if self.bits is not None else ""
+            raise ConfigError(
+                f"A budget of {budget:.1f} bytes per token and layer is below the {needed:.1f} that are the least: "
+                f"{SMALLEST_ROW} for the smallest row, and {exact:.1f} for {self.sink_tokens} exact tokens in "
+                f"{REFERENCE_LENGTH}. Give `bytes_per_token` of at least {_rounded_up(needed)}{bits}, or fewer "
+                "`sink_tokens`."
+            )
+        return budget - exact
+
+    def exact_bytes(self, row_dim: int) -> float:
+        """What the exact first tokens take per token, as they are counted into a budget of bytes."""
+        return self.sink_tokens * (2 * row_dim + 8) / REFERENCE_LENGTH
 
     def _check_layers(self) -> None:
         layers = self.layers
@@ -198,6 +230,8 @@ class KVSpliceConfig:
         values = asdict(self)
         if self.codec == DEFAULT_CODEC:  # so that releases that know one codec only read the files of that one
             del values["codec"]
+        if self.keys == KEYS[0]:  # files say it by what they hold
+            del values["keys"]
         if not isinstance(self.layers, str):
             values["layers"] = list(self.layers)
         return dict(sorted(values.items()))

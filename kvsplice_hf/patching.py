@@ -1,5 +1,6 @@
 """`patch_model_with_kvsplice`: settings, then layers, then splices, then the patch."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -7,10 +8,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from kvsplice_hf.calibration.splices import splices_for
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patch.apply import apply_splices, sites_to_patch
+from kvsplice_hf.patch.families import AttentionSite
 
+
+logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -76,7 +81,30 @@ def patch_model_with_kvsplice(
     sites = sites_to_patch(model, config)
     splices = splices_for(model, sites, config, calibration, tokenizer)
     apply_splices(model, sites, splices, config)
+    _warn_of_unused_budget(sites, splices, config)
     return model
+
+
+def _warn_of_unused_budget(
+    sites: list[AttentionSite], splices: dict[int, LearnedKVSplice], config: KVSpliceConfig
+) -> None:
+    """Say so where more bytes were given than rows can take: no number is stored in more than bf16."""
+    if config.bytes_per_token is None and config.bits is None:
+        return
+    dims = [site.kv_lora_rank + site.qk_rope_head_dim for site in sites if site.stores_latent]
+    rows = [splice.codec.row_bytes for splice in splices.values() if splice.codec is not None]
+    largest = 2 * max(dims) + 2  # every number in bf16, and two gains
+    if not rows or config.row_budget(max(dims)) <= largest:
+        return
+    taken = sum(rows) / len(rows) + sum(map(config.exact_bytes, dims)) / len(dims)
+    logger.warning(
+        "The budget of %s is more than rows can take: with every number in bf16, a row has at most %d bytes. Rows "
+        "take %.1f bytes per token and layer now, %.1f with the exact first tokens. To compress, give less.",
+        f"bytes_per_token={config.bytes_per_token}" if config.bits is None else f"bits={config.bits}",
+        largest,
+        sum(rows) / len(rows),
+        taken,
+    )
 
 
 def _with_overrides(config: KVSpliceConfig | None, budget: dict[str, Any], *values: Any) -> KVSpliceConfig:

@@ -14,6 +14,7 @@ What is relied on, and since when:
 | the cache reaches a module as `cache`; outputs carry `cache`; mask functions take `cache` | 5.24 on |
 | `update` is called without further arguments | up to 5.23 |
 | `update` gets `kwargs`, what the module was called with | 5.24 on |
+| `position_embeddings` reach a module: `(cos, sin)`, or complex numbers in DeepSeek-V2 | 5.15 on |
 | the attention function is looked up by `config._attn_implementation` in `ALL_ATTENTION_FUNCTIONS` | all |
 | a name without a mask function of its own gets no mask | all |
 | continuous batching hands over its pages as `cache`, with `read_index` and `write_index` | 5.23 on |
@@ -78,6 +79,9 @@ _CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(name for name in _CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
 # Further keyword arguments of `update` that are known, and known not to change what is to be stored.
 _UPDATE_ARGUMENTS = frozenset({"kwargs"})
+# Under which an attention module takes how its keys are rotated, and what positions they have.
+POSITION_EMBEDDINGS = "position_embeddings"
+POSITION_IDS = "position_ids"
 # What a cache layer knows about itself that its constructor is not told.
 _LAYER_SETTINGS = ("_is_croppable",)
 
@@ -134,10 +138,7 @@ class ForwardArguments(NamedTuple):
 
     def get(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The value of the parameter `name` in a call with `args` and `kwargs`, or None."""
-        if name in kwargs:
-            return kwargs[name]
-        index = self.names.index(name)
-        return args[index] if index < len(args) else None
+        return argument(self.names, name, args, kwargs)
 
     def replaced(
         self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -147,6 +148,19 @@ class ForwardArguments(NamedTuple):
         if index < len(args):
             return (*args[:index], value, *args[index + 1 :]), kwargs
         return args, {**kwargs, name: value}
+
+
+def argument(names: tuple[str, ...], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The value of a parameter in a call with `args` and `kwargs` of a forward with the parameters `names`, or None."""
+    if name in kwargs:
+        return kwargs[name]
+    index = names.index(name) if name in names else len(args)
+    return args[index] if index < len(args) else None
+
+
+def forward_parameters(module: Any) -> tuple[str, ...]:
+    """The parameters of the forward of a module, without `self`."""
+    return _parameters(type(module))
 
 
 def read_forward(name: str, module: Any, needs_attention_by_name: bool = True) -> ForwardArguments:

@@ -2,7 +2,9 @@
 """Perplexity of a model with and without the splice, through the cache, with KL divergence and top-1 agreement.
 
 Both come from one process and one set of weights. Every token but the first of a window is predicted once; windows do
-not overlap. A second run without a cache checks that it measures the same. The last line of stdout is one JSON object.
+not overlap. Of a text only the evaluation half is scored: of a file what is behind its middle, of a folder every other
+file. The other half is left for calibration. A second run without a cache checks that it measures the same. The last
+line of stdout is one JSON object.
 
     python scripts/eval_deepseek_quality.py                 # SmolLM2-135M as MLA
     python scripts/eval_deepseek_quality.py --model deepseek-ai/DeepSeek-V2-Lite --bytes-per-token 288 192
@@ -12,6 +14,7 @@ not overlap. A second run without a cache checks that it measures the same. The 
 import math
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +65,11 @@ class Arguments(Calibration):
     )
     init: str = field(default="svd", metadata={"help": "start of the splice: svd, orthogonal, identity"})
     dataset: str = field(
-        default="pydoc", metadata={"help": "pydoc, wikitext, fineweb-edu, tinystories, c4, file, folder"}
+        default="pydoc",
+        metadata={
+            "help": "pydoc, wikitext, fineweb-edu, tinystories, c4, file, folder; only its evaluation half is scored "
+            "(the second half of a file, every other file of a folder), the other is left for calibration"
+        },
     )
     samples: int = field(default=8, metadata={"help": "windows to score"})
     window: int = field(default=512, metadata={"help": "tokens per window"})
@@ -114,6 +121,17 @@ def no_cache_difference(model: PreTrainedModel, windows: torch.Tensor, chunk: in
     return abs(plain / cached - 1)
 
 
+def scored_text(source: str, windows: torch.Tensor) -> str:
+    """Which part of a text the figures are of."""
+    half = "the evaluation half"
+    if Path(source).is_dir():
+        half = "the evaluation half (every other file)"
+    elif Path(source).is_file():
+        half = "the evaluation half (what is behind the middle of the file)"
+    count, window = windows.shape
+    return f"{count} windows of {window} tokens from {half} of {source}; the other half is left for calibration"
+
+
 def table_of(rows: list[dict[str, Any]]) -> Table:
     table = Table("budget", "cache bytes", "perplexity", "original", "loss", "KL (nats)", "top-1", "no-cache check")
     for row in rows:
@@ -155,8 +173,10 @@ def main() -> None:
         rows = [evaluate_budget(model, windows, budget, calibration, args) for budget in budgets(args)]
     folder = results_folder(args.output, "quality")
     draw(rows, folder / "quality_against_bytes.png")
+    text = scored_text(args.dataset, windows)
     console().print(table_of(rows))
-    finish({"results": rows, **environment(args)}, folder)
+    console().print(f"Scored: {text}.", highlight=False, soft_wrap=True)
+    finish({"results": rows, "scored_text": text, **environment(args)}, folder)
     if any(row["cache_check"] == "FAILED" for row in rows):
         sys.exit("The perplexity through the cache differs from the one without: do not trust these figures.")
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import PreTrainedTokenizerFast
 
 from kvsplice_hf import CalibrationError, ConfigError, KVSpliceCalibrator, KVSpliceConfig, KVSpliceError
+from kvsplice_hf.calibration import sampling
 from kvsplice_hf.calibration.data import as_batches
 from kvsplice_hf.calibration.sampling import sample_from_model
 from kvsplice_hf.patch.mla import effective_weight
@@ -474,6 +475,15 @@ def defaults(dtype: torch.dtype, device: str | None) -> Iterator[None]:
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
+
+
+def test_while_a_model_writes_its_own_text_the_tokens_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of generation at a time: a batch of sequences may take minutes."""
+    seen: list[int] = []
+    monkeypatch.setattr(sampling.tqdm, "update", lambda bar, count: seen.append(count))
+    batches = sample_from_model(build("deepseek_v3"), 17 * 8, 8)
+    assert seen == [16] * 8 + [1] * 8  # 16 sequences together, and the one that is left
+    assert sum(seen) == sum(batch["input_ids"].numel() for batch in batches)
 
 
 @pytest.mark.parametrize("device", [None, "meta"])

@@ -1,7 +1,9 @@
 """What bad input gets: an error of a stated class, a message that says what to do, and the model as it was."""
 
 import copy
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from kvsplice_hf import (
     CacheMismatchError,
+    CheckpointError,
     ConfigError,
     FoldingError,
     KVSpliceCache,
@@ -26,6 +29,7 @@ from kvsplice_hf import (
     load_kvsplice,
     patch_model_with_kvsplice,
     save_kvsplice,
+    unpatch_model,
 )
 from kvsplice_hf.upstream import cache_argument, cache_of
 
@@ -112,6 +116,7 @@ def two_decoders() -> nn.Module:
 
 PATCH: dict[str, tuple[type[KVSpliceError], str, Callable[[], nn.Module], dict[str, Any]]] = {
     "not an MLA model": (NotMLAError, "Attention classes seen: .*LlamaAttention", llama, {}),
+    "an ordinary model": (NotMLAError, r"convert_to_mla.*scripts/run/convert_to_mla\.py", llama, {}),
     "not a model": (ConfigError, "`model` is a str", lambda: "deepseek-ai/DeepSeek-V2-Lite", {}),
     "remote code": (NotMLAError, "trust_remote_code=False", remote_code, {}),
     "transformers without latents": (TransformersTooOldError, r"Install transformers>=5\.15", before_latents, {}),
@@ -240,9 +245,18 @@ USE: dict[str, Case] = {
         "patch_model_with_kvsplice",
         lambda: save_kvsplice(build(NAME), "x"),
     ),
+    "unpatching an unpatched model": (PatchStateError, "nothing to .*undo", lambda: unpatch_model(build(NAME))),
+    "saving where a file is": (CheckpointError, "is a file. Give the name of a folder", lambda: save_on_a_file("")),
+    "saving below a file": (CheckpointError, "is a file. Give the name of a folder", lambda: save_on_a_file("x/y")),
     "loading into a model without latents": (KVSpliceError, "No saved splice", lambda: load_kvsplice(llama(), "x")),
     "cache size of a model without latents": (NotMLAError, "LlamaAttention", lambda: get_kv_cache_size(llama())),
 }
+
+
+def save_on_a_file(below: str) -> None:
+    model = patched(rank=5)
+    with tempfile.NamedTemporaryFile() as file:
+        save_kvsplice(model, Path(file.name) / below)
 
 
 def run_attention_with_list() -> None:

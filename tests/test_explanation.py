@@ -74,7 +74,7 @@ CASES: dict[str, tuple[Callable[[], Any], Any, str, str]] = {
     "gradients on": (lambda: trained(plain()), None, "PyTorch", "torch.no_grad"),
     "gradients on, packed": (lambda: trained(packed()), None, "expanded", "torch.no_grad"),
     "kernels left out": (plain, without_kernels, "PyTorch", "KVSPLICE_KERNELS"),
-    "an adapter on kv_b_proj": (with_adapter, None, "expanded", "cannot be folded"),
+    "an adapter on kv_b_proj": (with_adapter, None, "expanded", "merge the adapter"),
     "another attention function": (with_other_attention, None, "expanded", "'eager'"),
     "expanded asked for": (lambda: plain(attention="expanded"), None, "expanded", 'attention="expanded"'),
     "sparse attention": (lambda: plain(name="deepseek_v32"), None, "C++", ""),

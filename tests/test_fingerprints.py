@@ -1,5 +1,6 @@
 """Statistics that are kept, and pages that are shared, belong to one model, one tokenizer and one splice."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from kvsplice_hf import (
 from kvsplice_hf.cache.batching import init_continuous_batching
 from kvsplice_hf.calibration import auto
 from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model, tokenizer_fingerprint
+from kvsplice_hf.code.files import CONFIG_NAME
+from kvsplice_hf.patch.base import BASE_KEY, base_fingerprint
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import patched_sites
 
@@ -129,6 +132,115 @@ def test_statistics_that_left_out_another_number_of_tokens_are_warned_of(caplog:
     with caplog.at_level(logging.WARNING):
         patch_model_with_kvsplice(build(NAME), KVSpliceConfig(bits=4.0, sink_tokens=0), calibration=statistics)
     assert "leave out the first 2 tokens" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------- the base of a saved splice
+
+
+OTHER_BASE = "saved on a model of the same shape with other weights"
+
+
+def saved_splice(folder: Path, model: Any = None) -> Path:
+    model = patch_model_with_kvsplice(build(NAME) if model is None else model, compression_ratio=0.5)
+    return save_kvsplice(model, folder)
+
+
+def half_patched(model: Any) -> Any:
+    return patch_model_with_kvsplice(model, compression_ratio=0.5)
+
+
+OTHER_BASES = {
+    "another model": lambda: build(NAME, seed=1),
+    "another model, patched": lambda: half_patched(build(NAME, seed=1)),
+    "one that was tuned": lambda: changed("model.layers.0.mlp.up_proj.weight"),
+}
+SAME_BASES = {
+    "the same": lambda: build(NAME),
+    "the same, patched": lambda: half_patched(build(NAME)),
+    "in bf16": lambda: build(NAME).bfloat16(),
+    "without its output layer": lambda: build(NAME).model,
+    "with another output layer": lambda: changed("lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("make", OTHER_BASES.values(), ids=OTHER_BASES)
+def test_a_splice_that_was_saved_on_other_weights_is_loaded_with_a_warning(
+    make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved_splice(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        load_kvsplice(make(), tmp_path)
+    assert OTHER_BASE in caplog.text
+    assert str(tmp_path) in caplog.text
+
+
+@pytest.mark.parametrize("make", SAME_BASES.values(), ids=SAME_BASES)
+def test_a_splice_that_was_saved_on_the_same_weights_is_loaded_without_a_warning(
+    make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved_splice(tmp_path)
+    model = make()
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        load_kvsplice(model, tmp_path)
+    assert not caplog.records
+
+
+def test_a_folder_of_an_earlier_release_names_no_base_and_is_loaded_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved_splice(tmp_path) / CONFIG_NAME
+    description = json.loads(path.read_text())
+    assert description.pop(BASE_KEY)
+    path.write_text(json.dumps(description))
+    with caplog.at_level(logging.WARNING):
+        caplog.clear()
+        load_kvsplice(build(NAME, seed=1), tmp_path)
+    assert not caplog.records
+
+
+def test_the_base_of_a_saved_splice_is_that_of_the_weights_as_they_are(tmp_path: Path) -> None:
+    """Kept from one save to the next, but not beyond a change of the weights; the splice does not count."""
+    model = half_patched(build(NAME))
+
+    def saved() -> str:
+        return json.loads((save_kvsplice(model, tmp_path) / CONFIG_NAME).read_text())[BASE_KEY]
+
+    first = saved()
+    with torch.no_grad():
+        patched_sites(model)[0][1].splice.compress.weight += 1
+    assert saved() == first
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    assert saved() not in (first, "")
+
+
+def test_a_splice_beside_a_saved_model_names_its_base(tmp_path: Path) -> None:
+    half_patched(build(NAME)).save_pretrained(tmp_path)
+    model = build(NAME)
+    found = json.loads((tmp_path / CONFIG_NAME).read_text())[BASE_KEY]
+    assert found == base_fingerprint(model, model.model.layers[0].self_attn)
+
+
+def test_of_a_model_whose_weights_are_not_here_no_base_is_named() -> None:
+    with torch.device("meta"):
+        model = type(build(NAME))(build(NAME).config)
+    assert base_fingerprint(model, model.model.layers[0].self_attn) == ""
+
+
+def test_loading_into_a_patched_model_says_what_is_replaced_and_which_saved_settings_are_not_in_force(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved_splice(tmp_path)
+    same, other = half_patched(build(NAME)), build(NAME)
+    patch_model_with_kvsplice(other, KVSpliceConfig(compression_ratio=0.5, sink_tokens=0))
+    with caplog.at_level(logging.INFO):
+        caplog.clear()
+        load_kvsplice(same, tmp_path)
+        assert f"splices of layers [0, 1] were replaced by those in {tmp_path}" in caplog.text
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+        load_kvsplice(other, tmp_path)
+    assert "keeps its own settings, sink_tokens=0, where sink_tokens=4 were saved" in caplog.text
 
 
 # ------------------------------------------------------------------------------------ pages of continuous batching

@@ -1,5 +1,7 @@
 """Packed rows, on every MLA architecture: the same numbers with and without a cache, the bytes that were promised."""
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from kvsplice_hf import (
     CheckpointError,
+    ConfigError,
     KVSpliceCalibrator,
     KVSpliceConfig,
     cache_nbytes,
@@ -21,6 +24,7 @@ from kvsplice_hf import (
     save_kvsplice,
     unpatch_model,
 )
+from kvsplice_hf.patch.state import patched_sites
 from kvsplice_hf.upstream import cache_argument
 
 
@@ -92,6 +96,44 @@ def test_more_bits_lose_less(name: str) -> None:
     else:
         assert losses[0] > losses[1] > losses[2]
         assert losses[2] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("sinks", [0, 2, 64])
+@pytest.mark.parametrize("name", ["bytes_per_token", "bits"])
+def test_a_budget_below_the_smallest_row_is_refused_with_one_that_works(name: str, sinks: int) -> None:
+    model = build("deepseek_v3")
+    calibration = calibrated(model)
+    config = KVSpliceConfig(**{name: 0.1}, sink_tokens=sinks)
+    with pytest.raises(ConfigError, match="below the .* that are the least") as error:
+        patch_model_with_kvsplice(model, config, calibration=calibration)
+    (least,) = re.findall(rf"`{name}` of (?:at least )?([\d.]+\d)", str(error.value))
+    config = KVSpliceConfig(**{name: float(least)}, sink_tokens=sinks)
+    patch_model_with_kvsplice(model, config, calibration=calibration)
+    assert all(patched.geometry.packed_bytes == 2 for _, patched in patched_sites(model))
+
+
+@pytest.mark.parametrize("budget", [{"bytes_per_token": 10_000}, {"bits": 20}], ids=["bytes", "bits"])
+def test_a_budget_that_no_row_can_use_is_warned_of_with_the_bytes_that_rows_take(
+    budget: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("deepseek_v3")
+    with caplog.at_level(logging.WARNING):
+        patch_model_with_kvsplice(model, **budget, calibration=calibrated(model))
+    rows = [patched.geometry.packed_bytes for _, patched in patched_sites(model)]
+    assert "more than rows can take" in caplog.text
+    assert f"{next(iter(budget))}={next(iter(budget.values()))} is" in caplog.text
+    assert f"Rows take {sum(rows) / len(rows):.1f} bytes" in caplog.text
+    assert f"a row has at most {2 * (32 + 8) + 2} bytes" in caplog.text
+
+
+@pytest.mark.parametrize("budget", [{"bytes_per_token": 80}, {"bits": 16}, {}], ids=["bytes", "bits", "none"])
+def test_a_budget_of_the_stock_bytes_or_less_is_not_warned_of(
+    budget: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("deepseek_v3")
+    with caplog.at_level(logging.WARNING):
+        patch_model_with_kvsplice(model, **budget, calibration=calibrated(model))
+    assert "more than rows can take" not in caplog.text
 
 
 def test_a_budget_is_kept_on_average_over_layers() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer, trained_model
-from programs import assert_figures_only, run_program
+from programs import assert_figures_only, load_program, run_program
 
+from kvsplice_hf import ConfigError
+from kvsplice_hf.bench.command_line import require_folder
 from kvsplice_hf.calibration.statistics import LayerStatistics, save_statistics
 
 
@@ -72,7 +75,9 @@ def test_the_quality_script_shows_no_loss_at_full_rank_and_a_large_one_for_a_ran
 ) -> None:
     common = ["--model", model_folder, "--window", "48", "--samples", "4", "--chunk", "13", "--output", str(tmp_path)]
     common += ["--calibration", "none"]
-    exact = run_program("eval_deepseek_quality.py", *common, "--compression-ratio", "1.0")["results"][0]
+    report = run_program("eval_deepseek_quality.py", *common, "--compression-ratio", "1.0")
+    assert report["scored_text"].startswith("4 windows of 48 tokens from the evaluation half of pydoc")
+    exact = report["results"][0]
     assert abs(exact["loss_percent"]) < 0.01
     assert exact["cache_check"] == "passed"
     broken = run_program("eval_deepseek_quality.py", *common, "--compression-ratio", "0.15", "--init", "orthogonal")
@@ -131,6 +136,41 @@ def test_one_command_runs_benchmark_and_quality(model_folder: str, tmp_path: Pat
     wrong = subprocess.run([*command[:1], "--modle", "x"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "--modle" in wrong.stderr
+
+
+def test_the_quality_script_says_which_half_of_a_file_or_folder_it_scores(model_folder: str, tmp_path: Path) -> None:
+    for name in ("first.txt", "second.txt"):
+        (tmp_path / name).write_text("Some words of a text of one's own.\n\n" * 40)
+    common = ["--model", model_folder, "--window", "48", "--samples", "2", "--calibration", "none"]
+    common += ["--compression-ratio", "1.0", "--output", str(tmp_path / "results"), "--dataset"]
+    for text, half in ((tmp_path / "first.txt", "what is behind the middle"), (tmp_path, "every other file")):
+        said = run_program("eval_deepseek_quality.py", *common, str(text))["scored_text"]
+        assert f"2 windows of 48 tokens from the evaluation half ({half}" in said
+        assert str(text) in said
+
+
+def test_the_quality_script_says_in_its_help_that_it_scores_a_half(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["eval_deepseek_quality.py", "--help"])
+    with pytest.raises(SystemExit):
+        load_program("eval_deepseek_quality.py").main()
+    assert "only its evaluation half is scored" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("path", ["missing", "./missing", "a/b/c", "~/missing", "file.txt"])
+def test_a_path_that_is_no_folder_is_not_asked_for_on_the_hub(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "file.txt").write_text("")
+    path = path if "/" in path else f"here/{path}"
+    with pytest.raises(ConfigError, match=re.escape(f"--model {path} is no")):
+        require_folder("model", path)
+    require_folder("model", "here")
+    require_folder("model", "user/name")
+    require_folder("model", "name")
 
 
 @pytest.mark.parametrize("script", ["run/demo.py", "eval_deepseek_quality.py", "benchmark_deepseek_kvsplice.py"])

@@ -35,14 +35,14 @@ class CodedKeys(NamedTuple):
     """How to read the keys of packed rows that were coded before their rotation (`code.keys`).
 
     A row is `[code | key code]`, r + p numbers; its rotated key is `R(slot) (expand @ key_code + mean)`, P numbers.
-    R turns the two numbers (a, b) of pair f into `(a c - b s, a s + b c)`, with c = `table[f, slot]` and
-    s = `table[F + f, slot]`.
+    R turns the two numbers (a, b) of pair f into `(a cos - b sin, a sin + b cos)` of the angle `table[f, slot]`, which
+    counts in 64ths of a circle (`TURN_STEPS`).
 
     Attributes:
         expand: [P, p], float32 or bf16.
         mean: [P], float32 or bf16.
         pairs: int64 [3, F], F = P / 2: index of the two numbers of each pair, and a line that is not read here.
-        table: bf16 [2 F, slots], each line side by side.
+        table: uint8 [F, slots], each line side by side.
         slots: int32 [B, S], of each stored row.
     """
 
@@ -53,7 +53,7 @@ class CodedKeys(NamedTuple):
     slots: torch.Tensor
 
     def turns(self, block: slice = slice(None)) -> torch.Tensor:
-        """Cosines and sines of some rows, line by line: bf16 [2 F, B, s]."""
+        """The angles of some rows, line by line: uint8 [F, B, s]."""
         return self.table[:, self.slots[:, block].long()]
 
 
@@ -148,7 +148,7 @@ class Backend(ABC):
     ) -> torch.Tensor:
         """The rows of latents [B, 1, T, R] and rotated keys [B, 1, T, P]: what `LearnedKVSplice.rows` gives.
 
-        Where keys are coded before their rotation, with `keys`, and turns bf16 [B or 1, 1, T, 2 F].
+        Where keys are coded before their rotation, with `keys`, and angles uint8 [B or 1, 1, T, F].
         """
         raise NotImplementedError
 

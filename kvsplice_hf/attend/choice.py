@@ -67,9 +67,10 @@ def attend(
     def by_torch() -> Attended:
         return reference.attend(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout, keys=keys)
 
-    given = (query, rows) if keys is None else (query, rows, keys.expand, keys.mean)
-    wanted = None if dropout or query.shape[1] > _MOST_QUERIES else "attend"
-    backend = None if wanted is None else _backend_for(wanted, given, codec, coded_keys=keys is not None)
+    backend = None
+    if not dropout and query.shape[1] <= _MOST_QUERIES:
+        tensors = (query, rows) if keys is None else (query, rows, keys.expand, keys.mean)
+        backend = _backend_for("attend", tensors, codec, coded_keys=keys is not None)
     if backend is None:
         return by_torch()
 
@@ -103,7 +104,7 @@ def encode(
     Args:
         splice: the projection.
         latent, k_rot: latents [B, 1, T, R] and rotated keys [B, 1, T, P].
-        turns: bf16 [B or 1, 1, T, 2 F], where keys are coded before their rotation.
+        turns: uint8 [B or 1, 1, T, F], where keys are coded before their rotation.
 
     Raises:
         UnsupportedError: as `LearnedKVSplice.rows`.
@@ -127,8 +128,8 @@ def encode(
     if backend is None:
         return by_torch()
     alike = _numbers_alike if codec is None else _bytes_alike
-    kind = ("encode", codec is None, weights.offset is None, latent.dtype, weights.compress.dtype)
-    kind = (*kind, _coded(keys is not None), backend.name)
+    of_weights = (weights.offset is None, latent.dtype, weights.compress.dtype, _coded(keys is not None))
+    kind = ("encode", codec is None, *of_weights, backend.name)
     return _either(kind, lambda: backend.encode(latent, k_rot, weights, codec, keys, turns), by_torch, alike)
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from kvsplice_hf.attend.backend import Attended, CodedKeys
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
-from kvsplice_hf.code.keys import Pairs, redo_turns
+from kvsplice_hf.code.keys import Pairs, cosines_and_sines, redo_turns
 
 
 # Scores held in memory at once: at most this many numbers (for at least _SMALLEST_BLOCK rows).
@@ -210,7 +210,7 @@ class _KeyScores:
 
     def of(self, columns: torch.Tensor, key_gains: torch.Tensor | None, block: slice) -> torch.Tensor:
         """Scores [B, M, s] on the rows of a block, read as `columns`."""
-        cos, sin = self.keys.turns(block).float().transpose(0, 1).chunk(2, dim=1)
+        cos, sin = cosines_and_sines(self.keys.turns(block).transpose(0, 1))
         first, second = (self._decoded(columns, key_gains, *weights) for weights in self.weights)
         turned = first * cos - second * sin, first * sin + second * cos
         return self.query[0] @ turned[0] + self.query[1] @ turned[1]

@@ -102,11 +102,12 @@ def load_model(name: str, dtype: str) -> LoadedModel:
     """The model and tokenizer of a folder or hub name, or the embedded default, on the GPU if there is one.
 
     Raises:
-        ConfigError: the dtype is unknown.
+        ConfigError: the dtype is unknown, or the name is the path of a folder that is not there.
         UnsupportedError: the packages of the embedded default are missing.
         OSError: there is no such model.
     """
     torch_dtype = parse_dtype(dtype)
+    require_folder("model", name)
     has_gpu = torch.cuda.is_available()
     if name == DEMO:
         model, tokenizer = load_demo_model(torch_dtype)
@@ -114,6 +115,24 @@ def load_model(name: str, dtype: str) -> LoadedModel:
     device_map = "auto" if has_gpu else None
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, device_map=device_map).eval()
     return LoadedModel(model, AutoTokenizer.from_pretrained(name))
+
+
+def require_folder(option: str, name: str) -> None:
+    """Refuse the path of a folder that is not there, which the Hub would be asked for.
+
+    A path begins with ".", "/" or "~", has more parts than a name on the Hub, or begins with a folder that is there.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    parts = Path(name).parts
+    is_path = name.startswith((".", "~", os.sep)) or len(parts) > 2 or (len(parts) == 2 and Path(parts[0]).is_dir())
+    if is_path and not Path(name).is_dir():
+        found = "is no folder" if Path(name).exists() else "is not there"
+        raise ConfigError(
+            f"--{option} {name} {found} (seen from {Path.cwd()}). Give a folder that `save_pretrained` wrote, or a "
+            "name on the Hub."
+        )
 
 
 def calibrate(model: PreTrainedModel, tokenizer: Any, args: Calibration) -> Any:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from kvsplice_hf.bench.command_line import DEMO, LoadedModel, parse_dtype
+from kvsplice_hf.bench.command_line import DEMO, LoadedModel, parse_dtype, require_folder
 from kvsplice_hf.demo import load_original_demo_model
 
 
@@ -25,7 +25,7 @@ def load_original(name: str, dtype: str) -> LoadedModel:
     """The model of a folder, hub name or GGUF file; "demo" is SmolLM2-135M as it is, from an installed package.
 
     Raises:
-        ConfigError: the dtype is unknown.
+        ConfigError: the dtype is unknown, or the name is the path of a folder that is not there.
         UnsupportedError: the packages of the embedded default are missing.
         OSError: there is no such model.
     """
@@ -33,6 +33,7 @@ def load_original(name: str, dtype: str) -> LoadedModel:
         return LoadedModel(*load_original_demo_model(torch.float32 if dtype == "auto" else parse_dtype(dtype)))
     path = Path(name)
     if path.suffix != ".gguf":
+        require_folder("model", name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return LoadedModel(model.eval(), AutoTokenizer.from_pretrained(name))
     # GGUF weights are unpacked on loading; "auto" has no meaning for them.

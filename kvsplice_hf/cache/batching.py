@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from kvsplice_hf import upstream
-from kvsplice_hf.cache.pages import ROWS_ATTRIBUTE, PagedRows, token_bytes
+from kvsplice_hf.cache.pages import ROWS_ATTRIBUTE, PagedRows, token_bytes, turn_bytes
 from kvsplice_hf.call import current_state
 from kvsplice_hf.errors import UnsupportedError
 from kvsplice_hf.upstream import MIN_TRANSFORMERS_PAGED
@@ -79,7 +79,7 @@ def _require_supported(model: Any, sites: Sequence[tuple[Any, Any]]) -> None:
 def block_bytes(sites: Sequence[tuple[Any, Any]], tokens: int) -> int:
     """Bytes of a block of `tokens` tokens of all layers."""
     sizes = [(*token_bytes(state.geometry, site.dtype), state.geometry.sink_tokens) for site, state in sites]
-    return sum(tokens * row + sinks * exact for row, exact, sinks in sizes)
+    return sum(tokens * row + sinks * exact for row, exact, sinks in sizes) + tokens * turn_bytes(sites)
 
 
 class _Overlay:

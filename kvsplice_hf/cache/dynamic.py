@@ -13,6 +13,7 @@ from kvsplice_hf import upstream
 from kvsplice_hf.cache.exact import ExactTokens, relocated
 from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
+from kvsplice_hf.cache.turns import TurnTable
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError
 
@@ -40,12 +41,14 @@ class _DynamicMixin(SplicedLayerMixin):
         # The stock layer starts from a tensor without dimensions, which has no length to ask for.
         row_dtype = self.geometry.row_dtype(key_states.dtype)
         self.keys = key_states.new_empty(key_states.shape[0], 1, 0, self.geometry.row_dim, dtype=row_dtype)
-        self.values = self.keys[..., :0]
+        self.values = self._values_of(self.keys, None)
 
     def reset(self) -> None:
         super().reset()
         upstream.drop_rows(self)
         self.exact = None
+        if self.table is not None:
+            self.table.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         before = self.keys.shape[-2] if self.is_initialized else 0
@@ -80,7 +83,9 @@ class _GrowingMixin(_DynamicMixin):
         # Without padding the first K rows are the exact tokens, so that later tokens need not be looked at.
         self._ever_padded = False
 
-    def _store(self, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _store(
+        self, rows: torch.Tensor, slots: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         stored, total = self.keys.shape[-2], self.keys.shape[-2] + rows.shape[-2]
         if stored == 0:
             self.keys, self._buffer = rows, None
@@ -93,8 +98,12 @@ class _GrowingMixin(_DynamicMixin):
                 self._buffer = self._grown(total)
             self._buffer[:, :, stored:total] = rows
             self.keys = self._buffer[:, :, :total]
-        self.values = self.keys[..., :0]
-        return self.keys
+        if slots is None:
+            self.values = self.keys[..., :0]
+        else:
+            assert isinstance(self.table, TurnTable)
+            self.values = self.table.joined(self.values, slots)
+        return self.keys, self.values
 
     def _let_go(self) -> None:
         super()._let_go()
@@ -171,6 +180,7 @@ class _WatchedMixin(_DynamicMixin):
     def __init__(self, geometry: RowGeometry, splice: LearnedKVSplice, **stock_kwargs: Any) -> None:
         super().__init__(geometry, splice, **stock_kwargs)
         self._own_keys: torch.Tensor | None = None
+        self._own_values: torch.Tensor | None = None
 
     def _follow(self) -> None:
         """Take over rows that were put here from outside.
@@ -185,7 +195,8 @@ class _WatchedMixin(_DynamicMixin):
             raise CacheMismatchError(
                 f"The rows {list(before.shape)}, {before.dtype} of a spliced cache layer were replaced from outside by "
                 f"{None if after is None else (list(after.shape), after.dtype)}. Rows may be taken out "
-                "(`layer.keys = layer.keys[:, :, kept]`); what is in them is this package's own."
+                "(`layer.keys = layer.keys[:, :, kept]`, and the same of `layer.values`); what is in them is this "
+                "package's own."
             )
         if self.exact is not None:
             if after.shape[0] != before.shape[0]:
@@ -194,9 +205,19 @@ class _WatchedMixin(_DynamicMixin):
                     f"instead of {before.shape[0]}: their first tokens are kept beside them. Use "
                     "cache.batch_select_indices, batch_repeat_interleave or reorder_cache."
                 )
-            self.exact = relocated(self.exact, before[:, 0], after[:, 0])
+            rows = (before, after)
+            if self._own_values is not None and self.geometry.coded_keys and self.values.shape[2] == after.shape[2]:
+                rows = (self._own_values, self.values)  # which are different for all rows, as rows need not be
+            self.exact = relocated(self.exact, *(part[:, 0] for part in rows))
         self._let_go()
-        self.values = after[..., :0]
+        if not self.geometry.coded_keys:
+            self.values = after[..., :0]
+        elif self.values.shape[:3] != after.shape[:3]:
+            raise CacheMismatchError(
+                f"Rows were taken out of a spliced cache layer from outside: {after.shape[2]} of them are left, and "
+                f"{self.values.shape[2]} slots in `layer.values`, which say what positions they have. Take the same "
+                "ones out of both: `layer.keys = layer.keys[:, :, kept]` and `layer.values = layer.values[:, :, kept]`."
+            )
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         return self._watched(super().update, *args, **kwargs)
@@ -221,12 +242,12 @@ class _WatchedMixin(_DynamicMixin):
 
     def reset(self) -> None:
         super().reset()
-        self._own_keys = None
+        self._own_keys = self._own_values = None
 
     def _watched(self, operation: Any, *args: Any, **kwargs: Any) -> Any:
         self._follow()
         result = operation(*args, **kwargs)
-        self._own_keys = self.keys if self.is_initialized else None
+        self._own_keys, self._own_values = (self.keys, self.values) if self.is_initialized else (None, None)
         return result
 
 

@@ -7,14 +7,19 @@ tokens are first depends on where the padding of each row of the batch ends, so 
 Legend: `B` batch, `T` new tokens, `S` stored tokens, `K` exact tokens per sequence, `R` kv_lora_rank.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 
 # Position of a slot that no token has filled yet: beyond any length, while a token that left a sliding window has a
 # negative one. So "how many sink tokens has this row seen" stays known after they are gone.
 UNFILLED = torch.iinfo(torch.int32).max
+# What an attention module receives: flex attention has a mask that is a function of indices.
+Mask: TypeAlias = torch.Tensor | BlockMask
+# Of a `BlockMask` so many pairs of query and key are looked at together, so that long prompts need no mask of T x S.
+_PAIRS = 2**24
 
 
 class ExactTokens(NamedTuple):
@@ -62,19 +67,37 @@ def visible_keys(mask: torch.Tensor) -> torch.Tensor:
     return mask > torch.finfo(mask.dtype).min / 2
 
 
-def real_tokens(mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
+def _keys_seen(mask: BlockMask, queries: int) -> torch.Tensor:
+    """How many keys each of the `queries` last queries sees, of the first head: int32 [B, T]."""
+    batch, _, rows, keys = mask.shape
+    device, step = mask.kv_num_blocks.device, max(1, _PAIRS // (batch * keys))
+    counts = []
+    for start in range(rows - queries, rows, step):
+
+        def visible(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor, start: int = start) -> Any:
+            return mask.mask_mod(b, h, q + start, k)
+
+        part = create_mask(visible, batch, 1, min(step, rows - start), keys, device=str(device))
+        counts.append(part[:, 0].sum(-1, dtype=torch.int32))
+    return torch.cat(counts, dim=1)
+
+
+def real_tokens(mask: Mask, new_tokens: int) -> torch.Tensor:
     """Which of the `new_tokens` last tokens are not padding: bool [B or 1, T].
 
     Args:
-        mask: what the attention module receives: [B, S or T] with nonzero at real tokens, or [B, 1, T, S], boolean or
-            additive. In the latter a padding token sees no key at all, and every other sees at least itself.
+        mask: what the attention module receives: [B, S or T] with nonzero at real tokens; or [B, 1, T, S], boolean,
+            additive or a `BlockMask`. In the latter a padding token sees no key at all, and every other sees at least
+            itself.
     """
+    if isinstance(mask, BlockMask):
+        return _keys_seen(mask, new_tokens) >= 1
     if mask.dim() == 2:
         return visible_keys(mask[:, -new_tokens:])
     return visible_keys(mask[:, 0, -new_tokens:]).any(-1)
 
 
-def exact_in_full_sequence(mask: torch.Tensor | None, tokens: int, count: int, device: torch.device) -> torch.Tensor:
+def exact_in_full_sequence(mask: Mask | None, tokens: int, count: int, device: torch.device) -> torch.Tensor:
     """Which tokens of whole sequences are among the first `count` real ones: bool [B or 1, T]. For calls without cache.
 
     A square mask [B, 1, T, T] counts, for each query, the keys it sees. That is its rank in its sequence under left
@@ -82,6 +105,9 @@ def exact_in_full_sequence(mask: torch.Tensor | None, tokens: int, count: int, d
     """
     if mask is None:
         return torch.arange(tokens, dtype=torch.int64, device=device)[None] < count
+    if isinstance(mask, BlockMask):
+        rank = _keys_seen(mask, tokens).to(device)
+        return (rank >= 1) & (rank <= count)
     mask = mask.to(device)
     if mask.dim() == 2:
         real = visible_keys(mask[:, -tokens:])
@@ -91,7 +117,7 @@ def exact_in_full_sequence(mask: torch.Tensor | None, tokens: int, count: int, d
 
 
 def fill_exact_tokens(
-    exact: ExactTokens, latents: torch.Tensor, mask: torch.Tensor | None, first_row: int | torch.Tensor
+    exact: ExactTokens, latents: torch.Tensor, mask: Mask | None, first_row: int | torch.Tensor
 ) -> ExactTokens:
     """`exact` with those new tokens added that are still among the first K of their row.
 

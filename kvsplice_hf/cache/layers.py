@@ -23,6 +23,7 @@ from kvsplice_hf.cache.static import (
     SplicedStaticLayer,
     SplicedStaticSlidingWindowLayer,
 )
+from kvsplice_hf.cache.turns import TurnTable
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError
 
@@ -67,6 +68,26 @@ def splice_cache_layer(
     layer = _spliced_like(stock, geometry, splice)
     cache.layers[layer_idx] = layer
     return layer
+
+
+def see_turns(cache: Cache, layer: SplicedLayerMixin, embeddings: Any, position_ids: Any) -> None:
+    """Tell a layer how its new keys are rotated, and find or make the table that it shares with others.
+
+    Args:
+        cache: the cache of the layer.
+        layer: whose rows hold keys before their rotation.
+        embeddings, position_ids: as its attention module got them.
+    """
+    layer.embeddings, layer.position_ids = embeddings, position_ids
+    if layer.table is not None or embeddings is None or layer.splice.keys is None:
+        return
+    others = (other for other in cache.layers if isinstance(other, SplicedLayerMixin) and other.table is not None)
+    for other in others:
+        if isinstance(layer, StaticLayer) == isinstance(other, StaticLayer) and other.table.is_of(embeddings):
+            layer.table = other.table
+            return
+    if not isinstance(layer, StaticLayer):  # whose table has a size that shows when it is filled
+        layer.table = TurnTable(layer.splice.keys.pairs[2])
 
 
 def _require_same_splice(stock: Any, layer_idx: int, geometry: RowGeometry, splice: LearnedKVSplice) -> None:

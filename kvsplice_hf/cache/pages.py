@@ -5,7 +5,8 @@ configs set to P, and is written with expanded keys and values. What is reused h
 block of memory holds which token, prefix sharing, forking, offloading, scheduling. Those treat a block as bytes, so the
 bytes can be laid out differently:
 
-    block = for each layer: [ row 0 | row 1 | ... | row of the last token of the page ] [ exact latents of K tokens ]
+    block = for each layer: [ row 0 | row 1 | ... | row of the last token of the page ] [ exact latents of K tokens ],
+            and where keys are coded before their rotation, once: [ how each token of the page was rotated ]
 
 with rows as in `rows.py`, of the width that each layer has. The exact latents belong to the first K tokens of a
 request, all of which lie in its first block; the room for them in other blocks stays unused. Since they lie inside the
@@ -28,8 +29,9 @@ from kvsplice_hf import upstream
 from kvsplice_hf.attend.choice import encode
 from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
+from kvsplice_hf.cache.turns import SLOT_DTYPE, Turns, embedding_tensor
 from kvsplice_hf.code.projection import LearnedKVSplice
-from kvsplice_hf.errors import CacheMismatchError
+from kvsplice_hf.errors import CacheMismatchError, UnsupportedError
 
 
 ROWS_ATTRIBUTE = "_kvsplice_rows"
@@ -86,12 +88,27 @@ class _Batch(NamedTuple):
     groups: list[_Group]
 
 
+class _NewTurns(NamedTuple):
+    """How the keys of the new tokens of a pass are rotated, and those of all tokens of its groups.
+
+    Attributes:
+        seen: the tensor by which the embeddings of the pass are known again.
+        of_new: uint8 [1, 1, Q, F].
+        of_groups: of the tokens of each group.
+    """
+
+    seen: torch.Tensor
+    of_new: torch.Tensor
+    of_groups: list[Turns]
+
+
 class PagedLatent:
     """What `PagedRows.update` returns in place of the latent and the rotated key. It is read by `attend`."""
 
-    def __init__(self, pages: _LayerPages, batch: _Batch) -> None:
+    def __init__(self, pages: _LayerPages, batch: _Batch, turns: list[Turns] | None) -> None:
         self._pages = pages
         self._batch = batch
+        self._turns = turns
 
     def attend(self, module: Any, query: torch.Tensor, attend: Callable[..., Any]) -> tuple[torch.Tensor, None]:
         """Attention of the packed batch, request by request.
@@ -105,8 +122,8 @@ class PagedLatent:
             [1, Q, H, V], and no attention weights.
         """
         output = query.new_empty(query.shape[2], query.shape[1], module.v_head_dim)
-        for group in self._batch.groups:
-            latent = self._latent(group)
+        for index, group in enumerate(self._batch.groups):
+            latent = self._latent(group, None if self._turns is None else self._turns[index])
             # Not the class's method: the one of the patch, which decodes the rows or passes them on.
             key, value = module.expand_kv(latent, latent)
             mask = query.new_zeros(group.visible.shape).masked_fill_(~group.visible, torch.finfo(query.dtype).min)
@@ -114,7 +131,7 @@ class PagedLatent:
             output[group.queries] = attended
         return output[None], None
 
-    def _latent(self, group: _Group) -> CompressedLatent:
+    def _latent(self, group: _Group, turns: Turns | None) -> CompressedLatent:
         pages, exact = self._pages, None
         rows = pages.rows[group.blocks, group.offsets].view(pages.geometry.row_dtype(pages.dtype))
         if pages.geometry.sink_tokens:
@@ -125,7 +142,8 @@ class PagedLatent:
             )
             exact = ExactTokens(latents, positions)
         new_tokens = group.queries.shape[1]
-        return CompressedLatent(rows[:, None], pages.splice, exact, new_tokens, rows.shape[1] - new_tokens, pages.dtype)
+        first = rows.shape[1] - new_tokens
+        return CompressedLatent(rows[:, None], pages.splice, exact, new_tokens, first, pages.dtype, turns=turns)
 
 
 class PagedRows:
@@ -157,13 +175,55 @@ class PagedRows:
                 state.splice.identity,
             )
             start = end
+        turned = turn_bytes(sites)
+        # How the tokens of each block were rotated, bytes [blocks, tokens per page, bytes of a token].
+        self._turn_pages = blocks[:, start : start + turned * self._tokens].unflatten(1, (self._tokens, turned))
+        self._turns: _NewTurns | None = None
+
+    def see_turns(self, embeddings: Any, splice: LearnedKVSplice) -> None:
+        """Keep how the keys of the new tokens are rotated, once per pass; before their rows.
+
+        Args:
+            embeddings: as the attention module got them.
+            splice: of the layer, which codes keys before their rotation.
+
+        Raises:
+            UpstreamChangedError: nothing says how.
+            UnsupportedError: layers rotate keys in different ways.
+        """
+        if embeddings is None or splice.keys is None:
+            raise upstream.changed(
+                "continuous batching",
+                f"an attention module got no `{upstream.POSITION_EMBEDDINGS}` that say how its keys are rotated.",
+            )
+        if self._turns is not None and self._turns.seen is embedding_tensor(embeddings):
+            return
+        turns = splice.keys.turns_of(embeddings)
+        if self._turns is not None:
+            if turns.shape == self._turns.of_new[:, 0].shape and torch.equal(turns, self._turns.of_new[:, 0]):
+                return
+            raise UnsupportedError(
+                "Continuous batching (generate_batch) keeps how a token is rotated once for all layers, and layers of "
+                'this model differ in it. Use model.generate with a padded batch, or patch with keys="rotated".'
+            )
+        batch = self._batch
+        assert batch is not None
+        self._turn_pages[batch.blocks, batch.offsets] = turns[0]
+        groups = [self._turns_of(group) for group in batch.groups]
+        self._turns = _NewTurns(embedding_tensor(embeddings), turns[:, None], groups)
+
+    def _turns_of(self, group: _Group) -> Turns:
+        turns = self._turn_pages[group.blocks, group.offsets]  # [B, S, F]
+        batch, tokens, _ = turns.shape
+        slots = torch.arange(batch * tokens, dtype=SLOT_DTYPE, device=turns.device).view(batch, tokens)
+        return Turns(turns.flatten(0, 1).T.contiguous(), slots)
 
     def bound(self, kwargs: dict[str, Any]) -> "PagedRows":
         """These rows, ready for one forward pass, given the keyword arguments of an attention module in it."""
         # The read indices may hold the same numbers in two passes, but not be the same list while this one is kept.
         if self._batch is None or self._batch.source is not kwargs["read_index"]:
             self._require_same_splices()
-            self._batch = self._read(kwargs)
+            self._batch, self._turns = self._read(kwargs), None
         return self
 
     def _require_same_splices(self) -> None:
@@ -181,7 +241,8 @@ class PagedRows:
         upstream.check_update_arguments(args, kwargs)
         pages, batch = self._layers[layer_idx], self._batch
         assert batch is not None
-        rows = encode(pages.splice, key_states, value_states)[0, 0]
+        turns = self._turns if pages.geometry.coded_keys else None
+        rows = encode(pages.splice, key_states, value_states, None if turns is None else turns.of_new)[0, 0]
         pages.rows[batch.blocks, batch.offsets] = rows.contiguous().view(torch.uint8)
         if batch.early.numel():
             exact = key_states[0, 0, batch.early]
@@ -190,7 +251,7 @@ class PagedRows:
             # The first block of a request begins with its first token, so the offset is the position.
             where = batch.blocks[batch.early], batch.offsets[batch.early]
             pages.exact[where] = exact.contiguous().view(torch.uint8)
-        latent = PagedLatent(pages, batch)
+        latent = PagedLatent(pages, batch, None if turns is None else turns.of_groups)
         return latent, latent
 
     def _read(self, kwargs: dict[str, Any]) -> _Batch:
@@ -267,6 +328,11 @@ def paged_rows(kwargs: dict[str, Any]) -> PagedRows | None:
     found = (vars(value).get(ROWS_ATTRIBUTE) for value in kwargs.values() if hasattr(value, "__dict__"))
     rows = next((rows for rows in found if rows is not None), None)
     return None if rows is None else rows.bound(kwargs)
+
+
+def turn_bytes(sites: Sequence[tuple[Any, Any]]) -> int:
+    """Bytes that say how one token was rotated, for all layers together; 0 where rows hold rotated keys."""
+    return max((site.qk_rope_head_dim // 2 for site, state in sites if state.geometry.coded_keys), default=0)
 
 
 def token_bytes(geometry: RowGeometry, dtype: torch.dtype) -> tuple[int, int]:

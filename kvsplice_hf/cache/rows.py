@@ -1,9 +1,9 @@
 """What a spliced cache layer stores of a token, and what it hands to the attention module.
 
-One token of one layer is one row `[code | k_rot]`.
+One token of one layer is one row `[code | k_rot]`, or `[code | key code]` where keys are coded before their rotation.
 
 Legend: `B` batch, `T` new tokens, `S` stored tokens, `K` exact tokens, `R` kv_lora_rank, `r` spliced rank,
-`P` qk_rope_head_dim.
+`P` qk_rope_head_dim, `p` numbers of a key in a row: P, or those of its code.
 """
 
 from dataclasses import dataclass
@@ -12,19 +12,25 @@ from typing import Any
 import torch
 
 from kvsplice_hf import upstream
+from kvsplice_hf.attend.backend import CodedKeys
 from kvsplice_hf.cache.exact import ExactTokens, overlay_exact
+from kvsplice_hf.cache.turns import Turns
 from kvsplice_hf.code.projection import LearnedKVSplice
 
 
 @dataclass(frozen=True)
 class RowGeometry:
-    """Sizes of one layer's rows: R, r, P, K, and the bytes of a row where rows are packed."""
+    """Sizes of one layer's rows: R, r, P, K, and the bytes of a row where rows are packed.
+
+    `coded_keys` where these hold keys before their rotation.
+    """
 
     kv_lora_rank: int
     rank: int
     qk_rope_head_dim: int
     sink_tokens: int
     packed_bytes: int | None = None
+    coded_keys: bool = False
 
     @property
     def row_dim(self) -> int:
@@ -58,6 +64,7 @@ class CompressedLatent:
         first_row: row of the first new token, an integer, or a tensor in a static cache.
         dtype: of the latents; by default that of the rows, which are then not packed.
         fresh: the new tokens' latents and rotated keys as they came, where gradients of them are wanted; else None.
+        turns: how the keys of the rows were rotated, where they were coded before; else None.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class CompressedLatent:
         first_row: int | torch.Tensor,
         dtype: torch.dtype | None = None,
         fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.dtype = rows.dtype if dtype is None else dtype
         self._numbers: torch.Tensor | None = None
@@ -78,13 +86,29 @@ class CompressedLatent:
         self.new_tokens = new_tokens
         self.first_row = first_row
         self.fresh = fresh
+        self.turns = turns
 
     @property
     def numbers(self) -> torch.Tensor:
         """`[code | k_rot]`, [B, 1, S, r + P]; unpacked once where rows are packed."""
         if self._numbers is None:
-            self._numbers = self.splice.numbers(self.rows, self.dtype)
+            turns = None if self.turns is None else self.turns.by_token()[:, None]
+            self._numbers = self.splice.read(self.rows, self.dtype, turns)
         return self._numbers
+
+    @property
+    def new_turns(self) -> torch.Tensor | None:
+        """How the keys of the new tokens were rotated, uint8 [B, 1, T, F]."""
+        count = self.rows.shape[2]
+        return None if self.turns is None else self.turns.by_token(slice(count - self.new_tokens, count))[:, None]
+
+    @property
+    def coded_keys(self) -> CodedKeys | None:
+        """How to read the keys, where they were coded before their rotation."""
+        if self.turns is None or self.splice.keys is None:
+            return None
+        weights = self.splice.keys.weights()
+        return CodedKeys(weights.expand, weights.mean, weights.pairs, *self.turns)
 
     @property
     def is_packed(self) -> bool:
@@ -142,7 +166,8 @@ class CompressedLatent:
         fresh = self.fresh
         if fresh is not None:
             fresh = fresh[0].to(device, non_blocking=non_blocking), fresh[1].to(device, non_blocking=non_blocking)
-        return CompressedLatent(rows, self.splice, exact, self.new_tokens, self.first_row, self.dtype, fresh)
+        turns = None if self.turns is None else self.turns.to(device, non_blocking)
+        return CompressedLatent(rows, self.splice, exact, self.new_tokens, self.first_row, self.dtype, fresh, turns)
 
     def __getattr__(self, name: str) -> Any:
         # Nothing of a tensor but what is above: code that goes on as if it had keys has not asked for them.

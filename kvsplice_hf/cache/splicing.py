@@ -1,8 +1,9 @@
 """What all spliced cache layers have in common: rows are encoded on the way in, and first tokens kept exactly.
 
-The stock cache layers of transformers are reused whole: a spliced layer gives them the rows as their `keys` and nothing
-(width 0) as their `values`, so that cropping, beam reordering, sliding windows, static buffers, offloading and the
-indexer's keys work as upstream wrote them.
+The stock cache layers of transformers are reused whole: a spliced layer gives them the rows as their `keys`, and as
+their `values` nothing (width 0), or where keys are coded before their rotation the slots that say how each was rotated
+(`turns`). So cropping, beam reordering, sliding windows, static buffers, offloading and the indexer's keys work as
+upstream wrote them.
 
 Legend: `B` batch, `T` new tokens, `S` stored tokens, `K` exact tokens, `R` kv_lora_rank, `r` spliced rank,
 `P` qk_rope_head_dim.
@@ -18,10 +19,13 @@ from kvsplice_hf import upstream
 from kvsplice_hf.attend.choice import encode
 from kvsplice_hf.cache.exact import ExactTokens, empty_exact_tokens, fill_exact_tokens
 from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
+from kvsplice_hf.cache.turns import SLOT_DTYPE, FixedTurns, Turns, TurnTable, as_values
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError
 
 
+# What the hook hands over for one call.
+_OF_A_CALL = ("attention_mask", "embeddings", "position_ids")
 # The stock layer that a mixin below is combined with. Typed loosely: its `update` returns tensors, ours does not.
 _StockLayer: Any = CacheLayerMixin
 
@@ -45,6 +49,11 @@ class SplicedLayerMixin(_StockLayer):
         self.exact: ExactTokens | None = None
         # Set by the attention module's hook just before its forward: `update` does not get to see the mask.
         self.attention_mask: torch.Tensor | None = None
+        # The same: how the model rotates the new keys, and their positions.
+        self.embeddings: Any = None
+        self.position_ids: Any = None
+        # How the stored keys were rotated; where they are coded before that, the hook finds or makes it.
+        self.table: TurnTable | FixedTurns | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SplicedLayerMixin":
         clone = object.__new__(type(self))
@@ -57,7 +66,7 @@ class SplicedLayerMixin(_StockLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled cache must not carry the model's weights along; the hook hands the projection over again.
-        return {**vars(self), "splice": None, "attention_mask": None}
+        return {**vars(self), "splice": None, **dict.fromkeys(_OF_A_CALL)}
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for the batch, dtype and device of `key_states`; widths come from the geometry.
@@ -66,8 +75,16 @@ class SplicedLayerMixin(_StockLayer):
         """
         row_dtype = self.geometry.row_dtype(key_states.dtype)
         rows = key_states.new_empty(key_states.shape[0], 1, 0, self.geometry.row_dim, dtype=row_dtype)
-        super().lazy_initialization(rows, rows[..., :0])
+        super().lazy_initialization(rows, self._values_of(rows, None))
         self._allocate_exact(key_states)
+
+    def _values_of(self, rows: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+        """What is stored as the values of rows [B, 1, T, w] with these slots [B or 1, T]."""
+        if not self.geometry.coded_keys:
+            return rows[..., :0]
+        if slots is None:
+            return rows.new_empty(*rows.shape[:-1], 1, dtype=SLOT_DTYPE)
+        return as_values(slots, rows.shape[0])
 
     def _allocate_exact(self, key_states: torch.Tensor) -> None:
         if self.geometry.sink_tokens > 0:
@@ -92,18 +109,23 @@ class SplicedLayerMixin(_StockLayer):
         """
         upstream.check_update_arguments(args, kwargs)
         self._check_shapes(key_states, value_states)
-        rows = encode(self.splice, key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         first_row = self._first_new_row()
-        all_rows = self._store(rows, *args, **kwargs)
+        new_turns, slots = self._note_turns(first_row)
+        rows = encode(self.splice, key_states, value_states, new_turns)
+        all_rows, all_slots = self._store(rows, slots, *args, **kwargs)
         kept = key_states if self.splice.codec is None else torch.cat([key_states, value_states], dim=-1)
         exact = self._track_exact(kept, first_row, all_rows)
-        self.attention_mask = None
+        for name in _OF_A_CALL:
+            setattr(self, name, None)
         if isinstance(first_row, int):  # rows may have left a sliding window at the front
             first_row = min(first_row, all_rows.shape[2] - rows.shape[2])
         fresh = (key_states, value_states) if self._wants_gradients(key_states, value_states) else None
-        latent = CompressedLatent(all_rows, self.splice, exact, rows.shape[2], first_row, key_states.dtype, fresh)
+        turns = self._turns_of(all_slots, new_turns)
+        latent = CompressedLatent(
+            all_rows, self.splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns
+        )
         return latent, latent if latent.is_packed else latent.k_rot
 
     def _wants_gradients(self, *states: torch.Tensor) -> bool:
@@ -123,8 +145,40 @@ class SplicedLayerMixin(_StockLayer):
     def _first_new_row(self) -> int | torch.Tensor:
         return self.keys.shape[-2]
 
-    def _store(self, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super().update(rows, rows[..., :0], *args, **kwargs)[0]
+    def _note_turns(self, first_row: int | torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """How the new keys were rotated, uint8 [B or 1, 1, T, F], and their slots [B or 1, T]; None and None without.
+
+        Raises:
+            UpstreamChangedError: nothing says how.
+        """
+        if not self.geometry.coded_keys:
+            return None, None
+        if self.embeddings is None or self.table is None:
+            raise upstream.changed(
+                "a spliced cache layer",
+                f"it got no `{upstream.POSITION_EMBEDDINGS}` that say how the new keys were rotated, and its rows hold "
+                "keys before their rotation.",
+            )
+        turns, slots = self._noted(first_row)
+        return turns[:, None], slots
+
+    def _noted(self, first_row: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert isinstance(self.table, TurnTable)
+        return self.table.note(self.embeddings, self.position_ids)
+
+    def _turns_of(self, slots: torch.Tensor, new_turns: torch.Tensor | None) -> Turns | None:
+        """How the keys of rows with these slots [B, 1, S, 1] were rotated."""
+        if new_turns is None or self.table is None:
+            return None
+        assert self.table.lines is not None
+        return Turns(self.table.lines, slots[:, 0, :, 0])
+
+    def _store(
+        self, rows: torch.Tensor, slots: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep rows [B, 1, T, w] and their slots [B or 1, T]; all of both that the new tokens see."""
+        stored: tuple[torch.Tensor, torch.Tensor] = super().update(rows, self._values_of(rows, slots), *args, **kwargs)
+        return stored
 
     def _track_exact(
         self, latents: torch.Tensor, first_row: int | torch.Tensor, all_rows: torch.Tensor

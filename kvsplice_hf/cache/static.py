@@ -5,6 +5,7 @@ from transformers.cache_utils import StaticIndexedLayer, StaticLayer, StaticSlid
 
 from kvsplice_hf.cache.exact import ExactTokens, empty_exact_tokens
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
+from kvsplice_hf.cache.turns import FixedTurns, Turns
 
 
 class _StaticMixin(SplicedLayerMixin):
@@ -15,6 +16,23 @@ class _StaticMixin(SplicedLayerMixin):
         if self.exact is not None and not torch.compiler.is_compiling():
             for tensor in self.exact:
                 torch._dynamo.mark_static_address(tensor)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        if self.geometry.coded_keys:
+            self._allocate_slots(key_states)
+
+    def _allocate_slots(self, key_states: torch.Tensor) -> None:
+        """A table, unless another layer has one, and a slot for each row."""
+        assert self.splice.keys is not None
+        batch, length = key_states.shape[0], self.max_cache_len
+        if not isinstance(self.table, FixedTurns) or (self.table.batch, self.table.length) != (batch, length):
+            self.table = FixedTurns(self.splice.keys.pairs[2], batch, length, key_states.device)
+        self.values = self.table.row_slots
+
+    def _noted(self, first_row: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert isinstance(self.table, FixedTurns)
+        return self.table.note(self.embeddings, first_row)
 
     def _first_new_row(self) -> int | torch.Tensor:
         # A copy: `update` advances the counter in place.
@@ -40,6 +58,22 @@ class _StaticMixin(SplicedLayerMixin):
 
 class _StaticWindowMixin(_StaticMixin):
     """A sliding window in a buffer of fixed size."""
+
+    def _allocate_slots(self, key_states: torch.Tensor) -> None:
+        super()._allocate_slots(key_states)
+        # Rows move through the window, and their slots with them, in place.
+        self.values = self.values.clone()
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.values)
+
+    def _noted(self, first_row: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super()._noted(self.cumulative_length_int)
+
+    def _turns_of(self, slots: torch.Tensor, new_turns: torch.Tensor | None) -> Turns | None:
+        assert self.table is None or isinstance(self.table, FixedTurns)
+        if new_turns is None or self.table is None or self.table.before is None:
+            return super()._turns_of(slots, new_turns)
+        return self.table.unclosed(slots[:, 0, :, 0], new_turns[:, 0])
 
     def _first_new_row(self) -> int | torch.Tensor:
         return min(self.cumulative_length_int, self.max_cache_len)

@@ -1,7 +1,9 @@
 """Bits for coordinates: measured distortions, and reverse water-filling over coordinates and layers.
 
 A coordinate's increments (its first bit, its second, ...) each save some cost. The best set of increments that fits a
-number of bits is the set of those that save most per bit, which one threshold for all of them picks out.
+number of bits is the set of those that save most per bit, which one threshold for all of them picks out. Whether a
+layer's keys get a gain of their own is decided at that threshold as well: where the gain saves more than its eight bits
+would elsewhere.
 
 Legend: `n` = R + P coordinates of a row, `M` sampled rows, `L` layers, `W` = len(STEPS) widths above 0.
 """
@@ -33,9 +35,24 @@ class Distortion:
 
     Attributes:
         relative: squared error over variance, float64 [n, W + 1]; 1 at width 0.
+        with_key_gain: the same where keys have a gain of their own; None where they are stored as they come.
     """
 
     relative: torch.Tensor
+    with_key_gain: torch.Tensor | None = None
+
+
+@dataclass
+class Allocation:
+    """The bits of one layer.
+
+    Attributes:
+        widths: of its coordinates, [n].
+        key_gain: whether its keys have a gain of their own.
+    """
+
+    widths: torch.Tensor
+    key_gain: bool = False
 
 
 def gains_of(codes: torch.Tensor) -> torch.Tensor:
@@ -45,18 +62,23 @@ def gains_of(codes: torch.Tensor) -> torch.Tensor:
     return codes.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
 
 
-def standardised(solution: LayerSolution, gained: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sampled codes over their root mean square and their row's gain, float32 [M, n], and the gains [M, 1].
+def standardised(
+    solution: LayerSolution, gained: torch.Tensor, *, key_gain: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sampled codes over their root mean square and their row's gain, float32 [M, n], and the squared gains [M, n].
 
     Args:
         solution: of the layer.
-        gained: which latent coordinates the gain is taken over, bool [R].
+        gained: which coordinates the gains are taken over, bool [n].
+        key_gain: whether keys have a gain of their own; otherwise they have none.
     """
     R = solution.latent_dim
     unit = solution.codes / sigmas_of(solution)
-    gains = gains_of(unit[:, :R][:, gained])
-    unit = torch.cat([unit[:, :R] / gains, unit[:, R:]], dim=-1)
-    return unit.float(), gains.float()
+    gains = torch.ones_like(unit)
+    gains[:, :R] = gains_of(unit[:, :R][:, gained[:R]])
+    if key_gain:
+        gains[:, R:] = gains_of(unit[:, R:][:, gained[R:]])
+    return (unit / gains).float(), gains.square().float()
 
 
 def sigmas_of(solution: LayerSolution) -> torch.Tensor:
@@ -96,41 +118,88 @@ def quantised(unit: torch.Tensor, width: int) -> torch.Tensor:
 
 def measure_distortion(solution: LayerSolution) -> Distortion:
     """Distortions of one layer from its sampled rows."""
-    cost = solution.cost[: solution.latent_dim]
-    # Which coordinates will share the gain is not known yet: take those that will probably get a bit.
-    gained = cost > _LIKELY_KEPT * cost.max().clamp(min=1e-30)
-    unit, gains = standardised(solution, gained)
-    unit, gains = unit[:_TABLE_ROWS], gains[:_TABLE_ROWS]
-    weight = torch.ones_like(unit)
-    weight[:, : solution.latent_dim] = gains.square()
+    R, cost = solution.latent_dim, solution.cost
+    # Which coordinates will share a gain is not known yet: take those that will probably get a bit.
+    gained = torch.cat(
+        [part > _LIKELY_KEPT * part.max().clamp(min=1e-30) for part in (cost[:R], cost[R:]) if len(part)]
+    )
+    relative = _relative(*standardised(solution, gained))
+    if solution.pairs is None:
+        return Distortion(relative)
+    keys = _relative(*(part[:, R:] for part in standardised(solution, gained, key_gain=True)))
+    return Distortion(relative, torch.cat([relative[:R], keys]))
+
+
+def _relative(unit: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Squared errors over variances of standardised samples [M, n] at each width, float64 [n, W + 1]."""
+    unit, weight = unit[:_TABLE_ROWS], weight[:_TABLE_ROWS]
     energy = (weight * unit.square()).mean(0).clamp(min=1e-30)
     columns = [torch.ones_like(energy)]
     columns += [fit_scales(unit, weight, width)[1] / energy for width in range(1, 9)]
     columns.append(torch.full_like(energy, _BF16_DISTORTION))
-    relative = torch.stack(columns, dim=1).double()
-    return Distortion(relative.cummin(dim=1).values)
+    return torch.stack(columns, dim=1).double().cummin(dim=1).values
 
 
-def increments(solution: LayerSolution, distortion: Distortion) -> torch.Tensor:
+def increments(solution: LayerSolution, relative: torch.Tensor) -> torch.Tensor:
     """Cost saved per bit by each increment, float64 [n, W], never rising from one increment to the next."""
-    saved = -distortion.relative.diff(dim=1) * solution.cost[:, None]
+    saved = -relative.diff(dim=1) * solution.cost[:, None]
     per_bit = saved / torch.tensor(STEPS, dtype=torch.float64, device="cpu")
     return per_bit.cummin(dim=1).values
 
 
-def widths_above(per_bit: torch.Tensor, threshold: float, latent_dim: int) -> torch.Tensor:
-    """Widths [n] of the increments that save more than `threshold` per bit; one latent coordinate gets a bit anyway."""
-    taken = per_bit > threshold
-    widths = (taken * torch.tensor(STEPS, dtype=torch.int64, device="cpu")).sum(1)
-    if not widths[:latent_dim].any():
-        widths[0] = 1
-    return widths
+class _LayerTable:
+    """What the bits of one layer save.
+
+    Args:
+        solution, distortion: of the layer.
+    """
+
+    def __init__(self, solution: LayerSolution, distortion: Distortion) -> None:
+        self.latent_dim, self.has_coded_keys = solution.latent_dim, solution.pairs is not None
+        self.per_bit = increments(solution, distortion.relative)
+        self.with_key_gain = None
+        if distortion.with_key_gain is not None:
+            self.with_key_gain = increments(solution, distortion.with_key_gain)
+
+    @property
+    def highest(self) -> float:
+        both = [table for table in (self.per_bit, self.with_key_gain) if table is not None]
+        return max(float(table.max()) for table in both)
+
+    def above(self, threshold: float) -> Allocation:
+        """The increments that save more than `threshold` per bit."""
+        plain = Allocation(self._widths(self.per_bit, threshold))
+        if self.with_key_gain is None:
+            return plain
+        gained = Allocation(self._widths(self.with_key_gain, threshold), key_gain=True)
+        saves_more = self._saved(self.with_key_gain, threshold) - self._saved(self.per_bit, threshold)
+        return gained if saves_more > 8 * threshold else plain
+
+    def _saved(self, per_bit: torch.Tensor, threshold: float) -> float:
+        """Cost saved by the increments that save more, beyond what as many bits would save elsewhere."""
+        steps = torch.tensor(STEPS, dtype=torch.float64, device="cpu")
+        return float(((per_bit[self.latent_dim :] - threshold).clamp(min=0) * steps).sum())
+
+    def _widths(self, per_bit: torch.Tensor, threshold: float) -> torch.Tensor:
+        """Widths [n]; one coordinate of the latent gets a bit anyway, and one of coded keys."""
+        taken = per_bit > threshold
+        widths = (taken * torch.tensor(STEPS, dtype=torch.int64, device="cpu")).sum(1)
+        if not widths[: self.latent_dim].any():
+            widths[0] = 1
+        if self.has_coded_keys and not widths[self.latent_dim :].any():
+            widths[self.latent_dim] = 1
+        return widths
+
+    def bytes_of(self, allocation: Allocation) -> int:
+        """Bytes of a row with these bits."""
+        keys = len(allocation.widths) - self.latent_dim
+        return row_bytes(allocation.widths, self.latent_dim, keys if allocation.key_gain else 0)
 
 
 def allocate(
     solutions: Sequence[LayerSolution], distortions: Sequence[Distortion], budget: float, *, per_layer: bool = False
-) -> list[torch.Tensor]:
-    """Widths [n] of every layer's coordinates, within `budget` bytes per row on average.
+) -> list[Allocation]:
+    """The bits of every layer's coordinates, within `budget` bytes per row on average.
 
     Args:
         solutions, distortions: of the layers.
@@ -140,21 +209,20 @@ def allocate(
     Raises:
         ConfigError: the budget is less than a row of one bit.
     """
-    tables = [increments(solution, distortion) for solution, distortion in zip(solutions, distortions, strict=True)]
-    dims = [solution.latent_dim for solution in solutions]
+    tables = [_LayerTable(solution, distortion) for solution, distortion in zip(solutions, distortions, strict=True)]
     if per_layer:
-        return [_fill([table], [dim], budget)[0] for table, dim in zip(tables, dims, strict=True)]
-    return _fill(tables, dims, budget)
+        return [_fill([table], budget)[0] for table in tables]
+    return _fill(tables, budget)
 
 
-def _fill(tables: Sequence[torch.Tensor], dims: Sequence[int], budget: float) -> list[torch.Tensor]:
-    def at(threshold: float) -> list[torch.Tensor]:
-        return [widths_above(table, threshold, dim) for table, dim in zip(tables, dims, strict=True)]
+def _fill(tables: Sequence[_LayerTable], budget: float) -> list[Allocation]:
+    def at(threshold: float) -> list[Allocation]:
+        return [table.above(threshold) for table in tables]
 
-    def size(widths: Sequence[torch.Tensor]) -> float:
-        return sum(row_bytes(layer, dim) for layer, dim in zip(widths, dims, strict=True)) / len(widths)
+    def size(found: Sequence[Allocation]) -> float:
+        return sum(table.bytes_of(layer) for table, layer in zip(tables, found, strict=True)) / len(found)
 
-    highest = max(float(table.max()) for table in tables)
+    highest = max(table.highest for table in tables)
     if size(at(highest)) > budget:
         raise ConfigError(
             f"A budget of {budget:.1f} bytes per token and layer is below the {size(at(highest)):.1f} bytes that the "

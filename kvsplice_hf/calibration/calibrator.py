@@ -47,8 +47,8 @@ class CalibrationReport:
         ranks: spliced rank r of each.
         row_bytes: bytes of a stored row of each (where rows are not packed, in bf16).
         predicted_loss: nats per token of each, by the metric.
-        spectra: cost of dropping each coordinate (descending, k_rot last), nats per token, one tensor per layer.
-        widths: bits per coordinate `[code | k_rot]`, one tensor per layer; empty where rows have no widths.
+        spectra: cost of dropping each coordinate (descending, those of keys last), nats per token, a tensor per layer.
+        widths: bits per coordinate `[code | key]`, one tensor per layer; empty where rows have no widths.
     """
 
     layers: list[int]
@@ -129,8 +129,9 @@ class KVSpliceCalibrator:
         self._fingerprint = ""
         # Sequences that nothing is fitted to.
         self.holdout: list[Batch] = []
-        self._solutions: dict[int, LayerSolution] = {}
-        self._distortions: dict[int, Distortion] = {}
+        # By layer, and whether keys may be coded before their rotation.
+        self._solutions: dict[tuple[int, bool], LayerSolution] = {}
+        self._distortions: dict[tuple[int, bool], Distortion] = {}
 
     def collect(
         self,
@@ -283,22 +284,25 @@ class KVSpliceCalibrator:
             )
         for layer_idx in chosen:
             self.statistics[layer_idx].check(f"layer {layer_idx}")
-        solutions = [self._solution(layer_idx) for layer_idx in chosen]
+        unrotated = config.keys == "unrotated"
+        solutions = [self._solution(layer_idx, unrotated) for layer_idx in chosen]
         fit = self._fit_ranks
         if config.is_packed:
             fit = self._fit_bytes if codec_class(config.codec).fitted_together else self._fit_codecs
         fits = fit(config, chosen, solutions)
         return dict(zip(chosen, fits, strict=True)), _report(chosen, solutions, fits)
 
-    def _solution(self, layer_idx: int) -> LayerSolution:
-        if layer_idx not in self._solutions:
-            self._solutions[layer_idx] = solve_layer(self.statistics[layer_idx], self.metric)
-        return self._solutions[layer_idx]
+    def _solution(self, layer_idx: int, unrotated: bool) -> LayerSolution:
+        key = layer_idx, unrotated
+        if key not in self._solutions:
+            self._solutions[key] = solve_layer(self.statistics[layer_idx], self.metric, unrotated=unrotated)
+        return self._solutions[key]
 
-    def _distortion(self, layer_idx: int) -> Distortion:
-        if layer_idx not in self._distortions:
-            self._distortions[layer_idx] = measure_distortion(self._solution(layer_idx))
-        return self._distortions[layer_idx]
+    def _distortion(self, layer_idx: int, unrotated: bool) -> Distortion:
+        key = layer_idx, unrotated
+        if key not in self._distortions:
+            self._distortions[key] = measure_distortion(self._solution(layer_idx, unrotated))
+        return self._distortions[key]
 
     def _fit_ranks(self, config: KVSpliceConfig, chosen: list[int], solutions: list[LayerSolution]) -> list[LayerFit]:
         fits = []
@@ -311,11 +315,11 @@ class KVSpliceCalibrator:
     def _fit_bytes(self, config: KVSpliceConfig, chosen: list[int], solutions: list[LayerSolution]) -> list[LayerFit]:
         self._require_tokens(max(solution.latent_dim for solution in solutions))
         progress = tqdm(chosen, desc="measuring codes", file=sys.stderr, disable=len(chosen) < 8)
-        distortions = [self._distortion(layer_idx) for layer_idx in progress]
+        distortions = [self._distortion(layer_idx, config.keys == "unrotated") for layer_idx in progress]
         budget = config.row_budget(max(len(solution.cost) for solution in solutions))
-        widths = allocate(solutions, distortions, budget, per_layer=config.allocation == "layer")
-        parts = zip(chosen, solutions, widths, strict=True)
-        return [fit_widths(self.statistics[layer_idx], solution, width) for layer_idx, solution, width in parts]
+        found = allocate(solutions, distortions, budget, per_layer=config.allocation == "layer")
+        parts = zip(chosen, solutions, found, strict=True)
+        return [fit_widths(self.statistics[layer_idx], solution, bits) for layer_idx, solution, bits in parts]
 
     def _fit_codecs(self, config: KVSpliceConfig, chosen: list[int], solutions: list[LayerSolution]) -> list[LayerFit]:
         self._require_tokens(max(solution.latent_dim for solution in solutions))
@@ -365,7 +369,7 @@ def calibrate(
 
 def _report(chosen: list[int], solutions: list[LayerSolution], fits: list[LayerFit]) -> CalibrationReport:
     empty = torch.zeros(0, dtype=torch.uint8, device="cpu")
-    in_bf16 = [2 * (fit.rank + len(solution.rot_mean)) for fit, solution in zip(fits, solutions, strict=True)]
+    in_bf16 = [2 * (fit.rank + solution.rope_dim) for fit, solution in zip(fits, solutions, strict=True)]
     return CalibrationReport(
         layers=list(chosen),
         ranks=[fit.rank for fit in fits],

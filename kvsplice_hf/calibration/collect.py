@@ -18,12 +18,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from kvsplice_hf import upstream
 from kvsplice_hf.cache.exact import exact_in_full_sequence
 from kvsplice_hf.calibration.readers import ReaderRecorder
 from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
+from kvsplice_hf.code.keys import angle_columns, turns_of
 from kvsplice_hf.errors import CalibrationError, PatchStateError
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
+from kvsplice_hf.upstream import POSITION_EMBEDDINGS
 from kvsplice_hf.weights.offload import input_device
 
 
@@ -56,6 +59,8 @@ class Collector:
         self.has_rotated_keys = any(site.qk_rope_head_dim for site in self.sites)
         # Real tokens that are not sinks of the batch that is running, bool [B, T].
         self._counted: torch.Tensor | None = None
+        # How the module that is running rotates its keys, as the model hands it over.
+        self._embeddings: Any = None
 
     def reset_statistics(self) -> None:
         """Start again from no token."""
@@ -123,25 +128,44 @@ class Collector:
     def _recording(self) -> Iterator[None]:
         if self.readers is not None:
             self.readers.attach(lambda: self._counted)
+        hooks = []
         for site in self.sites:
+            see = functools.partial(self._see_embeddings, upstream.forward_parameters(site.module))
+            hooks.append(site.module.register_forward_pre_hook(see, with_kwargs=True))
             site.module.expand_kv = functools.partial(self._record, site)
         try:
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for site in self.sites:
                 del site.module.expand_kv
+            self._embeddings = None
             if self.readers is not None:
                 self.readers.detach(self.statistics)
             self._counted = None
 
+    def _see_embeddings(self, parameters: tuple[str, ...], module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+        self._embeddings = upstream.argument(parameters, POSITION_EMBEDDINGS, args, kwargs)
+
+    def _turns(self, layer: LayerStatistics, k_rot: torch.Tensor) -> torch.Tensor | None:
+        """How the keys [B, 1, T, P] that count were rotated, [tokens, F]; None where that is not known."""
+        columns = angle_columns(self._embeddings, layer.rope_dim) if layer.rope_dim else None
+        layer.see_columns(columns)
+        if columns is None:
+            return None
+        turns = turns_of(self._embeddings, columns)
+        return _select(turns.expand(k_rot.shape[0], -1, -1)[:, None], self._counted)
+
     def _record(self, site: AttentionSite, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
         layer, counted = self.statistics[site.layer_idx], self._counted
+        turns = self._turns(layer, k_rot)
         if torch.is_grad_enabled():
             latent, k_rot = (x if x.requires_grad else x.detach().requires_grad_() for x in (latent, k_rot))
             latent.register_hook(lambda gradient: layer.add_gradients(_select(gradient, counted)))
             if site.qk_rope_head_dim:
-                k_rot.register_hook(lambda gradient: layer.add_rot_gradients(_select(gradient, counted)))
-        layer.add_rows(_select(latent.detach(), counted), _select(k_rot.detach(), counted), self.generator)
+                k_rot.register_hook(lambda gradient: layer.add_rot_gradients(_select(gradient, counted), turns))
+        layer.add_rows(_select(latent.detach(), counted), _select(k_rot.detach(), counted), turns, self.generator)
         return type(site.module).expand_kv(site.module, latent, k_rot)
 
 

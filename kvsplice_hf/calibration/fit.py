@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kvsplice_hf.calibration.allocate import fit_scales, sigmas_of, standardised
+from kvsplice_hf.calibration.allocate import Allocation, fit_scales, sigmas_of, standardised
 from kvsplice_hf.calibration.solve import LayerSolution
 from kvsplice_hf.calibration.statistics import LayerStatistics
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.keys import KeyProjection
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import ConfigError
 
@@ -28,6 +29,7 @@ class LayerFit:
         transform_scale, transform_shift: as applied to the latent (the softplus already taken), [R].
         compress, expand: [r, R] and [R, r].
         codec: packs the rows, or None where codes are stored as numbers.
+        keys: codes keys before their rotation, or None where rows hold rotated ones.
         predicted_loss: nats per token by the metric, before any interaction between layers.
     """
 
@@ -36,6 +38,7 @@ class LayerFit:
     compress: torch.Tensor
     expand: torch.Tensor
     codec: Codec | None
+    keys: KeyProjection | None
     predicted_loss: float
 
     @property
@@ -47,16 +50,14 @@ def fit_rank(statistics: LayerStatistics, solution: LayerSolution, rank: int) ->
     """The `rank` coordinates that cost most, as numbers."""
     kept = torch.zeros(solution.latent_dim, dtype=torch.bool, device="cpu")
     kept[:rank] = True
-    return _layer_fit(statistics, solution, kept, None, float(solution.cost[rank : solution.latent_dim].sum()))
+    return _layer_fit(statistics, solution, kept, None, None, float(solution.cost[rank : solution.latent_dim].sum()))
 
 
-def fit_widths(statistics: LayerStatistics, solution: LayerSolution, widths: torch.Tensor) -> LayerFit:
-    """Packed rows with these widths, [R + P], scales fitted to the sampled rows."""
-    R = solution.latent_dim
-    kept = widths[:R] > 0
-    unit, gains = standardised(solution, kept)
-    weight = torch.ones_like(unit)
-    weight[:, :R] = gains.square()
+def fit_widths(statistics: LayerStatistics, solution: LayerSolution, allocation: Allocation) -> LayerFit:
+    """Packed rows with these bits, scales fitted to the sampled rows."""
+    R, widths = solution.latent_dim, allocation.widths
+    kept = widths > 0
+    unit, weight = standardised(solution, kept, key_gain=allocation.key_gain)
     scales = torch.ones(len(widths), dtype=torch.float32, device="cpu")
     errors = (weight * unit.square()).mean(0)  # of width 0
     for width in range(1, 9):
@@ -65,17 +66,37 @@ def fit_widths(statistics: LayerStatistics, solution: LayerSolution, widths: tor
             scales[chosen], errors[chosen] = fit_scales(unit[:, chosen], weight[:, chosen], width)
     errors[widths == 16] = 0
     sigmas = sigmas_of(solution).float()
-    # k_rot is packed in its own units, codes in units of their root mean square.
-    rot_scale = scales[R:] * sigmas[R:] / solution.rot_weight.sqrt().float()
+    centres = torch.zeros_like(scales)
+    if solution.pairs is None:
+        # k_rot is packed in its own units, codes in units of their root mean square; and of it all is kept.
+        scales[R:] *= sigmas[R:] * solution.key_decode.diagonal().float()
+        centres[R:], kept[R:] = solution.key_mean.float(), True
     unit_sigmas = torch.ones(int(kept.sum()), dtype=torch.float32, device="cpu")  # by construction of the basis
+    rank = int(kept[:R].sum())
     codec = RowCodec(
-        widths=torch.cat([widths[:R][kept], widths[R:]]),
-        scales=torch.cat([scales[:R][kept], rot_scale]).clamp(min=1e-30),
-        centres=torch.cat([unit_sigmas - 1, solution.rot_mean.float()]),
-        sigmas=unit_sigmas,
+        widths=widths[kept],
+        scales=scales[kept].clamp(min=1e-30),
+        centres=centres[kept],
+        sigmas=unit_sigmas[:rank],
+        key_sigmas=unit_sigmas[rank:] if allocation.key_gain else None,
     )
     loss = float((errors.double() * sigmas.double().square()).sum() / 2)
-    return _layer_fit(statistics, solution, kept, codec, loss)
+    return _layer_fit(statistics, solution, kept[:R], codec, _fit_keys(solution, kept[R:]), loss)
+
+
+def _fit_keys(solution: LayerSolution, kept: torch.Tensor) -> KeyProjection | None:
+    """The projection onto the kept coordinates of keys, bool [P], in units of their root mean square."""
+    if solution.pairs is None:
+        return None
+    with torch.random.fork_rng(devices=[]):  # the constructor draws random numbers
+        keys = KeyProjection(len(kept), int(kept.sum()), dtype=torch.float32, device="cpu")
+    sigmas = sigmas_of(solution)[solution.latent_dim :][kept]
+    with torch.no_grad():
+        keys.mean.copy_(solution.key_mean)
+        keys.compress.weight.copy_(solution.key_encode[kept] / sigmas[:, None])
+        keys.expand.weight.copy_(solution.key_decode[:, kept] * sigmas)
+        keys.pairs.copy_(solution.pairs)
+    return keys
 
 
 def fit_codec(
@@ -93,23 +114,32 @@ def fit_codec(
         ConfigError: the codec's rows are larger.
     """
     R, sigmas = solution.latent_dim, sigmas_of(solution)
-    # As the cache will hold them: codes in units of their root mean square, k_rot in its own.
-    rotated = solution.codes[:, R:] / solution.rot_weight.sqrt() + solution.rot_mean
-    rows = torch.cat([solution.codes[:, :R] / sigmas[:R], rotated], dim=-1)
+    rows, units = solution.codes / sigmas, sigmas
+    if (
+        solution.pairs is None
+    ):  # as the cache will hold them: codes in units of their root mean square, k_rot in its own
+        key_units = solution.key_decode.diagonal()
+        rotated = solution.codes[:, R:] * key_units + solution.key_mean
+        rows, units = torch.cat([rows[:, :R], rotated], dim=-1), torch.cat([sigmas[:R], 1 / key_units])
     codec = kind.fit(rows, R, budget)
     if codec.row_bytes > budget:
         raise ConfigError(
             f"Rows of the codec {kind.kind!r} take {codec.row_bytes} bytes in {where}; the budget is {budget:.1f}. "
             "Give more `bytes_per_token` or `bits`, or another `codec`."
         )
-    units = torch.cat([sigmas[:R], solution.rot_weight.sqrt()])
     loss = ((codec.round_trip(rows) - rows) * units).square().sum(-1).mean() / 2
-    everything = torch.ones(R, dtype=torch.bool, device="cpu")
-    return _layer_fit(statistics, solution, everything, codec, float(loss))
+    everything = torch.ones(len(solution.cost), dtype=torch.bool, device="cpu")
+    keys = _fit_keys(solution, everything[R:])
+    return _layer_fit(statistics, solution, everything[:R], codec, keys, float(loss))
 
 
 def _layer_fit(
-    statistics: LayerStatistics, solution: LayerSolution, kept: torch.Tensor, codec: Codec | None, loss: float
+    statistics: LayerStatistics,
+    solution: LayerSolution,
+    kept: torch.Tensor,
+    codec: Codec | None,
+    keys: KeyProjection | None,
+    loss: float,
 ) -> LayerFit:
     std = statistics.covariance.diagonal().clamp(min=0).sqrt()
     std = torch.maximum(std, _SMALLEST_STD * std.max()).clamp(min=1e-30)
@@ -120,6 +150,7 @@ def _layer_fit(
         compress=solution.encode[kept] * std / sigmas[:, None],
         expand=solution.decode[:, kept] * sigmas / std[:, None],
         codec=codec,
+        keys=keys,
         predicted_loss=loss,
     )
 
@@ -134,4 +165,6 @@ def write_fit_(splice: LearnedKVSplice, fit: LayerFit) -> None:
     splice.compress.weight.copy_(fit.compress)
     splice.expand.weight.copy_(fit.expand)
     # A copy: one fit may be written into several models.
-    splice.codec = None if fit.codec is None else copy.deepcopy(fit.codec).to(splice.compress.weight.device)
+    weight = splice.compress.weight
+    splice.codec = None if fit.codec is None else copy.deepcopy(fit.codec).to(weight.device)
+    splice.keys = None if fit.keys is None else copy.deepcopy(fit.keys).to(weight.device, weight.dtype)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers.generation.streamers import BaseStreamer
 
 from kvsplice_hf.calibration.collect import Batch
 from kvsplice_hf.calibration.data import WINDOW
@@ -12,6 +13,19 @@ from kvsplice_hf.weights.offload import input_device
 
 
 _SAMPLE_BATCH = 16
+
+
+class _Progress(BaseStreamer):
+    """Moves a progress bar on by the tokens that `generate` hands over, the first ones included."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def put(self, value: torch.Tensor) -> None:
+        self.bar.update(value.numel())
+
+    def end(self) -> None:
+        pass
 
 
 def sample_from_model(model: Any, max_tokens: int, window: int = WINDOW, seed: int = 0) -> list[Batch]:
@@ -28,9 +42,10 @@ def sample_from_model(model: Any, max_tokens: int, window: int = WINDOW, seed: i
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     batches: list[Batch] = []
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    bar = tqdm(total=count * window, desc="sampling text", unit=" tokens", file=sys.stderr)
+    with bar, torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        for start in tqdm(range(0, count, _SAMPLE_BATCH), desc="sampling text", file=sys.stderr):
+        for start in range(0, count, _SAMPLE_BATCH):
             first = torch.randint(vocabulary, (min(_SAMPLE_BATCH, count - start), 1), dtype=torch.int64, device=device)
             ids = model.generate(
                 first,
@@ -43,6 +58,7 @@ def sample_from_model(model: Any, max_tokens: int, window: int = WINDOW, seed: i
                 min_new_tokens=window - 1,
                 max_new_tokens=window - 1,
                 pad_token_id=0,
+                streamer=_Progress(bar),
             )
             batches.extend({"input_ids": row[None].cpu()} for row in ids)
     return batches

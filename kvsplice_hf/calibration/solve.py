@@ -6,22 +6,42 @@ uncorrelated coordinates whose squared errors add up to the cost, and the eigenv
 Dropping the last ones is the best linear code of a rank; giving bits to coordinates is reverse water-filling (Cover and
 Thomas, Elements of Information Theory, section 10.3.3).
 
+Keys are solved in the same way, before their rotation. Two ways to pair their numbers are in use among models, and
+undoing the wrong one would mix what does not belong together, which costs more to code: the one is taken that costs
+least, by the sum of the logarithms of the costs of its coordinates (reverse water-filling spends bits by those). Where
+no rotation was seen, or coding rotated keys costs less, rows hold them as they are.
+
 Costs are nats of divergence per token (for the Fisher metric), halves included.
 
-Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `M` sampled rows.
+Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `F` = P / 2, `M` sampled rows.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from kvsplice_hf.calibration.statistics import LayerStatistics
+from kvsplice_hf.calibration.statistics import PAIRINGS, LayerStatistics
 
 
 # Share of the metric's own diagonal mixed into it. Off-diagonal estimates from a few thousand tokens are noisy, and the
 # basis follows them; chosen on held-out text (docs/calibration.md).
 SHRINKAGE = 0.2
 _FLOOR = 1e-4  # of the mean diagonal: directions nobody was seen to read still cost something, and M is invertible
+
+
+class Basis(NamedTuple):
+    """A linear map to uncorrelated coordinates, half of whose squared error is its cost; float64.
+
+    Attributes:
+        encode: C, [n, n], rows by descending variance.
+        decode: D = C^-1, [n, n].
+        variance: of the coordinates, [n].
+    """
+
+    encode: torch.Tensor
+    decode: torch.Tensor
+    variance: torch.Tensor
 
 
 @dataclass
@@ -32,9 +52,12 @@ class LayerSolution:
         mean: mu, [R].
         encode: C, [R, R], rows by descending cost: z = C (c - mu).
         decode: D = C^-1, [R, R].
-        cost: nats per token if a coordinate is dropped, [R + P]; those of k_rot last, in their own order.
-        rot_mean: [P].
-        rot_weight: cost of a squared error of k_rot, twice over (the diagonal of its metric), [P].
+        cost: nats per token if a coordinate is dropped, [R + P]; those of the key last, in the order of `key_encode`.
+        key_mean: [P].
+        key_encode: the same as `encode` for keys, [P, P]: before their rotation, where there are `pairs`.
+        key_decode: its inverse.
+        pairs: which numbers of a key are rotated together, int64 [3, F], as `code.keys.Pairs`; None where rows are to
+            hold keys as they come, each of whose numbers is then a coordinate of its own.
         codes: sampled rows in this basis, [M, R + P]; half of a squared error in it is its cost.
     """
 
@@ -42,59 +65,124 @@ class LayerSolution:
     encode: torch.Tensor
     decode: torch.Tensor
     cost: torch.Tensor
-    rot_mean: torch.Tensor
-    rot_weight: torch.Tensor
+    key_mean: torch.Tensor
+    key_encode: torch.Tensor
+    key_decode: torch.Tensor
+    pairs: torch.Tensor | None
     codes: torch.Tensor
 
     @property
     def latent_dim(self) -> int:
         return len(self.mean)
 
+    @property
+    def rope_dim(self) -> int:
+        return len(self.key_mean)
 
-def solve_layer(statistics: LayerStatistics, metric: str, shrinkage: float = SHRINKAGE) -> LayerSolution:
-    """The solution of one layer for `metric` "fisher", "readers" or "pca"."""
-    matrix, rot_weight = _metric(statistics, metric, shrinkage)
-    strength, basis = torch.linalg.eigh(matrix)
-    root = basis * strength.sqrt() @ basis.T
-    inverse_root = basis / strength.sqrt() @ basis.T
-    variance, directions = torch.linalg.eigh(root @ _shrunk_covariance(statistics) @ root)
-    variance, directions = variance.flip(-1).clamp(min=0), directions.flip(-1)
-    encode = directions.T @ root
-    rot_mean = statistics.rot_sum / statistics.count
-    rot_variance = (statistics.rot_square / statistics.count - rot_mean.square()).clamp(min=0)
-    latents, k_rot = statistics.rows.double().split([statistics.latent_dim, statistics.rope_dim], dim=-1)
-    codes = torch.cat([(latents - statistics.mean) @ encode.T, (k_rot - rot_mean) * rot_weight.sqrt()], dim=-1)
+
+def solve_layer(
+    statistics: LayerStatistics, metric: str, shrinkage: float = SHRINKAGE, *, unrotated: bool = True
+) -> LayerSolution:
+    """The solution of one layer.
+
+    Args:
+        statistics: of the layer.
+        metric: "fisher", "readers" or "pca".
+        shrinkage: see `SHRINKAGE`.
+        unrotated: whether keys may be coded before their rotation.
+    """
+    matrix = _latent_metric(statistics, metric, shrinkage)
+    basis = _basis_of(_shrunk(statistics.covariance, statistics.count), matrix)
+    pairing, keys = _key_basis(statistics, metric, shrinkage, unrotated)
+    key_mean = statistics.rot_sum[pairing] / statistics.count
+    latents = statistics.rows[:, : statistics.latent_dim].double()
+    codes = (latents - statistics.mean) @ basis.encode.T
+    key_codes = (statistics.sampled_keys(pairing) - key_mean) @ keys.encode.T
     return LayerSolution(
         mean=statistics.mean,
-        encode=encode,
-        decode=inverse_root @ directions,
-        cost=torch.cat([variance, rot_variance * rot_weight]) / 2,
-        rot_mean=rot_mean,
-        rot_weight=rot_weight,
-        codes=codes,
+        encode=basis.encode,
+        decode=basis.decode,
+        cost=torch.cat([basis.variance, keys.variance]) / 2,
+        key_mean=key_mean,
+        key_encode=keys.encode,
+        key_decode=keys.decode,
+        pairs=torch.stack(statistics.pairs(pairing)) if pairing else None,
+        codes=torch.cat([codes, key_codes], dim=-1),
     )
 
 
-def _metric(statistics: LayerStatistics, metric: str, shrinkage: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """M [R, R], positive definite, and the diagonal of its counterpart for k_rot, [P]."""
+def _basis_of(covariance: torch.Tensor, metric: torch.Tensor) -> Basis:
+    """The basis in which an error of vectors with this covariance, [n, n], costs its square by the metric, [n, n]."""
+    strength, vectors = torch.linalg.eigh(metric)
+    root = vectors * strength.sqrt() @ vectors.T
+    inverse_root = vectors / strength.sqrt() @ vectors.T
+    variance, directions = torch.linalg.eigh(root @ covariance @ root)
+    variance, directions = variance.flip(-1).clamp(min=0), directions.flip(-1)
+    return Basis(directions.T @ root, inverse_root @ directions, variance)
+
+
+def _key_basis(statistics: LayerStatistics, metric: str, shrinkage: float, unrotated: bool) -> tuple[int, Basis]:
+    """The pairing (of `PAIRINGS`) that costs least, and the basis of keys before their rotation; 0 for rotated ones."""
+    best, least = (0, _rotated_basis(statistics, metric)), torch.inf
+    if not unrotated or len(statistics.columns) == 0:
+        return best
+    least = float(_logarithms(best[1]))
+    for pairing in range(1, len(PAIRINGS)):
+        mean = statistics.rot_sum[pairing] / statistics.count
+        covariance = statistics.rot_outer[pairing] / statistics.count - torch.outer(mean, mean)
+        key_metric = _key_metric(statistics, pairing, metric, shrinkage)
+        basis = _basis_of(_shrunk(covariance, statistics.count), key_metric)
+        if _logarithms(basis) < least:
+            best, least = (pairing, basis), float(_logarithms(basis))
+    return best
+
+
+def _logarithms(basis: Basis) -> torch.Tensor:
+    floor = 1e-9 * basis.variance.max() + 1e-300
+    return basis.variance.clamp(min=floor).log().sum()
+
+
+def _rotated_basis(statistics: LayerStatistics, metric: str) -> Basis:
+    """Rotated keys as they are, each number by itself: rotation leaves little that two of them have in common."""
+    weight = torch.ones_like(statistics.rot_sum[0])
+    if metric != "pca":
+        fisher = statistics.rot_fisher[0].diagonal()
+        weight = (fisher if metric == "fisher" else statistics.rot_readers) / statistics.count + 1e-30
+    mean = statistics.rot_sum[0] / statistics.count
+    variance = (statistics.rot_outer[0].diagonal() / statistics.count - mean.square()).clamp(min=0)
+    return Basis(torch.diag(weight.sqrt()), torch.diag(1 / weight.sqrt()), variance * weight)
+
+
+def _latent_metric(statistics: LayerStatistics, metric: str, shrinkage: float) -> torch.Tensor:
+    """M [R, R], positive definite."""
     if metric == "pca":
         # k_rot is scored against as it is, a latent through weights of unit size more or less: count them alike.
-        matrix = torch.eye(statistics.latent_dim, dtype=torch.float64, device="cpu")
-        return matrix, torch.ones_like(statistics.rot_sum)
-    total, rot = {
-        "fisher": (statistics.fisher, statistics.rot_fisher),
-        "readers": (statistics.readers, statistics.rot_readers),
-    }[metric]
-    matrix = total / statistics.count
+        return torch.eye(statistics.latent_dim, dtype=torch.float64, device="cpu")
+    total = statistics.fisher if metric == "fisher" else statistics.readers
+    return _shrunk_metric(total / statistics.count, shrinkage)
+
+
+def _key_metric(statistics: LayerStatistics, pairing: int, metric: str, shrinkage: float) -> torch.Tensor:
+    """Its counterpart for keys before their rotation, [P, P]."""
+    if metric == "pca":
+        return torch.eye(statistics.rope_dim, dtype=torch.float64, device="cpu")
+    if metric == "fisher":
+        return _shrunk_metric(statistics.rot_fisher[pairing] / statistics.count, shrinkage)
+    # Queries meet a key at all distances, which turns its two numbers of a pair into one another.
+    first, second, _ = statistics.pairs(pairing)
+    weight = statistics.rot_readers / statistics.count
+    weight[first] = weight[second] = (weight[first] + weight[second]) / 2
+    return torch.diag(weight + _FLOOR * weight.mean() + 1e-30)
+
+
+def _shrunk_metric(matrix: torch.Tensor, shrinkage: float) -> torch.Tensor:
     diagonal = matrix.diagonal()
     matrix = (1 - shrinkage) * matrix + shrinkage * torch.diag(diagonal)
     floor = _FLOOR * diagonal.mean() + 1e-30
-    unit = torch.eye(len(matrix), dtype=torch.float64, device="cpu")
-    return matrix + floor * unit, rot / statistics.count + 1e-30
+    return matrix + floor * torch.eye(len(matrix), dtype=torch.float64, device="cpu")
 
 
-def _shrunk_covariance(statistics: LayerStatistics) -> torch.Tensor:
-    """Sigma, its off-diagonal part shrunk where there are few tokens for R dimensions."""
-    covariance = statistics.covariance
-    share = min(1.0, statistics.latent_dim / float(statistics.count) / 10)
+def _shrunk(covariance: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Sigma, its off-diagonal part shrunk where there are few tokens for its dimensions."""
+    share = min(1.0, len(covariance) / float(count) / 10)
     return (1 - share) * covariance + share * torch.diag(covariance.diagonal())

@@ -3,11 +3,15 @@
 Its size does not depend on the number of tokens, and several processes' statistics add up. They are made outside of
 `torch.inference_mode`, even where the caller is inside, because tensors made there cannot be added to later on.
 
-Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `M` sampled rows, `T` tokens.
+Rotated keys are counted in three ways: as they are, and with their rotation undone (`code.keys`) for each of the two
+ways in which models pair their numbers. Which one a model uses shows in what it costs to code (`solve`).
+
+Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `F` pairs of numbers of a key (0 where no rotation was seen), `M`
+sampled rows, `T` tokens.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
@@ -18,11 +22,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from kvsplice_hf import folders
+from kvsplice_hf.code.keys import TURN_DTYPE, Pairs, half_pairs, neighbour_pairs, undo_turns
 from kvsplice_hf.errors import CalibrationError
 
 
 SAMPLED_ROWS = 2048
-_FORMAT = "kvsplice_hf.statistics.1"
+# How the numbers of a key may be paired: not at all (keys as they come), half by half, neighbour by neighbour.
+PAIRINGS = (lambda columns: torch.stack([columns[:0]] * 3), half_pairs, neighbour_pairs)
+_FORMAT = "kvsplice_hf.statistics.2"
 _HOLDOUT = "holdout"
 _CHECKSUM = "sha256"
 
@@ -35,11 +42,14 @@ class LayerStatistics:
         count: number of tokens, [1].
         latent_sum: [R].
         latent_outer: sum of c c^T, [R, R].
-        rot_sum, rot_square: sums of the rotated keys and of their squares, [P].
+        rot_sum, rot_outer: the same of keys, by `PAIRINGS`: [3, P] and [3, P, P].
         fisher: sum of g g^T, g being the gradient of the log-likelihood of sampled labels at the latent, [R, R].
-        rot_fisher: its diagonal for the rotated keys, [P].
-        readers, rot_readers: the same from forward passes only (see `readers.py`), [R, R] and [P].
+        rot_fisher: the same for keys, by `PAIRINGS`: [3, P, P].
+        readers, rot_readers: the same from forward passes only (see `readers.py`), [R, R], and for the rotated keys the
+            diagonal, [P].
         rows: a sample of rows `[latent | k_rot]`, float32 [M, R + P].
+        turns: how their keys were rotated (`code.keys`), uint8 [M, F].
+        columns: which of a model's angles turn its keys, int64 [F].
         draws: one random number per sampled row, [M]. The M smallest are kept, whatever the order of the tokens.
     """
 
@@ -47,12 +57,14 @@ class LayerStatistics:
     latent_sum: torch.Tensor
     latent_outer: torch.Tensor
     rot_sum: torch.Tensor
-    rot_square: torch.Tensor
+    rot_outer: torch.Tensor
     fisher: torch.Tensor
     rot_fisher: torch.Tensor
     readers: torch.Tensor
     rot_readers: torch.Tensor
     rows: torch.Tensor
+    turns: torch.Tensor
+    columns: torch.Tensor
     draws: torch.Tensor
 
     @classmethod
@@ -68,13 +80,15 @@ class LayerStatistics:
             count=zeros(1),
             latent_sum=zeros(R),
             latent_outer=zeros(R, R),
-            rot_sum=zeros(P),
-            rot_square=zeros(P),
+            rot_sum=zeros(len(PAIRINGS), P),
+            rot_outer=zeros(len(PAIRINGS), P, P),
             fisher=zeros(R, R),
-            rot_fisher=zeros(P),
+            rot_fisher=zeros(len(PAIRINGS), P, P),
             readers=zeros(R, R),
             rot_readers=zeros(P),
             rows=zeros(0, R + P).float(),
+            turns=zeros(0, 0).to(TURN_DTYPE),
+            columns=zeros(0).long(),
             draws=zeros(0),
         )
 
@@ -84,7 +98,11 @@ class LayerStatistics:
 
     @property
     def rope_dim(self) -> int:
-        return len(self.rot_sum)
+        return self.rot_sum.shape[1]
+
+    def pairs(self, pairing: int) -> Pairs:
+        """The pairs of one of `PAIRINGS`; there are none in the first, nor where no rotation was seen."""
+        return Pairs(*PAIRINGS[pairing](self.columns))
 
     @property
     def mean(self) -> torch.Tensor:
@@ -96,35 +114,71 @@ class LayerStatistics:
         """Sigma, [R, R]."""
         return self.latent_outer / self.count - torch.outer(self.mean, self.mean)
 
-    def add_rows(self, latents: torch.Tensor, k_rot: torch.Tensor, generator: torch.Generator) -> None:
-        """Count tokens: latents [T, R] and rotated keys [T, P], on any device."""
+    def see_columns(self, columns: torch.Tensor | None) -> None:
+        """Say which of the model's angles turn its keys, before the first token of a pass is counted.
+
+        Raises:
+            CalibrationError: others than before.
+        """
+        found = self.columns[:0] if columns is None else columns
+        if self.count == 0:
+            self.columns = found
+            self.turns = self.turns.new_zeros(0, len(found))
+        elif not torch.equal(found, self.columns):
+            raise CalibrationError(
+                "The model rotates its keys in one way on a part of the calibration text and in another way on the "
+                "rest. Calibrate on token ids alone, without positions of your own."
+            )
+
+    def add_rows(
+        self, latents: torch.Tensor, k_rot: torch.Tensor, turns: torch.Tensor | None, generator: torch.Generator
+    ) -> None:
+        """Count tokens: latents [T, R], rotated keys [T, P], and how they were rotated, [T, F]; on any device."""
         self.count += len(latents)
         self.latent_outer += _outer(latents.float())
         latents, k_rot = latents.float().cpu(), k_rot.float().cpu()
+        turns = self.turns.new_zeros(len(k_rot), 0) if turns is None else turns.cpu()
         self.latent_sum += _sum(latents)
-        self.rot_sum += _sum(k_rot)
-        self.rot_square += _sum(k_rot.square())
+        for pairing, keys in enumerate(self._in_all_pairings(k_rot, turns)):
+            self.rot_sum[pairing] += _sum(keys)
+            self.rot_outer[pairing] += _outer(keys)
         draws = torch.rand(len(latents), generator=generator, dtype=torch.float64, device="cpu")
         # Only rows that can be among the M smallest draws are of use.
         bound = float(self.draws.max()) if len(self.draws) == SAMPLED_ROWS else torch.inf
         chosen = draws < bound
-        self._keep(torch.cat([latents[chosen], k_rot[chosen]], dim=-1), draws[chosen])
+        self._keep(torch.cat([latents[chosen], k_rot[chosen]], dim=-1), turns[chosen], draws[chosen])
 
     def add_gradients(self, latents: torch.Tensor) -> None:
         """Count gradients at the latents, [T, R]."""
         self.fisher += _outer(latents.float())
 
-    def add_rot_gradients(self, k_rot: torch.Tensor) -> None:
-        """Count gradients at the rotated keys, [T, P]."""
-        self.rot_fisher += _sum(k_rot.float().cpu().square())
+    def add_rot_gradients(self, k_rot: torch.Tensor, turns: torch.Tensor | None) -> None:
+        """Count gradients at the rotated keys, [T, P], which were rotated by turns [T, F]."""
+        k_rot = k_rot.float().cpu()
+        turns = self.turns.new_zeros(len(k_rot), 0) if turns is None else turns.cpu()
+        # Rotations are orthogonal: their transpose, by which gradients go back, undoes them.
+        for pairing, gradients in enumerate(self._in_all_pairings(k_rot, turns)):
+            self.rot_fisher[pairing] += _outer(gradients)
 
-    def _keep(self, rows: torch.Tensor, draws: torch.Tensor) -> None:
+    def _in_all_pairings(self, k_rot: torch.Tensor, turns: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Keys, or gradients at them, as they are and with their rotation undone, [T, P] each."""
+        yield k_rot
+        for pairing in range(1, len(PAIRINGS)):
+            yield undo_turns(k_rot, turns, self.pairs(pairing)) if len(self.columns) else k_rot
+
+    def sampled_keys(self, pairing: int) -> torch.Tensor:
+        """The keys of the sampled rows in one of `PAIRINGS`, float64 [M, P]."""
+        k_rot = self.rows[:, self.latent_dim :]
+        undone = pairing > 0 and len(self.columns) > 0
+        return (undo_turns(k_rot, self.turns, self.pairs(pairing)) if undone else k_rot).double()
+
+    def _keep(self, rows: torch.Tensor, turns: torch.Tensor, draws: torch.Tensor) -> None:
         draws = torch.cat([self.draws, draws])
-        rows = torch.cat([self.rows, rows])
+        rows, turns = torch.cat([self.rows, rows]), torch.cat([self.turns, turns])
         if len(draws) > SAMPLED_ROWS:
             order = draws.argsort()[:SAMPLED_ROWS]
-            rows, draws = rows[order], draws[order]
-        self.rows, self.draws = rows, draws
+            rows, turns, draws = rows[order], turns[order], draws[order]
+        self.rows, self.turns, self.draws = rows, turns, draws
 
     def merge(self, other: "LayerStatistics") -> None:
         """Add what another process, or another text, has counted.
@@ -137,10 +191,13 @@ class LayerStatistics:
                 f"Statistics of rows of {self.latent_dim} + {self.rope_dim} numbers cannot be joined with those of "
                 f"{other.latent_dim} + {other.rope_dim}: they are of other models."
             )
+        if other.count == 0:
+            return
+        self.see_columns(other.columns)
         for field in fields(self):
-            if field.name not in ("rows", "draws"):
+            if field.name not in ("rows", "turns", "columns", "draws"):
                 getattr(self, field.name).add_(getattr(other, field.name))
-        self._keep(other.rows, other.draws)
+        self._keep(other.rows, other.turns, other.draws)
 
     def check(self, where: str) -> None:
         """Refuse what nothing can be fitted to.
@@ -150,7 +207,7 @@ class LayerStatistics:
         """
         if self.count < 2:
             raise CalibrationError(f"{where} was given {int(self.count)} calibration tokens. Give it more text.")
-        sums = torch.cat([self.latent_outer.flatten(), self.fisher.flatten(), self.rot_square, self.rot_fisher])
+        sums = torch.cat([part.flatten() for part in (self.latent_outer, self.fisher, self.rot_outer, self.rot_fisher)])
         if not torch.isfinite(sums).all():
             raise CalibrationError(
                 f"{where} computed latents or gradients that are not finite on the calibration text. Load the model in "
@@ -220,7 +277,7 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -10,8 +10,9 @@ of a key may have a second gain of their own.
 
 Layout of a row: the gains, all 16-bit numbers, then four planes of 8-, 4-, 2- and 1-bit fields. Any width up to 8 is a
 sum of such fields (5 = 4 + 1), the largest in the lowest bits. Coordinates that share the gain come first, the widest
-ones ahead, then those that share the second one, then the others in the same way, so that coordinates of one width lie side by side in every plane. Within a
-plane of m bytes, byte j holds the fields j, j + m, j + 2 m and so on. Thus unpacking moves contiguous pieces only.
+ones ahead, then those that share the second one, then the others in the same way, so that coordinates of one width lie
+side by side in every plane. Within a plane of m bytes, byte j holds the fields j, j + m, j + 2 m and so on. Thus
+unpacking moves contiguous pieces only.
 
 Legend: `n` = r + p coordinates of a row, the first `r` of which share a gain, and the `p` behind them perhaps another.
 """
@@ -291,7 +292,7 @@ class RowCodec(Codec):
         return self
 
     def gains(self, rows: torch.Tensor) -> torch.Tensor:
-        """The bytes of each row's gains, uint8 [..., 2, 1 or 0]: that of the first r coordinates, that of the others."""
+        """The bytes of each row's gains, uint8 [..., 2, 1 or 0]: of the first r coordinates, and of those behind."""
         parts, start = [], 0
         for sigmas in (self.sigmas, self.key_sigmas):
             last = start + len(sigmas)

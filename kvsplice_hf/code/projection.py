@@ -226,7 +226,7 @@ class LearnedKVSplice(nn.Module):
 
         Args:
             latent, k_rot: of the tokens.
-            turns: bf16 [..., 2 F], how their keys were rotated (`KeyProjection.turns_of`), where `keys` codes them.
+            turns: uint8 [..., F], how their keys were rotated (`KeyProjection.turns_of`), where `keys` codes them.
 
         Raises:
             UnsupportedError: accelerate offloads buffers, and with them the tables of the codec.

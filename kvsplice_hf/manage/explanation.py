@@ -113,7 +113,7 @@ def _explain_layer(site: AttentionSite, state: SitePatch, tokens: int) -> LayerP
     tensors = list(_tensors_of_a_step(site, state))
     backend = choice.claiming(tensors)
     kernel = "any kernel" if backend is None else backend.name
-    reason = choice.refusal(tensors, state.splice.codec) or _given_up()
+    reason = choice.refusal(tensors, state.splice.codec, coded_keys=state.splice.keys is not None) or _given_up()
     if reason is not None:
         return path("PyTorch", prefill, {kernel: reason})
     return path(kernel, prefill, {})

@@ -1,5 +1,7 @@
 """Loads saved splices (`code.files`) into a model, patched or not."""
 
+import json
+import logging
 from pathlib import Path
 from typing import TypeVar
 
@@ -7,18 +9,22 @@ import torch
 from torch import nn
 
 from kvsplice_hf.code.codecs import Codec, codec_class
-from kvsplice_hf.code.files import SavedSplices, codec_of, key_of, read_splice_files
+from kvsplice_hf.code.files import CONFIG_NAME, SavedSplices, codec_of, key_of, read_splice_files
 from kvsplice_hf.code.initialise import normal_tensors
+from kvsplice_hf.code.keys import KeyProjection
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
 from kvsplice_hf.patch.apply import apply_splices, sites_to_patch
+from kvsplice_hf.patch.base import BASE_KEY, warn_of_other_base
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
-from kvsplice_hf.patch.state import is_patched, patched_sites
+from kvsplice_hf.patch.state import find_patch, is_patched, patched_sites
 from kvsplice_hf.weights.offload import execution_device, write_all
 from kvsplice_hf.weights.sharding import spread_like
 
+
+logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -27,7 +33,8 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
     """Load a splice saved by `save_kvsplice`.
 
     An unpatched model is patched with the saved settings. On a patched one the parameters are replaced; it must splice
-    the same layers to the same ranks, and keeps its other settings.
+    the same layers to the same ranks, and keeps its other settings. A warning says where those differ from the saved
+    ones, and where the splice was saved on a model with other weights (to see that, all weights are read).
 
     Returns:
         `model` itself.
@@ -49,6 +56,8 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
         with normal_tensors():
             for site, patched in patched_sites(model):
                 _set_parameters(patched.splice, tensors, site.layer_idx, codecs[site.layer_idx])
+        _tell_of_replacement(model, config, directory)
+        warn_of_other_base(model, patched_sites(model)[0][0].module, _saved_base(directory), directory)
         return model
     chosen = _chosen_sites(model, config)
     _require_fit(_shapes_after_patch(model, saved, chosen), tensors, directory)
@@ -59,7 +68,29 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
             _set_parameters(splice, tensors, site.layer_idx, codec_of(saved, site.layer_idx, directory))
             splices[site.layer_idx] = splice.train(site.module.training)
     apply_splices(model, sites_to_patch(model, config), splices, config)
+    warn_of_other_base(model, chosen[0].module, _saved_base(directory), directory)
     return model
+
+
+def _saved_base(directory: Path) -> str:
+    """The fingerprint of the base model in a folder that was read before; empty in those of earlier releases."""
+    return str(json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8")).get(BASE_KEY, ""))
+
+
+def _tell_of_replacement(model: nn.Module, saved: KVSpliceConfig, directory: Path) -> None:
+    """Say what was replaced on a patched model, and warn of saved settings that are not in force."""
+    layers = [site.layer_idx for site, _ in patched_sites(model)]
+    logger.info("The splices of layers %s were replaced by those in %s.", layers, directory)
+    ours, theirs = find_patch(model)[1].config.to_dict(), saved.to_dict()
+    names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if names:
+        logger.warning(
+            "The model was patched already: it has the splice in %s now, but keeps its own settings, %s, where %s were "
+            "saved. For the saved ones, call unpatch_model(model) first, then load.",
+            directory,
+            ", ".join(f"{name}={ours.get(name)!r}" for name in names),
+            ", ".join(f"{name}={theirs.get(name)!r}" for name in names),
+        )
 
 
 def read_splices(directory: str | Path) -> dict[int, LearnedKVSplice]:
@@ -80,6 +111,7 @@ def read_splices(directory: str | Path) -> dict[int, LearnedKVSplice]:
                 splice = LearnedKVSplice(
                     sizes["kv_lora_rank"], sizes["rank"], use_layernorm=config.use_layernorm, dtype=dtype
                 )
+                splice.keys = _empty_keys(saved, layer_idx, None, dtype=dtype, device="cpu")
             _set_parameters(splice, tensors, layer_idx, codec)
         except (ConfigError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"The splice of layer {layer_idx} in {directory} is damaged: {error}") from error
@@ -154,7 +186,26 @@ def _empty_splice(
     device = execution_device(site.module.kv_b_proj) if device is None else device
     rank, use_layernorm = _rank(site, saved), saved.config.use_layernorm
     with torch.random.fork_rng(devices=[]), torch.device(device):  # constructors draw random numbers
-        return LearnedKVSplice(site.kv_lora_rank, rank, use_layernorm=use_layernorm, device=device, dtype=site.dtype)
+        splice = LearnedKVSplice(site.kv_lora_rank, rank, use_layernorm=use_layernorm, device=device, dtype=site.dtype)
+        splice.keys = _empty_keys(saved, site.layer_idx, site.qk_rope_head_dim, dtype=site.dtype, device=device)
+    return splice
+
+
+def _empty_keys(
+    saved: SavedSplices, layer_idx: int, rope_dim: int | None, dtype: torch.dtype, device: torch.device | str
+) -> KeyProjection | None:
+    """A projection of keys of the saved rank, or None where the saved rows hold rotated keys.
+
+    Args:
+        saved: the splices.
+        layer_idx: cache layer.
+        rope_dim: P of the model, or None for that of the file.
+        dtype, device: of the projection.
+    """
+    weight = saved.tensors.get(key_of(layer_idx, "keys.compress.weight"))
+    if weight is None or weight.dim() != 2:
+        return None
+    return KeyProjection(weight.shape[1] if rope_dim is None else rope_dim, len(weight), dtype=dtype, device=device)
 
 
 def _shapes_after_patch(model: nn.Module, saved: SavedSplices, chosen: list[AttentionSite]) -> dict[str, torch.Size]:
@@ -169,9 +220,13 @@ def _shapes_after_patch(model: nn.Module, saved: SavedSplices, chosen: list[Atte
             splice = _empty_splice(site, saved, device="meta")
             shapes |= {key_of(site.layer_idx, name): tensor.shape for name, tensor in splice.state_dict().items()}
             if saved.config.is_packed:
-                kind, row_dim = codec_class(saved.config.codec), splice.rank + site.qk_rope_head_dim
-                sizes = zip(kind.saved, kind.saved_shapes(row_dim, splice.rank), strict=True)
-                shapes |= {key_of(site.layer_idx, f"codec.{name}"): size for name, size in sizes}
+                key_dim = site.qk_rope_head_dim if splice.keys is None else splice.keys.rank
+                kind, row_dim = codec_class(saved.config.codec), splice.rank + key_dim
+                names = (*kind.saved, *kind.saved_if_any)
+                for name, size in zip(names, kind.saved_shapes(row_dim, splice.rank), strict=True):
+                    key = key_of(site.layer_idx, f"codec.{name}")
+                    if name in kind.saved or key in saved.tensors:
+                        shapes[key] = size
     except ConfigError as error:
         raise CheckpointError(f"The saved splice does not fit this {type(model).__name__}: {error}") from error
     return shapes

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.utils import ModelOutput
 
 from kvsplice_hf.cache.layers import splice_cache_layer
+from kvsplice_hf.cache.turns import SLOT_DTYPE, FixedTurns, TurnTable
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE
@@ -54,7 +55,8 @@ def get_kv_cache_size(model: nn.Module, seq_len: int = 2048, batch_size: int = 1
 
     Per token: R + P numbers unspliced, r + P spliced (or the bytes of a packed row), and the indexer's key on
     sparse-attention layers, in the dtype of the model. Per sequence and spliced layer: K exact latents of R numbers (R
-    + P where rows are packed) and their positions (8 bytes each). A
+    + P where rows are packed) and their positions (8 bytes each). Where keys are coded before their rotation, per token
+    a slot (4 bytes), and once for all sequences and layers how the tokens at each position were rotated (P / 2 bytes). A
     sliding window keeps `window - 1` tokens. Linear-attention layers are not counted; on an unpatched model both
     figures are the same. `cache_nbytes` measures the same quantity on a cache.
 
@@ -70,7 +72,26 @@ def get_kv_cache_size(model: nn.Module, seq_len: int = 2048, batch_size: int = 1
     sites = find_sites(model, pattern)
     original = sum(_site_bytes(site, seq_len, spliced=False) for site in sites)
     compressed = sum(_site_bytes(site, seq_len, spliced=PATCH_ATTRIBUTE in vars(site.module)) for site in sites)
-    return KVCacheSize(batch_size * original, batch_size * compressed)
+    turned = [site for site in sites if site.stores_latent and _codes_keys(site)]
+    slots, tables = _turn_bytes(turned, seq_len)
+    return KVCacheSize(batch_size * original, batch_size * (compressed + slots) + tables)
+
+
+def _codes_keys(site: AttentionSite) -> bool:
+    patched = vars(site.module).get(PATCH_ATTRIBUTE)
+    return patched is not None and patched.geometry.coded_keys
+
+
+def _turn_bytes(sites: list[AttentionSite], seq_len: int) -> tuple[int, int]:
+    """Bytes of the slots of one sequence, and of the tables of how its tokens were rotated.
+
+    Full attention shares its slots between layers, a window has its own; taken is one table for each size of key.
+    """
+    windows = [site for site in sites if site.sliding_window is not None]
+    tokens = sum(min(seq_len, (site.sliding_window or 0) - 1) for site in windows)
+    tokens += seq_len if len(windows) < len(sites) else 0
+    sizes = {site.qk_rope_head_dim for site in sites}
+    return tokens * SLOT_DTYPE.itemsize, seq_len * sum(sizes) // 2
 
 
 def _site_bytes(site: AttentionSite, seq_len: int, spliced: bool) -> int:
@@ -112,14 +133,24 @@ def cache_nbytes(cache: Cache | ModelOutput, allocated: bool = False) -> int:
     if allocated:
         storages = {storage.data_ptr(): storage.nbytes() for storage in _storages(cache)}
         return sum(storages.values())
-    return sum(_occupied(layer) for layer in cache.layers)
+    shared: set[int] = set()
+    return sum(_occupied(layer, shared) for layer in cache.layers)
 
 
-def _occupied(layer: Any) -> int:
+def _occupied(layer: Any, shared: set[int]) -> int:
+    """Bytes of what the tokens of a layer occupy, without what is among `shared`, which layers have in common."""
     total = 0
     for name, value in vars(layer).items():
-        if name in ("_buffer", "_own_keys"):  # `keys` is a view of the one, and is the other
+        if name in ("_buffer", "_own_keys", "_own_values"):  # `keys` is a view of the first, and is the second
             continue
+        if isinstance(value, (TurnTable, FixedTurns)):
+            total += 0 if id(value) in shared else value.nbytes
+            shared.add(id(value))
+            continue
+        if name == "values" and isinstance(value, torch.Tensor) and value.numel():
+            if value.data_ptr() in shared:
+                continue
+            shared.add(value.data_ptr())
         nbytes = sum(tensor.nbytes for tensor in _tensors(value))
         if isinstance(layer, StaticLayer) and name in ("keys", "values", "indexer_keys"):
             filled = min(int(layer.get_seq_length()), layer.max_cache_len)
@@ -144,6 +175,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield value
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
+    elif isinstance(value, (TurnTable, FixedTurns)):
+        yield from _tensors(list(vars(value).values()))
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)

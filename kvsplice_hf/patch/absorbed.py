@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kvsplice_hf.attend.backend import Attended, Step
+from kvsplice_hf.attend.backend import Attended, CodedKeys, Step
 from kvsplice_hf.attend.choice import attend, decode
 from kvsplice_hf.cache.exact import ExactTokens, visible_keys
 from kvsplice_hf.cache.rows import CompressedLatent
@@ -57,12 +57,14 @@ class _Keys(NamedTuple):
         bias: added to the scores of `rows`, float [B or 1, 1, T or 1, S'], or None. Rows of exact tokens are out.
         exact: the exact tokens, or None.
         row_index: index of `rows` among all S rows, [B, S'], or None where they are all S.
+        coded: how the keys of `rows` are read, where they were coded before their rotation; or None.
     """
 
     rows: torch.Tensor
     bias: torch.Tensor | None
     exact: _ExactKeys | None
     row_index: torch.Tensor | None
+    coded: CodedKeys | None = None
 
 
 def split_weight(weight: torch.Tensor, nope_dim: int, v_dim: int) -> AbsorbedWeights:
@@ -131,6 +133,7 @@ def _step(
         query=query,
         rows=latent.rows,
         codec=latent.splice.codec,
+        keys=latent.coded_keys,
         weight=weight,
         v_dim=v_dim,
         projection=latent.splice.weights(),
@@ -162,7 +165,16 @@ def _attention_in_torch(
     keys = _select_keys(latent, offset, mask, indices)
     queries = _Queries(q_latent, q_rot, matrix, offset, scaling)
     splice = latent.splice
-    on_rows = attend(queries.flat(), keys.rows, splice.codec, splice.rank, keys.bias, scaling=scaling, dropout=dropout)
+    on_rows = attend(
+        queries.flat(),
+        keys.rows,
+        splice.codec,
+        splice.rank,
+        keys.bias,
+        scaling=scaling,
+        dropout=dropout,
+        keys=keys.coded,
+    )
     others = _other_scores(queries, keys, learned_sinks)
     mixed, shares = _merge(queries, on_rows, others, keys, dropout)
     output = torch.einsum("bhtr,hvr->bthv", mixed, weights.value)
@@ -212,7 +224,7 @@ def _hide(bias: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
 def _select_keys(
     latent: CompressedLatent, offset: torch.Tensor, mask: torch.Tensor | None, indices: torch.Tensor | None
 ) -> _Keys:
-    rows, row_index = latent.rows[:, 0], None
+    rows, row_index, coded = latent.rows[:, 0], None, latent.coded_keys
     keys = rows.shape[1]
     bias = None if mask is None else _as_bias(mask)
     if indices is not None and indices.shape[1] == 1 and indices.shape[-1] < keys:
@@ -222,16 +234,18 @@ def _select_keys(
             wide = bias.expand(row_index.shape[0], -1, -1, -1)
             bias = wide.gather(3, row_index[:, None, None])
         rows = rows.gather(1, row_index[..., None].expand(-1, -1, rows.shape[-1]))
+        if coded is not None:
+            coded = coded._replace(slots=coded.slots.gather(1, row_index))
     elif indices is not None:
         unread = torch.ones(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
         bias = _hide(bias, unread.scatter_(-1, indices.long(), False)[:, None])
     if latent.exact is None:
-        return _Keys(rows, bias, None, row_index)
+        return _Keys(rows, bias, None, row_index, coded)
     exact, exact_rot = latent.exact, None
     if latent.is_packed:  # the rows hold k_rot inexactly, so it is kept beside the latent
         R = latent.splice.latent_dim
         exact, exact_rot = ExactTokens(exact.latents[..., :R], exact.positions), exact.latents[..., R:]
-    return _split_off_exact(exact, exact_rot, latent.splice.rank, offset, rows, bias, row_index)
+    return _split_off_exact(exact, exact_rot, latent.splice.rank, offset, rows, bias, row_index)._replace(coded=coded)
 
 
 def _split_off_exact(
@@ -341,7 +355,8 @@ def _weights(
     queries: _Queries, latent: CompressedLatent, keys: _Keys, on_rows: Attended, shares: torch.Tensor
 ) -> torch.Tensor:
     """Attention weights [B, H, T, S] over the stored tokens, for callers that ask to see them."""
-    rows = latent.splice.numbers(keys.rows, queries.latent.dtype)
+    turns = None if keys.coded is None else keys.coded.turns().permute(1, 2, 0)
+    rows = latent.splice.read(keys.rows, queries.latent.dtype, turns)
     scores = (queries.flat() @ rows.transpose(1, 2)).float().view(*shares.shape[:3], -1) * queries.scaling
     if keys.bias is not None:
         scores = scores + keys.bias

@@ -83,7 +83,7 @@ def _decoded(module: Any, patched: SitePatch, rows: CompressedLatent) -> tuple[t
     if rows.fresh is None:
         return rows.latent(), rows.k_rot
     call = running_call(module)
-    fresh = patched.splice.round_trip(*rows.fresh)
+    fresh = patched.splice.round_trip(*rows.fresh, rows.new_turns)
     if call is not None and call.state.on_round_trip is not None:
         call.state.on_round_trip(module, rows.fresh[0], fresh[0])
     return rows.with_new(*fresh)
@@ -92,7 +92,7 @@ def _decoded(module: Any, patched: SitePatch, rows: CompressedLatent) -> tuple[t
 def _round_trip(
     module: Any, patched: SitePatch, call: Call, latent: torch.Tensor, k_rot: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    decoded, rotated = patched.splice.round_trip(latent, k_rot)
+    decoded, rotated = patched.splice.round_trip(latent, k_rot, _turns_without_cache(module, patched, call))
     if call.state.on_round_trip is not None:
         call.state.on_round_trip(module, latent, decoded)
     if patched.geometry.sink_tokens == 0:
@@ -100,6 +100,23 @@ def _round_trip(
     count, tokens = patched.geometry.sink_tokens, latent.shape[2]
     exact = exact_in_full_sequence(call.mask, tokens, count, latent.device)[:, None, :, None]
     return torch.where(exact, latent, decoded), torch.where(exact.to(k_rot.device), k_rot, rotated)
+
+
+def _turns_without_cache(module: Any, patched: SitePatch, call: Call) -> torch.Tensor | None:
+    """How the keys of the call are rotated, uint8 [B or 1, 1, T, F], where they are coded before that.
+
+    Raises:
+        UpstreamChangedError: nothing says how.
+    """
+    if patched.splice.keys is None:
+        return None
+    if call.embeddings is None:
+        raise upstream.changed(
+            title_of(module),
+            f"it got no `{upstream.POSITION_EMBEDDINGS}` that say how its keys are rotated, and its splice codes keys "
+            "before their rotation.",
+        )
+    return patched.splice.keys.turns_of(call.embeddings)[:, None]
 
 
 def _attend_absorbed(module: Any, patched: SitePatch, latent: CompressedLatent) -> bool:
@@ -134,7 +151,7 @@ def absorbed_refusal(module: Any, patched: SitePatch, new_tokens: int, stored: i
         return f"for {new_tokens} new tokens on {stored} expanding takes fewer products"
     if foldable_weight(module.kv_b_proj) is None:
         kind = type(module.kv_b_proj).__name__
-        return f"kv_b_proj is a {kind} (packed, adapted or sharded), which cannot be folded"
+        return f"kv_b_proj is a {kind} (packed, adapted or sharded): merge the adapter, or leave it unquantised"
     return None
 
 

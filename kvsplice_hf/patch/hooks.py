@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from kvsplice_hf import upstream
-from kvsplice_hf.cache.layers import splice_cache_layer
+from kvsplice_hf.cache.layers import see_turns, splice_cache_layer
 from kvsplice_hf.cache.pages import paged_rows
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
 from kvsplice_hf.call import STATE_ARGUMENT, Call, current_state, enter_call, leave_call
@@ -51,8 +51,11 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     mask = patched.arguments.get("attention_mask", args, kwargs)
     hidden_states = patched.arguments.get("hidden_states", args, kwargs)
     new_tokens = None if hidden_states is None else hidden_states.shape[1]
+    embeddings = upstream.argument(patched.arguments.names, upstream.POSITION_EMBEDDINGS, args, kwargs)
     rows = paged_rows(kwargs) if state.enabled else None
     if rows is not None:
+        if patched.stores_latent and patched.geometry.coded_keys:
+            rows.see_turns(embeddings, patched.splice)
         enter_call(Call(module, state, None, new_tokens, reads_cache=True))
         return upstream.with_cache(patched.arguments, rows, args, kwargs)
     cache = upstream.find_cache(args, kwargs)
@@ -63,7 +66,10 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     elif patched.stores_latent:
         layer = splice_cache_layer(cache, module.layer_idx, patched.geometry, patched.splice)
         layer.attention_mask = mask
-    enter_call(Call(module, state, mask, new_tokens, reads_cache=cache is not None))
+        if patched.geometry.coded_keys:
+            position_ids = upstream.argument(patched.arguments.names, upstream.POSITION_IDS, args, kwargs)
+            see_turns(cache, layer, embeddings, position_ids)
+    enter_call(Call(module, state, mask, new_tokens, reads_cache=cache is not None, embeddings=embeddings))
     return (args, kwargs) if carried else None
 
 

@@ -77,7 +77,9 @@ def _geometry(site: AttentionSite, splice: LearnedKVSplice, exact_tokens: int) -
         # Within the window, how many keys a query sees tells its rank in the sequence only up to the window's size.
         exact_tokens = min(exact_tokens, max(site.sliding_window - 1, 0))
     packed = splice.codec.row_bytes if splice.codec is not None else None
-    return RowGeometry(site.kv_lora_rank, splice.rank, site.qk_rope_head_dim, exact_tokens, packed)
+    return RowGeometry(
+        site.kv_lora_rank, splice.rank, site.qk_rope_head_dim, exact_tokens, packed, coded_keys=splice.keys is not None
+    )
 
 
 @torch.no_grad()

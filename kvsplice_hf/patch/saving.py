@@ -8,6 +8,8 @@ from torch import nn
 
 from kvsplice_hf.code.files import key_of, write_splice_files
 from kvsplice_hf.config import KVSpliceConfig
+from kvsplice_hf.errors import CheckpointError
+from kvsplice_hf.patch.base import BASE_KEY, base_fingerprint
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.site_patch import SitePatch
 from kvsplice_hf.patch.state import find_patch, patched_sites
@@ -28,6 +30,7 @@ def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: b
 
     Raises:
         PatchStateError: the model is not patched.
+        CheckpointError: a file stands where the folder is to be.
 
     Examples:
         >>> folder = save_kvsplice(model, "my-splice")
@@ -81,10 +84,23 @@ def _write(
         layers[str(site.layer_idx)] = _describe_layer(site, patched, config)
     if not is_main_process:
         return directory
+    _require_room(directory)
     base = sites[0][0].module.config.to_dict()
     about = {"base_model_name_or_path": base.get("_name_or_path", ""), "model_type": base["model_type"]} | more
+    fingerprint = base_fingerprint(model, sites[0][0].module)
+    about |= {BASE_KEY: fingerprint} if fingerprint else {}
     write_splice_files(directory, config, layers, tensors, about)
     return directory
+
+
+def _require_room(directory: Path) -> None:
+    """Refuse a folder that cannot be made because a file has its name, or that of a folder around it."""
+    file = next((path for path in (directory, *directory.parents) if path.exists() and not path.is_dir()), None)
+    if file is not None:
+        raise CheckpointError(
+            f"The splice cannot be saved in {directory}: {file} is a file. Give the name of a folder, which is made if "
+            "it is not there."
+        )
 
 
 def _describe_layer(site: AttentionSite, patched: SitePatch, config: KVSpliceConfig) -> dict[str, Any]:

@@ -107,5 +107,6 @@ def _raise_not_mla(model: nn.Module, root: nn.Module, layer_pattern: str | None)
     raise NotMLAError(
         f"{type(model).__name__} has no Multi-head Latent Attention layer{where} (a module with `expand_kv`, "
         f"`kv_b_proj` and `kv_lora_rank`). Attention classes seen: {', '.join(classes) or 'none'}. Ordinary multi-head "
-        "or grouped-query models store no latent and cannot be patched."
+        "or grouped-query models store no latent: convert the model first, with `convert_to_mla` of "
+        "`kvsplice_hf.convert` or scripts/run/convert_to_mla.py (Llama, Mistral, Qwen2), and patch the result."
     )

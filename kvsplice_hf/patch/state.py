@@ -29,9 +29,11 @@ class ModelPatch:
 
     Attributes:
         config: the settings in force.
+        known_base: what the fingerprint of the base model was made of, and what it was (`patch.base`).
     """
 
     config: KVSpliceConfig
+    known_base: tuple[Any, str] = (None, "")
 
 
 @contextlib.contextmanager
@@ -88,7 +90,8 @@ def _patches(model: nn.Module) -> list[ModelPatch]:
     found = {id(state.patch): state.patch for _, state in patched_modules(model)}
     if not found:
         raise PatchStateError(
-            f"This {type(model).__name__} is not patched with KVSplice. Call patch_model_with_kvsplice(model) first."
+            f"This {type(model).__name__} is not patched with KVSplice, so there is nothing to save, read or undo. "
+            "patch_model_with_kvsplice(model) patches it."
         )
     return list(found.values())
 

@@ -268,5 +268,8 @@ def cut_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
     """
     count = len(ids) // window
     if count == 0:
-        raise ConfigError(f"The texts have {len(ids)} tokens, less than one window of {window}. Give more text.")
+        raise ConfigError(
+            f"The texts have {len(ids)} tokens, less than one window of {window}. Give more text, or a smaller "
+            "`window` (--window, or --block_size where a script has that)."
+        )
     return ids[: count * window].view(count, window)

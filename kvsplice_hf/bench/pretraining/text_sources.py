@@ -197,6 +197,13 @@ def _python_manual(folder: Path) -> Iterator[str]:
             yield prose_of(read_possibly_packed(path))
 
 
+def _python_prose(folder: Path) -> Iterator[str]:
+    """What of the manual is prose: how-tos, tutorial and FAQ, and not the reference."""
+    for path in debian_files(("python3.11-doc", "python3.13-doc"), folder, (".html",)):
+        if path.parent.name in ("faq", "howto", "tutorial"):
+            yield prose_of(read_possibly_packed(path))
+
+
 def _gcide(folder: Path) -> Iterator[str]:
     for path in debian_files(("dict-gcide",), folder, (".dict.dz",)):
         entries = re.split(r"\n(?=\S)", read_possibly_packed(path))
@@ -216,5 +223,6 @@ SOURCES = {
     "bible": Source("Debian sword-text-web", "public domain", _bible),
     "linux": Source("Debian linux-doc", "GPL-2.0", _linux),
     "python-manual": Source("Debian python3-doc", "PSF-2.0", _python_manual),
+    "python-prose": Source("Debian python3-doc: how-tos, tutorial, FAQ", "PSF-2.0", _python_prose),
     "gcide": Source("Debian dict-gcide", "GPL-3.0-or-later", _gcide),
 }
