@@ -140,6 +140,7 @@ def attend_kernel(
     table_slots,
     slots_batch,
     slots_row,
+    circle,
     HAS_BIAS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -232,7 +233,7 @@ def attend_kernel(
             if HAS_KEY_GAIN:  # behind that of the value, which such rows have
                 key_gain = tl.load(gains + tl.load(base + 1, mask=held, other=0).to(tl.int32))
             code = (base, held, key_numbers, key_gained, key_gain, key_layout + (start >> 30), levels)
-            turned = (table, table_stride, table_slots, slot)
+            turned = (table, table_stride, table_slots, circle, slot)
             keys = turned_keys(
                 code, key_weights, key_mean, pair_count, turned, KEY_PLANES, KEY, KEY_CHUNK, PAIRS, DTYPE, PRECISION
             )

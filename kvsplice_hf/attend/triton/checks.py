@@ -5,6 +5,7 @@ import torch
 from kvsplice_hf.attend.backend import CodedKeys
 from kvsplice_hf.attend.triton.pieces import PIECES, WIDEST, WIDEST_KEY
 from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.keys import TURN_DTYPE
 from kvsplice_hf.errors import ConfigError
 
 
@@ -76,8 +77,10 @@ def check_keys(keys: CodedKeys | None, rows: torch.Tensor, codec: RowCodec, valu
         raise ConfigError(
             f"Got pairs {pairs.dtype} {list(pairs.shape)}; needed int64 [3, {rope_dim // 2}], contiguous."
         )
-    if table.dtype != torch.bfloat16 or table.dim() != 2 or table.shape[0] != rope_dim or table.shape[1] == 0:
-        raise ConfigError(f"Got a table {table.dtype} {list(table.shape)}; needed bfloat16 [{rope_dim}, slots].")
+    if table.dtype != TURN_DTYPE or table.dim() != 2 or table.shape[0] != rope_dim // 2 or table.shape[1] == 0:
+        raise ConfigError(
+            f"Got a table {table.dtype} {list(table.shape)}; needed {TURN_DTYPE} [{rope_dim // 2}, slots]."
+        )
     if table.stride(1) != 1 and table.shape[1] > 1:
         raise ConfigError(f"Got a table of strides {table.stride()}; each line must lie side by side.")
     if slots.dtype != torch.int32 or slots.shape != rows.shape[:2]:

@@ -9,12 +9,12 @@ import torch
 
 from kvsplice_hf.attend.backend import CodedKeys
 from kvsplice_hf.attend.triton.pieces import side_of
-from kvsplice_hf.attend.triton.tables import tables_of
+from kvsplice_hf.attend.triton.tables import circle_on, tables_of
 from kvsplice_hf.code.codec import RowCodec
 
 
 # None leaves no trace in the kernel of rows without such keys.
-_NO_ARGUMENTS: tuple[None, ...] = (None,) * 13
+_NO_ARGUMENTS: tuple[None, ...] = (None,) * 14
 # Numbers of a key's code that are decoded at once: with more of them, more is spilled on AMD (docs/kernels.md).
 _DECODED_AT_ONCE = 32
 _NO_SETTINGS = {"KEY": 0, "KEY_CHUNK": 0, "PAIRS": 0, "KEY_PLANES": 0, "HAS_KEY_GAIN": False}
@@ -47,6 +47,7 @@ def key_arguments(keys: CodedKeys | None, codec: RowCodec | None, rank: int, dty
         keys.table.stride(0),
         keys.table.shape[1],
         *keys.slots.stride(),
+        circle_on(keys.table.device),
     )
 
 

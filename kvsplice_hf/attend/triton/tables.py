@@ -1,5 +1,6 @@
 """What the kernels look up in a codec: where each coordinate is in a row, and the factors of gains."""
 
+import functools
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -8,6 +9,7 @@ import triton.language as tl
 
 from kvsplice_hf.attend.triton.pieces import CHUNK, pieces_of
 from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.keys import TURN_STEPS, cosines_and_sines
 
 
 # What the layout table holds of each coordinate: its width, where its bit field is in each plane (8 * byte + bit),
@@ -20,6 +22,8 @@ IN_PLANE1 = tl.constexpr(4)
 RAW = tl.constexpr(5)
 FIRST_LEVEL = tl.constexpr(6)
 ENTRIES = 7
+# Into how many angles a circle is divided.
+STEPS = tl.constexpr(TURN_STEPS)
 # By the bits of a bit field, the largest first, as in a row.
 FIELDS = {8: IN_PLANE8, 4: IN_PLANE4, 2: IN_PLANE2, 1: IN_PLANE1}
 
@@ -61,6 +65,14 @@ def tables_of(codec: RowCodec, rank: int | None = None) -> Tables:
         with torch.inference_mode(False):
             found[key] = _make_tables(codec, *key)
     return found[key]
+
+
+@functools.cache
+def circle_on(device: torch.device) -> torch.Tensor:
+    """The cosines of all angles, and behind them their sines, float32 [2, 64]."""
+    with torch.inference_mode(False):
+        angles = torch.arange(TURN_STEPS, dtype=torch.uint8, device=device)
+        return torch.stack(cosines_and_sines(angles))
 
 
 def _make_tables(codec: RowCodec, device: torch.device, rank: int) -> Tables:

@@ -1,10 +1,10 @@
 """Keys that were coded before their rotation, inside a kernel: decoded, turned, and what queries score on them.
 
 A row's key code of p numbers is decoded to units, multiplied to the numbers before the rotation, and turned by the
-cosine and sine of the row's slot:
+angle of the row's slot, whose cosine and sine are looked up:
 
     first_f, second_f   =  weights_f . units + mean_f,          of pair f
-    score on the key    =  query_first . (first c - second s)  +  query_second . (first s + second c)
+    score on the key    =  query_first . (first cos - second sin)  +  query_second . (first sin + second cos)
 
 The scales of the codec are folded into the weights, its centres into the mean (`coded_keys`). First and second numbers
 are tiles of their own, so that whichever numbers a model pairs up lie in the same thread.
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from kvsplice_hf.attend.triton.decoding import units
+from kvsplice_hf.attend.triton.tables import STEPS
 
 
 @triton.jit
@@ -44,16 +45,15 @@ def _means(mean, pair_count, SECOND: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def _turns(table, table_stride, table_slots, slot, held, pair_count, F: tl.constexpr):
-    """Cosines and sines of some rows, float32 [BLOCK_S, F] each; 0 past the pairs and at rows that are not held."""
+def _turns(table, table_stride, table_slots, circle, slot, held, pair_count, F: tl.constexpr):
+    """Cosines and sines of some rows, float32 [BLOCK_S, F] each; of angle 0 past the pairs, and where not held."""
     line = tl.arange(0, F)
     inside = held[:, None] & (line < pair_count)[None, :]
-    # Whatever a slot is, nothing beside the table is read.
+    # Whatever a slot or an angle is, nothing beside its table is read.
     slot = tl.minimum(tl.maximum(slot, 0), table_slots - 1)
-    place = table + slot[:, None]
-    cos = tl.load(place + line.to(tl.int64)[None, :] * table_stride, mask=inside, other=0.0)
-    sin = tl.load(place + (pair_count + line).to(tl.int64)[None, :] * table_stride, mask=inside, other=0.0)
-    return cos.to(tl.float32), sin.to(tl.float32)
+    place = table + line.to(tl.int64)[None, :] * table_stride + slot[:, None]
+    angle = tl.load(place, mask=inside, other=0).to(tl.int32) % STEPS
+    return tl.load(circle + angle), tl.load(circle + STEPS + angle)
 
 
 @triton.jit
@@ -72,10 +72,10 @@ def turned_keys(
 ):
     """The first and the second numbers of all pairs of some rows' rotated keys, [BLOCK_S, F] each.
 
-    `code` and `turned` are what is taken apart here: where key codes are, and how; and the table of turns.
+    `code` and `turned` are what is taken apart here: where key codes are, and how; and where the angles are.
     """
     base, held, key_numbers, key_gained, key_gain, layout, levels = code
-    table, table_stride, table_slots, slot = turned
+    table, table_stride, table_slots, circle, slot = turned
     first = tl.zeros([held.shape[0], F], tl.float32)
     second = tl.zeros([held.shape[0], F], tl.float32)
     # A few numbers at a time: each of them takes registers for its address, its code and its weights.
@@ -88,5 +88,5 @@ def turned_keys(
         second = tl.dot(unit, weight, acc=second, input_precision=PRECISION)
     first += _means(mean, pair_count, 0, F)
     second += _means(mean, pair_count, 1, F)
-    cos, sin = _turns(table, table_stride, table_slots, slot, held, pair_count, F)
+    cos, sin = _turns(table, table_stride, table_slots, circle, slot, held, pair_count, F)
     return (first * cos - second * sin).to(DTYPE), (first * sin + second * cos).to(DTYPE)

@@ -24,7 +24,7 @@ from kvsplice_hf.attend.triton.launch import (
 )
 from kvsplice_hf.bench.geometries import GEOMETRIES
 from kvsplice_hf.code.codec import RowCodec
-from kvsplice_hf.code.keys import half_pairs
+from kvsplice_hf.code.keys import half_pairs, turns_of
 from kvsplice_hf.code.widths import row_bytes
 
 
@@ -114,10 +114,10 @@ def coded_keys(shape: RowShape, rows: int, device: str) -> CodedKeys:
     basis = torch.eye(shape.rope_dim, dtype=torch.float32, device="cpu").roll(1, 0)
     mean = torch.ones(shape.rope_dim, dtype=torch.float32, device="cpu")
     frequencies = torch.logspace(0, -4, pairs, dtype=torch.float64, device="cpu")
-    angles = frequencies[:, None] * torch.arange(rows, dtype=torch.float64, device="cpu")
-    table = torch.cat([angles.cos(), angles.sin()]).to(torch.bfloat16)
-    slots = torch.arange(rows, dtype=torch.int32, device="cpu")[None]
+    angles = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] * frequencies
     of_key = half_pairs(torch.arange(pairs, dtype=torch.int64, device="cpu"))
+    table = turns_of((angles.cos(), angles.sin()), of_key[2]).T.contiguous()
+    slots = torch.arange(rows, dtype=torch.int32, device="cpu")[None]
     return CodedKeys(*(tensor.to(device) for tensor in (basis, mean, of_key, table, slots)))
 
 
