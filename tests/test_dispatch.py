@@ -41,7 +41,15 @@ class Kernels(SimpleNamespace):
         return mixed + self.error, lse
 
     def attend_packed(
-        self, query: torch.Tensor, rows: torch.Tensor, codec: RowCodec, value_dim: int, bias: Any, *, scaling: float
+        self,
+        query: torch.Tensor,
+        rows: torch.Tensor,
+        codec: RowCodec,
+        value_dim: int,
+        bias: Any,
+        *,
+        scaling: float,
+        keys: Any = None,
     ) -> Any:
         self._called()
         by_query = None if bias is None else bias[:, None]

@@ -122,7 +122,9 @@ def test_a_dry_run_runs_every_program_in_the_interpreter(tmp_path: Path) -> None
     kernels = json.loads((folder / "kernels.json").read_text("utf-8"))
     assert {row["kernel"] for row in kernels["checks"]} == {"attend", "pack"}
     assert all(row["agrees"] for row in kernels["checks"])
-    assert {row["kind"] for row in kernels["timings"]} == {"full rank", "half rank", "packed"}
+    kinds = {"full rank", "half rank", "packed", "coded keys"}
+    assert {row["kind"] for row in kernels["timings"]} == kinds
+    assert {row["kind"] for row in kernels["checks"] if row["kernel"] == "attend"} == kinds
     assert not [row for row in kernels["timings"] if "skipped" in row]
     assert json.loads((folder / "decode-mini.json").read_text("utf-8"))["rows"]
     assert "figures mean nothing" in (folder / "results.md").read_text("utf-8")

@@ -23,7 +23,17 @@ from kvsplice_hf.attend.triton.compilation import (  # noqa: E402
     limit_excesses,
 )
 from kvsplice_hf.bench.kernels.resources import compiled_anew, compiled_row, markdown_of, spills_allowed  # noqa: E402
-from kvsplice_hf.bench.kernels.shapes import KINDS, WIDE, Case, cases, packed_codec, published, row_shapes  # noqa: E402
+from kvsplice_hf.bench.kernels.shapes import (  # noqa: E402
+    CODED_KEYS,
+    KINDS,
+    PACKED_KINDS,
+    WIDE,
+    Case,
+    cases,
+    packed_codec,
+    published,
+    row_shapes,
+)
 from kvsplice_hf.errors import UnsupportedError  # noqa: E402
 
 
@@ -32,14 +42,19 @@ NARROW = Case("attend", "minicpm3", "packed", "float16", "decode")
 PROMPT = Case("attend", "v3", "full rank", "bfloat16", "prefill", biased=True)
 FLOATS = Case("attend", "mistral-4", "full rank", "float32", "decode")
 ODD = Case("attend", "smollm2-mla", "full rank", "bfloat16", "decode", biased=True)
+CODED = Case("attend", "v2-lite", CODED_KEYS, "bfloat16", "decode")
+# The number of queries is not divisible by 16.
+CODED_ODD = Case("attend", "glm-4.7-flash", CODED_KEYS, "bfloat16", "prefill", biased=True)
+CODED_FLOATS = Case("attend", "v3", CODED_KEYS, "float32", "prefill", biased=True)
 MERGE = Case("merge", "v2-lite", "full rank", "float32", "decode")
 PACK = Case("pack", "minicpm3", "packed", "bfloat16", "decode")
+PACK_CODED = Case("pack", "v3", CODED_KEYS, "bfloat16", "prefill")
 WIDEST = Case("attend", WIDE, "full rank", "bfloat16", "prefill", biased=True)
 REPRESENTATIVES = {
-    "sm_80": (PACKED, PROMPT, ODD, WIDEST),
-    "sm_90": (NARROW, PROMPT, MERGE, PACK),
-    "sm_100": (NARROW, PROMPT),
-    "gfx942": (PACKED, FLOATS),
+    "sm_80": (PACKED, PROMPT, ODD, WIDEST, CODED, CODED_FLOATS),
+    "sm_90": (NARROW, PROMPT, MERGE, PACK, CODED_ODD, PACK_CODED),
+    "sm_100": (NARROW, PROMPT, CODED_ODD),
+    "gfx942": (PACKED, FLOATS, CODED, PACK_CODED),
     "gfx1100": (NARROW, ODD, MERGE, PACK),
 }
 
@@ -60,6 +75,19 @@ def test_a_kernel_takes_no_more_of_a_gpu_than_that_has(target: str, case: Case) 
     if not triton.__version__.startswith(MEASURED_WITH):  # each release of the compiler spills other numbers
         above = [excess for excess in above if "spilled" not in excess]
     assert above == []
+
+
+def test_rows_without_coded_keys_bring_nothing_of_them_into_a_kernel() -> None:
+    target = TARGETS["sm_80"]
+    arguments = [
+        next(line for line in compile_launch(launch, target).asm["source"].splitlines() if "tt.func public" in line)
+        for launch in (case.launch(target.limits) for case in (PACKED, CODED, PACK, PACK_CODED))
+    ]
+    of_keys = ("%key_", "%pair", "%table", "%slots")
+    packed, coded, pack, pack_coded = ([name in line for name in of_keys] for line in arguments)
+    assert not any((*packed, *pack))
+    assert all(coded)
+    assert pack_coded[0]
 
 
 def test_what_is_compiled_is_the_variant_that_would_run() -> None:
@@ -134,6 +162,8 @@ def test_splits_fill_a_device_but_are_no_smaller_than_a_few_blocks() -> None:
 def test_every_published_shape_is_compiled_with_every_kind_of_rows() -> None:
     found = {(case.geometry, case.kind) for case in cases(published()) if case.kernel == "attend"}
     assert found == {(name, kind) for name in published() for kind in KINDS}
+    packs = {(case.geometry, case.kind) for case in cases(published()) if case.kernel == "pack"}
+    assert packs == {(name, kind) for name in published() for kind in PACKED_KINDS}
     assert {"v2-lite", "v3", "glm-4.7-flash", "minicpm3", "smollm2-mla"} <= set(published())
 
 
@@ -143,6 +173,7 @@ def test_packed_rows_take_a_quarter_of_the_stock_bytes(name: str) -> None:
     codec = packed_codec(shape)
     assert 0.24 * 2 * shape.row_dim < codec.row_bytes <= 0.25 * 2 * shape.row_dim
     assert len(codec.widths.unique()) > 4
+    assert packed_codec(shape, CODED_KEYS).row_bytes == codec.row_bytes + 1
 
 
 def test_a_line_of_the_table_holds_the_most_of_its_cases() -> None:

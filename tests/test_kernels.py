@@ -135,14 +135,19 @@ def masked_bias(shape: tuple[int, ...], device: str) -> torch.Tensor:
     return bias.to(device)
 
 
-@pytest.mark.skipif(kernels.interpreted(), reason="this is the process that it starts")
-def test_the_kernels_pass_these_tests_in_the_interpreter() -> None:
+def pass_in_the_interpreter(path: str) -> None:
+    """Run the tests of a file in a process where kernels run in the interpreter."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", path]
     command += ["-k", "not interpreter and not importing"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "skipped" not in result.stdout
+
+
+@pytest.mark.skipif(kernels.interpreted(), reason="this is the process that it starts")
+def test_the_kernels_pass_these_tests_in_the_interpreter() -> None:
+    pass_in_the_interpreter(__file__)
 
 
 SHAPES = [
@@ -450,6 +455,14 @@ def test_pieces_cover_a_row_and_waste_little() -> None:
         assert sum(pieces) - pieces[-1] < n <= sum(pieces)
         assert sum(pieces) <= max(n + 15, 1.25 * n)
     assert pieces_of(576) == (512, 64, 0)
+
+
+def test_ahead_of_a_coded_key_there_are_two_pieces_where_they_suffice() -> None:
+    for n in range(1, 1537):
+        pieces = [piece for piece in pieces_of(n, coded_keys=True) if piece]
+        assert sum(pieces) - pieces[-1] < n <= sum(pieces)
+        assert len(pieces) <= 2 or n > 1024
+    assert pieces_of(321, coded_keys=True) == (256, 128, 0)
 
 
 def test_importing_the_package_does_not_import_the_kernels() -> None:

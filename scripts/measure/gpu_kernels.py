@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """The Triton kernels on a GPU: whether they agree with PyTorch, and at which speed they read rows.
 
-Correctness is checked at the shapes of published models, the same at which `kernel_resources.py` compiles the kernels.
+Correctness is checked at the shapes of published models, the same at which `kernel_resources.py` compiles the kernels,
+also on packed rows whose keys were coded before their rotation ("coded keys").
 Speed is that of a decode step's attention over a short and a long cache, beside the speed of a copy on this device; for
 some shapes also with blocks other than the chosen ones. It ends with an error where a kernel disagrees. The tables are
 Markdown, on stderr and in the folder of the results. The last line of stdout is one JSON object.

@@ -12,34 +12,26 @@ rows, and the weighted mean of the rows is that of the units, scaled and shifted
 
 A row of n numbers is read in up to three pieces, since a block's sides are powers of two: 576 = 512 + 64.
 
-Legend: `B` batch, `M` queries, heads and tokens together, `S` stored rows, `n` numbers of a row, `v` of a value.
+Where keys were coded before their rotation, these pieces are the value alone, n = v, and what queries score on the key
+behind it comes from `turning`.
+
+Legend: `B` batch, `M` queries, heads and tokens together, `S` stored rows, `n` numbers of a row, `v` of a value,
+`F` pairs of numbers of a key that are turned together.
 """
 # mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl
 
-from kvsplice_hf.attend.triton.tables import (
-    FIRST_LEVEL,
-    IN_PLANE1,
-    IN_PLANE2,
-    IN_PLANE4,
-    IN_PLANE8,
-    RAW,
-    WIDTH,
-)
-
-
-@triton.jit
-def _of_layout(layout, entry: tl.constexpr, coordinates, n):
-    """An entry of the layout table, [D]; 0 past the row."""
-    return tl.load(layout + entry * n + coordinates, mask=coordinates < n, other=0)
+from kvsplice_hf.attend.triton.decoding import columns, decoded, of_layout
+from kvsplice_hf.attend.triton.tables import WIDTH
+from kvsplice_hf.attend.triton.turning import pair_queries, turned_keys
 
 
 @triton.jit
 def _scales_and_centres(coordinates, n, layout, scales, centres):
     """Factor and offset from units to numbers, [D] each."""
-    width = _of_layout(layout, WIDTH, coordinates, n)
+    width = of_layout(layout, WIDTH, coordinates, n)
     coded = (width > 0) & (width < 16)
     # A codec does not say anything about the scales of the others.
     scale = tl.load(scales + coordinates, mask=(coordinates < n) & coded, other=1.0)
@@ -62,78 +54,6 @@ def _query_tile(base, held, coordinates, n, layout, scales, centres, PACKED: tl.
 
 
 @triton.jit
-def _field(base, held, coordinates, n, layout, width, FIELD: tl.constexpr, entry: tl.constexpr):
-    """The bits [BLOCK_S, D] that the plane of `FIELD`-bit fields holds of each code, at their place in it."""
-    place = _of_layout(layout, entry, coordinates, n)
-    has_one = held[:, None] & ((width & FIELD) != 0)[None, :]
-    byte = tl.load(base[:, None] + (place >> 3)[None, :], mask=has_one, other=0).to(tl.int32)
-    bits = (byte >> (place & 7)[None, :]) & (2**FIELD - 1)
-    # The larger fields of a code come first, in its lower bits.
-    return bits << (width & ~(2 * FIELD - 1))[None, :]
-
-
-@triton.jit
-def _units(base, held, coordinates, n, gained, gain, layout, levels, PLANES: tl.constexpr):
-    """Packed rows without their scales and centres, float32 [BLOCK_S, D]."""
-    stored = _of_layout(layout, WIDTH, coordinates, n)
-    width = tl.where(stored == 16, 0, stored)
-    code = tl.zeros([held.shape[0], coordinates.shape[0]], tl.int32)
-    if PLANES & 8:
-        code += _field(base, held, coordinates, n, layout, width, 8, IN_PLANE8)
-    if PLANES & 4:
-        code += _field(base, held, coordinates, n, layout, width, 4, IN_PLANE4)
-    if PLANES & 2:
-        code += _field(base, held, coordinates, n, layout, width, 2, IN_PLANE2)
-    if PLANES & 1:
-        code += _field(base, held, coordinates, n, layout, width, 1, IN_PLANE1)
-    unit = tl.load(levels + _of_layout(layout, FIRST_LEVEL, coordinates, n)[None, :] + code)
-    unit = unit * tl.where((coordinates < gained)[None, :], gain[:, None], 1.0)
-    if PLANES & 16:
-        raw = held[:, None] & (stored == 16)[None, :]
-        place = base[:, None] + _of_layout(layout, RAW, coordinates, n)[None, :]
-        low = tl.load(place, mask=raw, other=0).to(tl.int32)
-        high = tl.load(place + 1, mask=raw, other=0).to(tl.int32)
-        # bf16 is the upper half of a float32. Rows need not be aligned to two bytes, so they are read one by one.
-        number = ((low << 16) | (high << 24)).to(tl.float32, bitcast=True)
-        unit = tl.where(raw, number, unit)
-    return unit
-
-
-@triton.jit
-def _join(left, right):
-    """Two [BLOCK_S, D] as one [BLOCK_S, 2 D], their columns in turns: no number changes its thread."""
-    return tl.reshape(tl.join(left, right), [left.shape[0], 2 * left.shape[1]])
-
-
-@triton.jit
-def _decoded(base, held, start, n, gained, gain, layout, levels, PLANES: tl.constexpr, D: tl.constexpr, DTYPE):
-    """The units of D coordinates of packed rows, in the order of `_columns`, [BLOCK_S, D]."""
-    WIDE: tl.constexpr = D if D < 128 else 128
-    at = start + tl.arange(0, WIDE)
-    # In chunks, since a thread holds several addresses and codes for each number while it decodes it.
-    tile = _units(base, held, at, n, gained, gain, layout, levels, PLANES & 31).to(DTYPE)
-    if D == 256:
-        other = _units(base, held, at + 128, n, gained, gain, layout, levels, (PLANES >> 5) & 31).to(DTYPE)
-        tile = _join(tile, other)
-    if D == 512:
-        third = _units(base, held, at + 256, n, gained, gain, layout, levels, (PLANES >> 10) & 31).to(DTYPE)
-        tile = _join(tile, third)
-        second = _units(base, held, at + 128, n, gained, gain, layout, levels, (PLANES >> 5) & 31).to(DTYPE)
-        fourth = _units(base, held, at + 384, n, gained, gain, layout, levels, (PLANES >> 15) & 31).to(DTYPE)
-        tile = _join(tile, _join(second, fourth))
-    return tile
-
-
-@triton.jit
-def _columns(start, D: tl.constexpr, PACKED: tl.constexpr):
-    """Which coordinate each column of a piece is, [D]."""
-    column = tl.arange(0, D)
-    if PACKED and D > 128:
-        column = column % (D // 128) * 128 + column // (D // 128)
-    return start + column
-
-
-@triton.jit
 def _row_tile(
     base,
     held,
@@ -150,7 +70,7 @@ def _row_tile(
 ):
     """Stored rows, or the units of packed ones, [BLOCK_S, D]; finite at rows that are not `held`."""
     if PACKED:
-        tile = _decoded(base, held, start, n, gained, gain, layout, levels, PLANES, D, DTYPE)
+        tile = decoded(base, held, start, n, gained, gain, layout, levels, PLANES, D, DTYPE)
     else:
         at = start + tl.arange(0, D)
         tile = tl.load(base[:, None] + at[None, :], mask=held[:, None] & (at < n)[None, :], other=0.0).to(DTYPE)
@@ -183,7 +103,7 @@ def _store_mixed(
 
 # Numbers that grow from step to step must not compile the kernel anew whenever one of them is divisible by 16.
 # Long because up to three pieces of a row take part in each step, and a loop of Triton holds them in variables by name.
-@triton.jit(do_not_specialize=["count", "bias_batch", "bias_query"])
+@triton.jit(do_not_specialize=["count", "bias_batch", "bias_query", "table_stride", "table_slots", "slots_batch"])
 def attend_kernel(
     query,
     rows,
@@ -207,6 +127,20 @@ def attend_kernel(
     bias_query,
     bias_key,
     bias_period,
+    key_layout,
+    key_weights,
+    key_mean,
+    pairs,
+    table,
+    slots,
+    key_numbers,
+    key_gained,
+    pair_count,
+    table_stride,
+    table_slots,
+    slots_batch,
+    slots_row,
+    circle,
     HAS_BIAS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -219,6 +153,11 @@ def attend_kernel(
     PLANES2: tl.constexpr,
     VALUES1: tl.constexpr,
     VALUES2: tl.constexpr,
+    KEY: tl.constexpr,
+    KEY_CHUNK: tl.constexpr,
+    PAIRS: tl.constexpr,
+    KEY_PLANES: tl.constexpr,
+    HAS_KEY_GAIN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -226,7 +165,8 @@ def attend_kernel(
 ):
     """One block of queries [BLOCK_M, n] over one split of the rows of one batch entry.
 
-    Writes `mixed` [B, M, splits, v], normalised over the split, and `lse` [B, M, splits].
+    Writes `mixed` [B, M, splits, v], normalised over the split, and `lse` [B, M, splits]. With KEY > 0 a row holds
+    the code of a key behind the value, read with room for KEY numbers and PAIRS pairs; queries are [BLOCK_M, n + 2 F].
     """
     batch = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -242,16 +182,21 @@ def attend_kernel(
     first = split * share
     end = tl.minimum(first + share, end)
 
-    query_base = query + flat_index * n
-    at0 = _columns(0, D0, PACKED)
+    if KEY > 0:
+        query_base = query + flat_index * (n + 2 * pair_count)
+        first_query = pair_queries(query_base + n, query_held, pairs, pair_count, 0, PAIRS, DTYPE)
+        second_query = pair_queries(query_base + n, query_held, pairs, pair_count, 1, PAIRS, DTYPE)
+    else:
+        query_base = query + flat_index * n
+    at0 = columns(0, D0, PACKED)
     query0, constant = _query_tile(query_base, query_held, at0, n, layout, scales, centres, PACKED, DTYPE)
     mixed0 = tl.zeros([BLOCK_M, D0], tl.float32)
     if D1 > 0:
-        at1 = _columns(D0, D1, PACKED)
+        at1 = columns(D0, D1, PACKED)
         query1, more = _query_tile(query_base, query_held, at1, n, layout, scales, centres, PACKED, DTYPE)
         constant += more
     if D2 > 0:
-        at2 = _columns(D0 + D1, D2, PACKED)
+        at2 = columns(D0 + D1, D2, PACKED)
         query2, more = _query_tile(query_base, query_held, at2, n, layout, scales, centres, PACKED, DTYPE)
         constant += more
     if VALUES1:
@@ -281,6 +226,19 @@ def attend_kernel(
         if D2 > 0:
             tile2 = _row_tile(base, held, D0 + D1, n, gained, gain, layout_here, levels, PACKED, PLANES2, D2, DTYPE)
             score = tl.dot(query2, tl.trans(tile2), acc=score, input_precision=PRECISION)
+        if KEY > 0:
+            # Behind the product with the value: ahead of it, float32 queries are held in registers and spilled.
+            slot = tl.load(slots + batch * slots_batch + row_index.to(tl.int64) * slots_row, mask=held, other=0)
+            key_gain = tl.full([BLOCK_S], 1.0, tl.float32)
+            if HAS_KEY_GAIN:  # behind that of the value, which such rows have
+                key_gain = tl.load(gains + tl.load(base + 1, mask=held, other=0).to(tl.int32))
+            code = (base, held, key_numbers, key_gained, key_gain, key_layout + (start >> 30), levels)
+            turned = (table, table_stride, table_slots, circle, slot)
+            keys = turned_keys(
+                code, key_weights, key_mean, pair_count, turned, KEY_PLANES, KEY, KEY_CHUNK, PAIRS, DTYPE, PRECISION
+            )
+            score = tl.dot(first_query, tl.trans(keys[0]), acc=score, input_precision=PRECISION)
+            score = tl.dot(second_query, tl.trans(keys[1]), acc=score, input_precision=PRECISION)
         if HAS_BIAS:
             place = bias + batch * bias_batch + row_index.to(tl.int64)[None, :] * bias_key
             place += (query_index % bias_period).to(tl.int64)[:, None] * bias_query

@@ -23,6 +23,7 @@ class TritonBackend(Backend):
 
     name = "Triton"
     operations = frozenset({"attend", "pack"})
+    reads_coded_keys = True
 
     def claims(self, tensors: Sequence[torch.Tensor]) -> bool:
         return _IN_INTERPRETER or not tensors[0].is_cpu
@@ -47,7 +48,7 @@ class TritonBackend(Backend):
         kernels = _loaded()
         if codec is None:
             return Attended(*kernels.attend_rows(query, rows, value_dim, bias, scaling=scaling))
-        return Attended(*kernels.attend_packed(query, rows, codec, value_dim, bias, scaling=scaling))
+        return Attended(*kernels.attend_packed(query, rows, codec, value_dim, bias, scaling=scaling, keys=keys))
 
     def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:
         packed: torch.Tensor = _loaded().encode_pack(rows, codec)

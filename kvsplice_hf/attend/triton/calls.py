@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kvsplice_hf.attend.backend import CodedKeys
 from kvsplice_hf.attend.triton.attention import attend_kernel
 from kvsplice_hf.attend.triton.blocks import limits_of
-from kvsplice_hf.attend.triton.checks import check_shapes
+from kvsplice_hf.attend.triton.checks import check_keys, check_shapes
 from kvsplice_hf.attend.triton.launch import (
     PACKED_ROWS,
     Problem,
@@ -98,14 +99,18 @@ def attend_packed(
     scaling: float | None = None,
     lengths: torch.Tensor | None = None,
     input_precision: str = "ieee",
+    keys: CodedKeys | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_rows` on rows that `codec` packed, without unpacking them in memory.
 
     Args:
-        query: [B, M, n]. Products are taken in its type.
+        query: [B, M, n]; [B, M, r + P] with `keys`, the last P numbers rotated. Products are taken in its type.
         packed: uint8 [B, S, row_bytes], the last dimension contiguous. The others may have any strides.
         codec: the codec of the rows, on the same device.
         value_dim, bias, splits, scaling, lengths, input_precision: see `attend_rows`.
+        keys: how the keys of rows `[code | key code]` are read, where they were coded before their rotation; value_dim
+            is the r numbers of the code. At most 128 numbers of a key; the table's lines are contiguous, slots may have
+            any strides. A slot beside the table reads its first or last one.
 
     Returns:
         As `attend_rows`, of `codec.unpack(packed)`.
@@ -115,14 +120,16 @@ def attend_packed(
         UnsupportedError: a CPU tensor outside the interpreter, or one that needs gradients.
     """
     _check_device(query)
-    if packed.dtype != torch.uint8 or query.shape[-1] != codec.row_dim:
+    row_dim = codec.row_dim if keys is None else codec.row_dim - keys.expand.shape[-1] + keys.expand.shape[0]
+    if packed.dtype != torch.uint8 or query.shape[-1] != row_dim:
         raise ConfigError(
             f"Got packed rows of {packed.dtype} and queries of {query.shape[-1]} numbers; this codec needs torch.uint8 "
-            f"and {codec.row_dim}."
+            f"and {row_dim}."
         )
     check_shapes(query, packed, codec.row_bytes, value_dim, bias, splits, lengths, input_precision)
+    check_keys(keys, packed, codec, value_dim)
     query = _scaled(query, scaling)
-    return _attend(Problem(query, packed, codec, value_dim, bias, lengths, query.dtype, input_precision), splits)
+    return _attend(Problem(query, packed, codec, value_dim, bias, lengths, query.dtype, input_precision, keys), splits)
 
 
 def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:

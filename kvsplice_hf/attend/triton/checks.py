@@ -2,7 +2,10 @@
 
 import torch
 
-from kvsplice_hf.attend.triton.pieces import PIECES, WIDEST
+from kvsplice_hf.attend.backend import CodedKeys
+from kvsplice_hf.attend.triton.pieces import PIECES, WIDEST, WIDEST_KEY
+from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.keys import TURN_DTYPE
 from kvsplice_hf.errors import ConfigError
 
 
@@ -50,6 +53,53 @@ def check_shapes(
         raise ConfigError(f"Got {splits} splits; at least one is needed.")
     if input_precision not in ("ieee", "tf32"):
         raise ConfigError(f"Got input_precision {input_precision!r}; it must be 'ieee' or 'tf32'.")
+
+
+def check_keys(keys: CodedKeys | None, rows: torch.Tensor, codec: RowCodec, value_dim: int) -> None:
+    """Refuse keys that the attention kernel does not read from packed rows, whose shape is checked already.
+
+    Raises:
+        ConfigError: shapes, dtypes, strides or devices other than those of `CodedKeys`, or gains of other coordinates.
+    """
+    if keys is None:
+        if len(codec.key_sigmas):
+            raise ConfigError("Got rows whose keys have a gain of their own; those were coded before their rotation.")
+        return
+    expand, mean, pairs, table, slots = keys
+    if expand.dim() != 2 or not 0 < expand.shape[1] <= expand.shape[0] <= WIDEST_KEY or expand.shape[0] % 2:
+        raise ConfigError(f"Got expand {list(expand.shape)}; needed [P, p], 0 < p <= P <= {WIDEST_KEY}, P even.")
+    rope_dim, numbers = expand.shape
+    if mean.shape != (rope_dim,) or not (expand.is_floating_point() and mean.is_floating_point()):
+        raise ConfigError(
+            f"Got expand {expand.dtype}, mean {mean.dtype} {list(mean.shape)}; needed floats [{rope_dim}]."
+        )
+    if pairs.dtype != torch.int64 or pairs.shape != (3, rope_dim // 2) or not pairs.is_contiguous():
+        raise ConfigError(
+            f"Got pairs {pairs.dtype} {list(pairs.shape)}; needed int64 [3, {rope_dim // 2}], contiguous."
+        )
+    if table.dtype != TURN_DTYPE or table.dim() != 2 or table.shape[0] != rope_dim // 2 or table.shape[1] == 0:
+        raise ConfigError(
+            f"Got a table {table.dtype} {list(table.shape)}; needed {TURN_DTYPE} [{rope_dim // 2}, slots]."
+        )
+    if table.stride(1) != 1 and table.shape[1] > 1:
+        raise ConfigError(f"Got a table of strides {table.stride()}; each line must lie side by side.")
+    if slots.dtype != torch.int32 or slots.shape != rows.shape[:2]:
+        raise ConfigError(f"Got slots {slots.dtype} {list(slots.shape)}; needed int32 {list(rows.shape[:2])}.")
+    devices = {tensor.device for tensor in (rows, *keys)}
+    if len(devices) > 1:
+        raise ConfigError(f"Got rows and keys on {sorted(map(str, devices))}; they must be on one device.")
+    _check_gains(codec, value_dim, numbers)
+
+
+def _check_gains(codec: RowCodec, value_dim: int, numbers: int) -> None:
+    if codec.row_dim != value_dim + numbers:
+        raise ConfigError(f"Got rows of {codec.row_dim} numbers; needed {value_dim} of a value and {numbers} of a key.")
+    gained, key_gained = len(codec.sigmas), len(codec.key_sigmas)
+    if gained > value_dim or (key_gained and gained != value_dim):
+        raise ConfigError(
+            f"Got gains of {gained} and {key_gained} coordinates; the first must not reach behind the {value_dim} of "
+            "the value, and must reach over all of them where keys have a gain of their own."
+        )
 
 
 def _bias_fits(bias: torch.Tensor, batch: int, queries: int, count: int) -> bool:

@@ -11,8 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kvsplice_hf.attend.backend import CodedKeys
 from kvsplice_hf.attend.triton.attention import attend_kernel
 from kvsplice_hf.attend.triton.blocks import Blocks, Limits, choose_blocks, choose_splits
+from kvsplice_hf.attend.triton.coded_keys import key_arguments, key_settings
 from kvsplice_hf.attend.triton.merging import merge_kernel
 from kvsplice_hf.attend.triton.packing import pack_kernel
 from kvsplice_hf.attend.triton.pieces import PIECES, pieces_of
@@ -52,11 +54,12 @@ class Problem(NamedTuple):
     """What attention is asked for.
 
     Attributes:
-        query: [B, M, n], contiguous, its factor applied.
+        query: [B, M, n], contiguous, its factor applied; [B, M, r + P] with `keys`.
         rows: [B, S, n], or packed uint8 [B, S, row_bytes] of `codec`.
         codec: None where rows are numbers.
         value_dim, bias, lengths, input_precision: see `calls.attend_rows`.
         dtype: of products.
+        keys: how the keys of packed rows `[code of r numbers | key code]` are read, coded before their rotation.
     """
 
     query: torch.Tensor
@@ -67,6 +70,12 @@ class Problem(NamedTuple):
     lengths: torch.Tensor | None
     dtype: torch.dtype
     input_precision: str = "ieee"
+    keys: CodedKeys | None = None
+
+    @property
+    def read_dim(self) -> int:
+        """The numbers of a row that are read as they are: n, or r with `keys`."""
+        return self.query.shape[-1] if self.keys is None else self.value_dim
 
 
 def blocks_for(problem: Problem, limits: Limits) -> Blocks:
@@ -83,8 +92,8 @@ def splits_for(problem: Problem, blocks: Blocks, limits: Limits) -> int:
 
 def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: torch.Tensor) -> Launch:
     """The attention kernel, writing means [B, M, splits, v] and log-sum-exp [B, M, splits]."""
-    query, rows, codec, value_dim, bias, lengths, dtype, input_precision = problem
-    batch, queries, n = query.shape
+    query, rows, codec, value_dim, bias, lengths, dtype, input_precision, keys = problem
+    batch, queries, n = *query.shape[:2], problem.read_dim
     gained = 0 if codec is None else len(codec.sigmas)
     arguments = (
         query,
@@ -93,7 +102,7 @@ def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: to
         lengths,
         mixed,
         lse,
-        *_codec_arguments(codec),
+        *_codec_arguments(codec, n),
         queries,
         rows.shape[1],
         n,
@@ -102,13 +111,15 @@ def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: to
         rows.stride(0),
         rows.stride(1),
         *_bias_strides(bias),
+        *key_arguments(keys, codec, n, dtype),
     )
     settings = {
         "HAS_BIAS": bias is not None,
         "HAS_LENGTHS": lengths is not None,
         "PACKED": codec is not None,
         "HAS_GAIN": gained > 0,
-        **_piece_settings(pieces_of(n), value_dim, codec),
+        **_piece_settings(pieces_of(n, keys is not None), value_dim, codec, n),
+        **key_settings(keys, codec, n),
         "BLOCK_M": blocks.queries,
         "BLOCK_S": blocks.rows,
         "DTYPE": _DTYPES[dtype],
@@ -151,20 +162,26 @@ def pack_launch(rows: torch.Tensor, packed: torch.Tensor, codec: RowCodec, most_
         tables.stretches,
         *members,
         *(len(coordinates) for coordinates in members),
+        *((codec.key_sigmas, len(codec.key_sigmas)) if len(codec.key_sigmas) else (None, None)),
     )
-    settings = {"HAS_GAIN": len(codec.sigmas) > 0, "BLOCK_R": block, "BLOCK": _PACKED_COORDINATES}
+    settings = {
+        "HAS_GAIN": len(codec.sigmas) > 0,
+        "HAS_KEY_GAIN": len(codec.key_sigmas) > 0,
+        "BLOCK_R": block,
+        "BLOCK": _PACKED_COORDINATES,
+    }
     return Launch(pack_kernel, (triton.cdiv(count, block),), arguments, settings)
 
 
-def _codec_arguments(codec: RowCodec | None) -> tuple[torch.Tensor | None, ...]:
+def _codec_arguments(codec: RowCodec | None, read_dim: int) -> tuple[torch.Tensor | None, ...]:
     if codec is None:
         return (None,) * 5
-    tables = tables_of(codec)
+    tables = tables_of(codec, read_dim)
     return tables.layout, codec.scales, codec.centres, codec._levels, tables.gains
 
 
-def _piece_settings(pieces: tuple[int, ...], value_dim: int, codec: RowCodec | None) -> dict[str, Any]:
-    planes = (0,) * PIECES if codec is None else tables_of(codec).planes
+def _piece_settings(pieces: tuple[int, ...], value_dim: int, codec: RowCodec | None, read_dim: int) -> dict[str, Any]:
+    planes = (0,) * PIECES if codec is None else tables_of(codec, read_dim).planes
     settings: dict[str, Any] = {f"D{index}": piece for index, piece in enumerate(pieces)}
     settings |= {f"PLANES{index}": plane for index, plane in enumerate(planes)}
     # What only scores (the rotated key) needs no mean.

@@ -1,6 +1,6 @@
 """The packing kernel: `RowCodec.pack` in one pass, a few rows per program.
 
-Legend: `n` numbers of a row, of which the first `gained` share a gain.
+Legend: `n` numbers of a row, of which the first `gained` share a gain, and perhaps those up to `last` another.
 """
 # mypy: allow-untyped-defs
 
@@ -24,11 +24,16 @@ def _asinh(x):
 
 
 @triton.jit
-def _codes(base, mine, coordinates, n, gained, factor, layout, scales, centres, bends, stretches):
+def _codes(base, mine, coordinates, n, gains, tables, HAS_KEY_GAIN: tl.constexpr):
     """The codes int32 [BLOCK_R, D] of the numbers at `coordinates` of some rows: `RowCodec.quantise`, step by step."""
+    gained, factor, last, key_factor = gains
+    layout, scales, centres, bends, stretches = tables
     number = tl.load(base[:, None] + coordinates[None, :], mask=mine, other=0.0).to(tl.float32)
     scale = tl.load(scales + coordinates)[None, :]
-    scale = tl.where((coordinates < gained)[None, :], factor[:, None] * scale, scale)
+    own = scale
+    if HAS_KEY_GAIN:
+        own = tl.where((coordinates < last)[None, :], key_factor[:, None] * scale, scale)
+    scale = tl.where((coordinates < gained)[None, :], factor[:, None] * scale, own)
     unit = tl.div_rn(number - tl.load(centres + coordinates)[None, :], scale)
     bend = tl.load(bends + coordinates)
     stretched = _asinh(unit * tl.load(stretches + coordinates)[None, :])
@@ -48,17 +53,16 @@ def _pack_plane(
     members,
     size,
     n,
-    gained,
-    factor,
-    layout,
-    scales,
-    centres,
-    bends,
-    stretches,
+    gains,
+    tables,
+    HAS_KEY_GAIN: tl.constexpr,
     FIELD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the plane of `FIELD`-bit fields, those of the coordinates `members` [size]; returns where it ends."""
+    """Write the plane of `FIELD`-bit fields, those of the coordinates `members` [size]; returns where it ends.
+
+    `gains` and `tables` are those that `_codes` takes apart.
+    """
     bytes_ = (size * FIELD + 7) // 8
     for first in range(0, bytes_, BLOCK):
         at = first + tl.arange(0, BLOCK)
@@ -68,8 +72,8 @@ def _pack_plane(
             inside = (at < bytes_) & (member < size)
             coordinates = tl.load(members + member, mask=inside, other=0)
             mine = held[:, None] & inside[None, :]
-            code = _codes(base, mine, coordinates, n, gained, factor, layout, scales, centres, bends, stretches)
-            shift = tl.load(layout + WIDTH * n + coordinates) & ~(2 * FIELD - 1)
+            code = _codes(base, mine, coordinates, n, gains, tables, HAS_KEY_GAIN)
+            shift = tl.load(tables[0] + WIDTH * n + coordinates) & ~(2 * FIELD - 1)
             bits = (code >> shift[None, :]) & (2**FIELD - 1)
             byte += tl.where(mine, bits << (slot * FIELD), 0)
         tl.store(out[:, None] + at[None, :], byte.to(tl.uint8), mask=held[:, None] & (at < bytes_)[None, :])
@@ -136,7 +140,10 @@ def pack_kernel(
     size4,
     size2,
     size1,
+    key_sigmas,
+    key_gained,
     HAS_GAIN: tl.constexpr,
+    HAS_KEY_GAIN: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -151,17 +158,17 @@ def pack_kernel(
         tl.store(out, gain.to(tl.uint8), mask=held)
         factor = tl.load(gains + gain)
         out += 1
+    key_factor, last = factor, gained
+    if HAS_KEY_GAIN:
+        gain = _gain_bytes(base + gained, held, key_gained, centres + gained, key_sigmas, BLOCK)
+        tl.store(out, gain.to(tl.uint8), mask=held)
+        key_factor = tl.load(gains + gain)
+        last += key_gained
+        out += 1
     out = _pack_raw(base, out, held, members16, size16, BLOCK)
+    of_row, tables = (gained, factor, last, key_factor), (layout, scales, centres, bends, stretches)
     # A code of several fields is computed for each of them. That is cheaper than to exchange codes between threads.
-    out = _pack_plane(
-        base, out, held, members8, size8, n, gained, factor, layout, scales, centres, bends, stretches, 8, BLOCK
-    )
-    out = _pack_plane(
-        base, out, held, members4, size4, n, gained, factor, layout, scales, centres, bends, stretches, 4, BLOCK
-    )
-    out = _pack_plane(
-        base, out, held, members2, size2, n, gained, factor, layout, scales, centres, bends, stretches, 2, BLOCK
-    )
-    _pack_plane(
-        base, out, held, members1, size1, n, gained, factor, layout, scales, centres, bends, stretches, 1, BLOCK
-    )
+    out = _pack_plane(base, out, held, members8, size8, n, of_row, tables, HAS_KEY_GAIN, 8, BLOCK)
+    out = _pack_plane(base, out, held, members4, size4, n, of_row, tables, HAS_KEY_GAIN, 4, BLOCK)
+    out = _pack_plane(base, out, held, members2, size2, n, of_row, tables, HAS_KEY_GAIN, 2, BLOCK)
+    _pack_plane(base, out, held, members1, size1, n, of_row, tables, HAS_KEY_GAIN, 1, BLOCK)

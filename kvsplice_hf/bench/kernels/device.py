@@ -64,7 +64,8 @@ def _attention_off(case: Case, device: str) -> Row:
     problem = case.problem(device, empty=False)
     query, rows, codec, value_dim, bias = problem[:5]
     numbers = rows if codec is not None else rows.float()
-    expected = reference.attend(query.float(), numbers, codec, value_dim, None if bias is None else bias[:, None])
+    of_heads = None if bias is None else bias[:, None]
+    expected = reference.attend(query.float(), numbers, codec, value_dim, of_heads, keys=problem.keys)
     off = 0.0
     for splits in (None, _SPLITS):
         mixed, lse = _attend(problem, splits)
@@ -76,7 +77,7 @@ def _attend(problem: Problem, splits: int | None = None) -> tuple[torch.Tensor, 
     query, rows, codec, value_dim, bias = problem[:5]
     if codec is None:
         return calls.attend_rows(query, rows, value_dim, bias, splits)
-    return calls.attend_packed(query, rows, codec, value_dim, bias, splits)
+    return calls.attend_packed(query, rows, codec, value_dim, bias, splits, keys=problem.keys)
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -85,7 +86,7 @@ def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _codes_off(case: Case, device: str) -> Row:
-    codec = packed_codec(case.shape).to(device)
+    codec = packed_codec(case.shape, case.kind).to(device)
     count = 1 if case.phase == "decode" else case.rows
     generator = torch.Generator("cpu").manual_seed(0)
     rows = torch.randn(count, codec.row_dim, generator=generator, dtype=torch.float32, device="cpu")

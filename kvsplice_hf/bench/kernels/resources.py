@@ -17,7 +17,7 @@ from kvsplice_hf.attend.triton.compilation import (
     limit_excesses,
     resources_of,
 )
-from kvsplice_hf.bench.kernels.shapes import DTYPES, Case
+from kvsplice_hf.bench.kernels.shapes import DTYPES, PACKED_KINDS, Case
 
 
 Row = dict[str, Any]
@@ -51,7 +51,7 @@ def compiled_row(case: Case, target: str) -> Row:
 
 def spills_allowed(case: Case, target: str) -> int:
     """Bytes of a thread that may be spilled."""
-    rows = "packed" if case.kind == "packed" else "unquantised"
+    rows = case.kind if case.kind in PACKED_KINDS else "unquantised"
     bits = torch.finfo(DTYPES[case.dtype]).bits
     return KNOWN_SPILLS.get((target, rows, bits), SPILLED) if case.kernel == "attend" else SPILLED
 
@@ -79,7 +79,7 @@ def _line_of(row: Row) -> tuple[str, ...]:
         return "attend", row["kind"], str(row["n"]), bits, row["phase"]
     if row["kernel"] == "merge":
         return "merge", "any", "any", "32 bits", f"{row['rows']:,} rows"
-    return "pack", "packed", str(row["n"]), bits, row["phase"]
+    return "pack", row["kind"], str(row["n"]), bits, row["phase"]
 
 
 def _cell(found: Resources | None) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from kvsplice_hf.attend.backend import CodedKeys
 from kvsplice_hf.attend.triton.blocks import Limits
 from kvsplice_hf.attend.triton.launch import (
     PACKED_ROWS,
@@ -23,13 +24,17 @@ from kvsplice_hf.attend.triton.launch import (
 )
 from kvsplice_hf.bench.geometries import GEOMETRIES
 from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.keys import half_pairs, turns_of
 from kvsplice_hf.code.widths import row_bytes
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KERNELS = ("attend", "merge", "pack")
-# What a cache holds: rows of R + P numbers, of R / 2 + P, and packed rows of a quarter of the stock bytes in bf16.
-KINDS = ("full rank", "half rank", "packed")
+# What a cache holds: rows of R + P numbers, of R / 2 + P, and packed rows of a quarter of the stock bytes in bf16, also
+# with keys that were coded before their rotation.
+CODED_KEYS = "coded keys"
+KINDS = ("full rank", "half rank", "packed", CODED_KEYS)
+PACKED_KINDS = ("packed", CODED_KEYS)
 PHASES = ("decode", "prefill")
 ROWS = 4096
 LONG_CONTEXT = 131072
@@ -91,12 +96,29 @@ def calibrated_widths(shape: RowShape) -> torch.Tensor:
 
 
 @functools.cache
-def packed_codec(shape: RowShape) -> RowCodec:
-    """The codec of such a model's rows, on the CPU, for coordinates around 0 of size 1."""
+def packed_codec(shape: RowShape, kind: str = "packed") -> RowCodec:
+    """The codec of such a model's rows, on the CPU, for coordinates around 0 of size 1.
+
+    Codes of keys are as long as the keys, and have a gain of their own.
+    """
     n = shape.row_dim
     scales = torch.full((n,), 3.0, dtype=torch.float32, device="cpu")
     sigmas = torch.ones(shape.latent_dim, dtype=torch.float32, device="cpu")
-    return RowCodec(calibrated_widths(shape), scales, torch.zeros_like(scales), sigmas)
+    key_sigmas = torch.ones(shape.rope_dim, dtype=torch.float32, device="cpu") if kind == CODED_KEYS else None
+    return RowCodec(calibrated_widths(shape), scales, torch.zeros_like(scales), sigmas, key_sigmas)
+
+
+def coded_keys(shape: RowShape, rows: int, device: str) -> CodedKeys:
+    """How the keys of such rows are read: each has a slot of its own, and lies where its position would have it."""
+    pairs = shape.rope_dim // 2
+    basis = torch.eye(shape.rope_dim, dtype=torch.float32, device="cpu").roll(1, 0)
+    mean = torch.ones(shape.rope_dim, dtype=torch.float32, device="cpu")
+    frequencies = torch.logspace(0, -4, pairs, dtype=torch.float64, device="cpu")
+    angles = torch.arange(rows, dtype=torch.float64, device="cpu")[:, None] * frequencies
+    of_key = half_pairs(torch.arange(pairs, dtype=torch.int64, device="cpu"))
+    table = turns_of((angles.cos(), angles.sin()), of_key[2]).T.contiguous()
+    slots = torch.arange(rows, dtype=torch.int32, device="cpu")[None]
+    return CodedKeys(*(tensor.to(device) for tensor in (basis, mean, of_key, table, slots)))
 
 
 class Case(NamedTuple):
@@ -142,18 +164,20 @@ class Case(NamedTuple):
                 return torch.empty(sizes, dtype=torch.float32, device=device)
             return torch.randn(sizes, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
-        query, rows = numbers(1, self.queries, n) / n**0.5, numbers(1, self.rows, n)
+        query, rows = (numbers(1, self.queries, n) / n**0.5).to(dtype), numbers(1, self.rows, n)
         bias = numbers(1, self.queries // self.shape.heads, self.rows) if self.biased else None
-        if self.kind != "packed":
-            return Problem(query.to(dtype), rows.to(dtype), None, self.shape.latent_dim, bias, None, dtype)
-        codec = packed_codec(self.shape).to(device)
+        value_dim = self.shape.latent_dim
+        if self.kind not in PACKED_KINDS:
+            return Problem(query, rows.to(dtype), None, value_dim, bias, None, dtype)
+        codec = packed_codec(self.shape, self.kind).to(device)
         packed = rows.new_empty(1, self.rows, codec.row_bytes, dtype=torch.uint8) if empty else codec.pack(rows)
-        return Problem(query.to(dtype), packed, codec, self.shape.latent_dim, bias, None, dtype)
+        keys = coded_keys(self.shape, self.rows, device) if self.kind == CODED_KEYS else None
+        return Problem(query, packed, codec, value_dim, bias, None, dtype, keys=keys)
 
     def launch(self, limits: Limits) -> Launch:
         """Its launch on a device with such limits, of tensors on the CPU that hold nothing."""
         if self.kernel == "pack":
-            codec = packed_codec(self.shape)
+            codec = packed_codec(self.shape, self.kind)
             count = 1 if self.phase == "decode" else self.rows
             rows = torch.empty(count, codec.row_dim, dtype=DTYPES[self.dtype], device="cpu")
             return pack_launch(rows, rows.new_empty(count, codec.row_bytes, dtype=torch.uint8), codec, PACKED_ROWS)
@@ -180,5 +204,5 @@ def cases(names: Sequence[str], rows: int = ROWS) -> Iterator[Case]:
             yield Case("attend", name, kind, dtype, "prefill", biased=True, rows=rows)
     for name, kind, count in itertools.product(names, ("full rank", "half rank"), (rows, LONG_CONTEXT)):
         yield Case("merge", name, kind, "float32", "decode", rows=count)
-    for name, dtype, phase in itertools.product(names, DTYPES, PHASES):
-        yield Case("pack", name, "packed", dtype, phase, rows=rows)
+    for name, kind, dtype, phase in itertools.product(names, PACKED_KINDS, DTYPES, PHASES):
+        yield Case("pack", name, kind, dtype, phase, rows=rows)
