@@ -19,13 +19,13 @@ namespace kvsplice {
 
 constexpr float kLowest = -FLT_MAX;
 
-// The parts of the working memory: queries as rows want them, for each sequence; what they score on the centres, [B,
-// M]; and the sums of each part of the rows, see `Partial`.
+// The parts of the working memory: how keys are read; queries as rows want them, for each sequence; what they score on
+// the centres, [B, M]; and the sums of each part of the rows, see `Partial`.
 inline int64_t turned_size(const Problem& problem) {
   return with_rows(problem, [&]<class Rows>() { return Rows::turned_size(problem); });
 }
 inline float* turned_of(const Problem& problem, int64_t sequence) {
-  return problem.room + sequence * turned_size(problem);
+  return problem.room + folded_size(problem.keys, problem.codec) + sequence * turned_size(problem);
 }
 inline float* constants_of(const Problem& problem) { return turned_of(problem, problem.batch); }
 inline float* partials_of(const Problem& problem) { return constants_of(problem) + problem.batch * problem.queries; }
@@ -34,7 +34,8 @@ inline float* partials_of(const Problem& problem) { return constants_of(problem)
 inline int64_t sums_of(const Problem& problem) { return round_up(problem.mixed, 2 * kLanes); }
 
 inline int64_t room_of(const Problem& problem) {
-  return problem.batch * (turned_size(problem) + problem.queries * (1 + problem.splits * (sums_of(problem) + 2)));
+  return folded_size(problem.keys, problem.codec) +
+         problem.batch * (turned_size(problem) + problem.queries * (1 + problem.splits * (sums_of(problem) + 2)));
 }
 
 inline Partial partial_of(const Problem& problem, int64_t sequence, int64_t split) {
@@ -148,7 +149,9 @@ void turn_query(const Problem& problem, int64_t sequence, int64_t query) {
   const float* from = problem.query + (sequence * problem.queries + query) * problem.dim;
   Rows::turn(problem, from, query, turned_of(problem, sequence));
   float constant = 0;
-  for (int64_t number = 0; problem.kind == kPacked && number < problem.dim; ++number) {
+  // Where keys were coded before their rotation, the centres of their codes are in their mean.
+  const int64_t centred = problem.kind != kPacked ? 0 : problem.keys.dim ? problem.values : problem.dim;
+  for (int64_t number = 0; number < centred; ++number) {
     constant += from[number] * problem.codec.base(number);
   }
   constants_of(problem)[sequence * problem.queries + query] = constant * static_cast<float>(problem.scaling);
@@ -180,8 +183,8 @@ inline void merge(const Problem& problem, int64_t sequence, int64_t query) {
   }
   for (int64_t number = 0; number < problem.values; ++number) output[number] = problem.codec.base(number);
   for (int64_t column = 0; column < problem.mixed; ++column) {
-    const int64_t number = problem.codec.index[column];
-    if (number < problem.values) output[number] += sums[column] / total * problem.codec.scale(column);
+    const int64_t as_read = problem.codec_column(column), number = problem.codec.index[as_read];
+    if (number < problem.values) output[number] += sums[column] / total * problem.codec.scale(as_read);
   }
 }
 
@@ -189,6 +192,7 @@ inline void merge(const Problem& problem, int64_t sequence, int64_t query) {
 template <class Rows>
 bool attend(const Problem& problem) {
   bool done = true;
+  if (problem.keys.dim) fold_keys<typename Rows::Kind>(problem.keys, problem.codec, problem.values, problem.room);
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < problem.batch * problem.queries; ++row) {
     turn_query<Rows>(problem, row / problem.queries, row % problem.queries);

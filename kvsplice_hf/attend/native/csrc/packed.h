@@ -18,10 +18,11 @@ struct Field {
 };
 
 // The rows of one codec. A column is `sinh(slope * code + start)`, times the gain of the row for the first `gained`
-// ones; behind them come `raw` columns of bf16 numbers. Number `index[i]` of a row is its base and `scale(i)` times
-// column i.
+// ones, and times that of its key for the next `key_gained`; behind them come `raw` columns of bf16 numbers, the first
+// `gained_raw` of which are of numbers that the gain is taken from. Number `index[i]` of a row is its base and
+// `scale(i)` times column i.
 struct Codec {
-  int64_t coded, raw, gained, has_gain, row_bytes;
+  int64_t coded, raw, gained, key_gained, gained_raw, has_gain, has_key_gain, row_bytes;
   const Field* fields;                     // [coded, kMostFields]; 0 bits where a code has fewer
   const float *slopes, *starts, *reaches;  // [coded]; the reach is the sinh at the largest level
   const float* gains;                      // of each byte, [256]
@@ -30,6 +31,7 @@ struct Codec {
   const uint8_t* widths;                   // [n]
 
   float scale(int64_t column) const { return column < coded ? scales[index[column]] / reaches[column] : 1.0f; }
+  int64_t gain_bytes() const { return has_gain + has_key_gain; }
   float base(int64_t number) const { return widths[number] == 16 ? 0.0f : centres[number]; }
 };
 
@@ -163,22 +165,27 @@ class Levels {
   Floats table_[4];
 };
 
-// Columns [coded + raw, kStrip] of lines.
-template <class Number>
-void lines_to_columns(const Codec& codec, const uint8_t* lines, Number* columns) {
+// Columns of levels from `first` up to `last`, each [kStrip] at `at(column)`.
+template <class At>
+void coded_columns(const Codec& codec, const uint8_t* lines, int64_t first, int64_t last, At&& at) {
   Levels levels;
-  for (int64_t column = 0; column < codec.coded; ++column, columns += kStrip) {
+  for (int64_t column = first; column < last; ++column) {
     alignas(64) uint8_t codes[kStrip];
     store(codes, codes_of(codec.fields + column * kMostFields, lines));
     levels.prepare(codec.slopes[column], codec.starts[column], codec.widths[codec.index[column]]);
-    levels.write(codes, columns);
+    levels.write(codes, at(column));
   }
-  const uint8_t* line = lines + codec.has_gain * kStrip;
-  for (int64_t column = 0; column < codec.raw; ++column, columns += kStrip, line += 2 * kStrip) {
+}
+
+// The same of bf16 numbers, counted from the first of them.
+template <class At>
+void raw_columns(const Codec& codec, const uint8_t* lines, int64_t first, int64_t last, At&& at) {
+  for (int64_t column = first; column < last; ++column) {
+    const uint8_t* line = lines + (codec.gain_bytes() + 2 * column) * kStrip;
     for (int row = 0; row < kStrip; row += kLanes) {
       const Ints low = from_bytes(load<Bytes>(line + row));
       const Ints high = from_bytes(load<Bytes>(line + kStrip + row));
-      put(columns + row, (Floats)((low << 16) | (high << 24)));
+      put(at(column) + row, (Floats)((low << 16) | (high << 24)));
     }
   }
 }
