@@ -67,6 +67,7 @@ def keys_of(
         table_slots=table.shape[1],
         slots=slots.data_ptr(),
         slots_stride=slots.stride(0),
+        room=0,
     )
 
 

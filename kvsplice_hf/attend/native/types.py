@@ -63,6 +63,7 @@ class Keys(NamedTuple):
     table_slots: int
     slots: int
     slots_stride: int
+    room: int
 
 
 class Problem(NamedTuple):
@@ -179,7 +180,7 @@ class Encoding(NamedTuple):
 _NO_CODEC = Codec(*[0] * len(Codec._fields))
 _NO_PACKER = Packer(_NO_CODEC, 0, 0, 0, 0, 0)
 _NO_NUMBERS = Numbers(0, 0)
-NO_KEYS = Keys(0, 0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0, 0, 0, 0)
+NO_KEYS = Keys(0, 0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0, 0, 0, 0, 0)
 NO_KEY_CODING = KeyCoding(0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0)
 
 

@@ -19,13 +19,13 @@ namespace kvsplice {
 
 constexpr float kLowest = -FLT_MAX;
 
-// The parts of the working memory: how keys are read; queries as rows want them, for each sequence; what they score on
-// the centres, [B, M]; and the sums of each part of the rows, see `Partial`.
+// The parts of the working memory: queries as rows want them, for each sequence; what they score on the centres, [B,
+// M]; the sums of each part of the rows, see `Partial`; and how keys are read.
 inline int64_t turned_size(const Problem& problem) {
   return with_rows(problem, [&]<class Rows>() { return Rows::turned_size(problem); });
 }
 inline float* turned_of(const Problem& problem, int64_t sequence) {
-  return problem.room + folded_size(problem.keys, problem.codec) + sequence * turned_size(problem);
+  return problem.room + sequence * turned_size(problem);
 }
 inline float* constants_of(const Problem& problem) { return turned_of(problem, problem.batch); }
 inline float* partials_of(const Problem& problem) { return constants_of(problem) + problem.batch * problem.queries; }
@@ -33,9 +33,17 @@ inline float* partials_of(const Problem& problem) { return constants_of(problem)
 // Numbers of the sums of a query: whole vectors, in pairs where two are mixed at a time.
 inline int64_t sums_of(const Problem& problem) { return round_up(problem.mixed, 2 * kLanes); }
 
+inline int64_t room_without_keys(const Problem& problem) {
+  return problem.batch * (turned_size(problem) + problem.queries * (1 + problem.splits * (sums_of(problem) + 2)));
+}
+
 inline int64_t room_of(const Problem& problem) {
-  return folded_size(problem.keys, problem.codec) +
-         problem.batch * (turned_size(problem) + problem.queries * (1 + problem.splits * (sums_of(problem) + 2)));
+  return room_without_keys(problem) + folded_size(problem.keys, problem.codec);
+}
+
+inline void set_room(Problem& problem, float* room) {
+  problem.room = room;
+  problem.keys.room = room + room_without_keys(problem);
 }
 
 inline Partial partial_of(const Problem& problem, int64_t sequence, int64_t split) {
@@ -192,7 +200,7 @@ inline void merge(const Problem& problem, int64_t sequence, int64_t query) {
 template <class Rows>
 bool attend(const Problem& problem) {
   bool done = true;
-  if (problem.keys.dim) fold_keys<typename Rows::Kind>(problem.keys, problem.codec, problem.values, problem.room);
+  if (problem.keys.dim) fold_keys<typename Rows::Kind>(problem.keys, problem.codec, problem.values);
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < problem.batch * problem.queries; ++row) {
     turn_query<Rows>(problem, row / problem.queries, row % problem.queries);

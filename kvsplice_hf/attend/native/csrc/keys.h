@@ -23,6 +23,7 @@ struct Keys {
   int64_t table_stride, table_slots;
   const int32_t* slots;  // of each row, [B, S]
   int64_t slots_stride;  // from one sequence to the next
+  float* room;           // as many numbers as `folded_size` says
 
   // Turned keys come pair by pair: which number of a key is at `place`.
   int64_t number_of(int64_t place) const { return clamped(pairs[place % 2 * (dim / 2) + place / 2], dim); }
@@ -45,13 +46,13 @@ struct FoldedKeys {
   int32_t* counts;                                // of units with and without a gain, [groups, 2]
   float* rest;
 
-  FoldedKeys(const Keys& keys, const Codec& codec, float* room) {
+  FoldedKeys(const Keys& keys, const Codec& codec) {
     columns = codec.coded - codec.gained + codec.raw - codec.gained_raw;
     gained = codec.key_gained;
     groups = blocks_of(keys.dim / 2, kTurnedTogether);
     // As many as there are whatever is a unit: one may be half empty at the end of either kind.
     units_in_all = columns + 2;
-    means = room;
+    means = keys.room;
     weights = reinterpret_cast<uint32_t*>(means + groups * kDecodedTogether);
     masks = weights + groups * units_in_all * kDecodedTogether;
     places = reinterpret_cast<int32_t*>(masks + columns);
@@ -68,9 +69,8 @@ struct FoldedKeys {
   }
 };
 
-// In whole vectors, so that what is behind stays aligned.
 inline int64_t folded_size(const Keys& keys, const Codec& codec) {
-  return keys.dim ? round_up(FoldedKeys(keys, codec, nullptr).rest - static_cast<float*>(nullptr), 16) : 0;
+  return keys.dim ? FoldedKeys(keys, codec).rest - keys.room : 0;
 }
 
 // What a column adds to the number of a key that comes at `place`.
@@ -153,8 +153,8 @@ void fold_group(const Keys& keys, const Codec& codec, int64_t rank, const Folded
 
 // Called by all threads of a parallel region; `rank` numbers of a row are of its latent.
 template <class In>
-void fold_keys(const Keys& keys, const Codec& codec, int64_t rank, float* room) {
-  const FoldedKeys folded(keys, codec, room);
+void fold_keys(const Keys& keys, const Codec& codec, int64_t rank) {
+  const FoldedKeys folded(keys, codec);
 #pragma omp for schedule(static)
   for (int64_t column = 0; column < folded.columns; ++column) mark_column(keys, codec, rank, folded, column);
 #pragma omp single

@@ -214,7 +214,7 @@ class PackedRows {
     const Codec& codec = problem_.codec;
     const bool has_keys = problem_.keys.dim > 0;
     const int64_t coded = has_keys ? codec.gained : codec.coded, raw = has_keys ? codec.gained_raw : codec.raw;
-    const KeyReader<In> keys(problem_.keys, codec, problem_.room, key_memory_);
+    const KeyReader<In> keys(problem_.keys, codec, key_memory_);
     for (int64_t row = 0; row < tile_.count; row += kStrip) {
       Query* columns = columns_ + row / kStrip * strip_of(problem_);
       bytes_to_lines(rows_of(problem_, tile_) + row * problem_.row_stride, problem_.row_stride,

@@ -93,12 +93,12 @@ class KeyReader {
   // In numbers.
   static int64_t memory_size(const Keys& keys, const Codec& codec) {
     if (keys.dim == 0) return 0;
-    const int64_t columns = FoldedKeys(keys, codec, nullptr).columns + kSpare;
+    const int64_t columns = FoldedKeys(keys, codec).columns + kSpare;
     return kStrip + (columns * kStrip * sizeof(Query) + keys.dim * kStrip * sizeof(Bfloat16)) / sizeof(float);
   }
 
-  KeyReader(const Keys& keys, const Codec& codec, float* room, float* memory)
-      : keys_(keys), codec_(codec), folded_(keys, codec, room), gains_(memory) {
+  KeyReader(const Keys& keys, const Codec& codec, float* memory)
+      : keys_(keys), codec_(codec), folded_(keys, codec), gains_(memory) {
     columns_ = reinterpret_cast<Query*>(memory + kStrip);
     scratch_ = reinterpret_cast<Bfloat16*>(columns_ + (folded_.columns + kSpare) * kStrip);
   }
