@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -39,16 +40,33 @@ typedef uint8_t Line __attribute__((vector_size(kStrip)));
 typedef uint16_t Pairs __attribute__((vector_size(kStrip)));
 typedef uint64_t Words __attribute__((vector_size(kStrip)));
 
+// Where a processor looks up bytes, both halves of bf16 levels are looked up for a whole line at once. Rows are spread
+// over a line so that they come to lie in their order when the halves are put together.
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__)
+#define KVSPLICE_BYTE_TABLES 1
+#else
+#define KVSPLICE_BYTE_TABLES 0
+#endif
+template <class Number>
+constexpr bool kSpread = KVSPLICE_BYTE_TABLES && std::is_same_v<Number, Bfloat16>;
+
+// Which row is at a place of a line, for columns of this kind of numbers.
+template <class Number>
+constexpr int row_at(int place) {
+  return kSpread<Number> ? place / 16 * 8 + place % 8 + (place % 16 < 8 ? 0 : kStrip / 2) : place;
+}
+
 // The bytes of up to `kStrip` rows as one line per byte of a row, [bytes up to a multiple of kLinesAtOnce, kStrip].
 // Lines of missing rows repeat the last one.
 constexpr int kLinesAtOnce = 16;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-inline void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
+template <class Number>
+void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
   for (int64_t byte = 0; byte < row_bytes; byte += kLinesAtOnce) {
     // The last row may end where the memory does.
     const __mmask16 present = (1u << smaller(kLinesAtOnce, row_bytes - byte)) - 1;
-    const auto at = [&](int64_t row) {
-      return _mm_maskz_loadu_epi8(present, rows + smaller(row, count - 1) * stride + byte);
+    const auto at = [&](int place) {
+      return _mm_maskz_loadu_epi8(present, rows + smaller(row_at<Number>(place), count - 1) * stride + byte);
     };
     // Blocks of sixteen by sixteen bytes, four side by side.
     __m512i block[16];
@@ -77,7 +95,8 @@ inline void exchange(Words& low, Words& high, int shift, uint64_t mask) {
   low ^= differing << shift;
 }
 
-inline void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
+template <class Number>
+void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
   alignas(64) uint64_t words[8][8];
   for (int64_t byte = 0; byte < row_bytes; byte += 8) {
     const int64_t present = smaller(8, row_bytes - byte);
@@ -103,6 +122,21 @@ inline void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, i
 #endif
 
 // The codes of one column.
+#if defined(__GFNI__) && defined(__AVX512BW__)
+// A field is moved by a product of its byte with a matrix of bits, whose rows are the bits of the code.
+inline Line codes_of(const Field* fields, const uint8_t* lines) {
+  constexpr uint64_t kFirstRows[9] = {
+      0, uint64_t{0x01} << 56, uint64_t{0x0102} << 48, 0, uint64_t{0x01020408} << 32, 0, 0, 0, 0x0102040810204080};
+  Line codes = {};
+  for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
+    const Field& field = fields[index];
+    const __m512i matrix = _mm512_set1_epi64(kFirstRows[field.bits] << field.shift >> 8 * field.place);
+    const __m512i line = load<__m512i>(lines + field.byte * kStrip);
+    codes |= (Line)_mm512_gf2p8affine_epi64_epi8(line, matrix, 0);
+  }
+  return codes;
+}
+#else
 inline Line codes_of(const Field* fields, const uint8_t* lines) {
   Pairs codes = {};
   for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
@@ -113,6 +147,7 @@ inline Line codes_of(const Field* fields, const uint8_t* lines) {
   }
   return (Line)codes;
 }
+#endif
 
 // sinh(x) / x as a polynomial in x^2, for |x| up to the largest bend: see `kvsplice_hf.codec`.
 inline Floats sinh_of(Floats x) {
@@ -138,6 +173,12 @@ class Levels {
   }
 
   // The levels of kStrip codes.
+  template <class Number>
+  void write(Line codes, Number* to) const {
+    alignas(64) uint8_t bytes[kStrip];
+    store(bytes, codes);
+    write(bytes, to);
+  }
   template <class Number>
   void write(const uint8_t* codes, Number* to) const {
     switch (vectors_) {
@@ -165,23 +206,77 @@ class Levels {
   Floats table_[4];
 };
 
+#if KVSPLICE_BYTE_TABLES
+// The same as bf16, for codes that are spread.
+class SpreadLevels {
+ public:
+  void prepare(float slope, float start, int width) {
+    if (slope == slope_ && start == start_) return;
+    slope_ = slope, start_ = start;
+    levels_.prepare(slope, start, width);
+    is_table_ = 1 << width <= kStrip;
+    if (!is_table_) return;
+    alignas(64) uint8_t every[kStrip];
+    alignas(64) Bfloat16 levels[kStrip];
+    for (int code = 0; code < kStrip; ++code) every[code] = code & ((1 << width) - 1);
+    levels_.write(every, levels);
+    const __m512i front = load<__m512i>(levels), behind = load<__m512i>(levels + kStrip / 2);
+    const auto bytes = [](__m512i one, __m512i other) {
+      return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(one)), _mm512_cvtepi16_epi8(other), 1);
+    };
+    low_ = bytes(front, behind);
+    high_ = bytes(_mm512_srli_epi16(front, 8), _mm512_srli_epi16(behind, 8));
+  }
+
+  void write(Line codes, Bfloat16* to) const {
+    if (is_table_) {
+      return put_together(_mm512_permutexvar_epi8((__m512i)codes, low_), _mm512_permutexvar_epi8((__m512i)codes, high_),
+                          to);
+    }
+    alignas(64) uint8_t in_order[kStrip];
+    for (int place = 0; place < kStrip; ++place) in_order[row_at<Bfloat16>(place)] = codes[place];
+    levels_.write(in_order, to);
+  }
+
+  // Numbers of their spread bytes.
+  static void put_together(__m512i low, __m512i high, Bfloat16* to) {
+    store(to, _mm512_unpacklo_epi8(low, high));
+    store(to + kStrip / 2, _mm512_unpackhi_epi8(low, high));
+  }
+
+ private:
+  Levels levels_;
+  float slope_ = 0, start_ = 0;
+  bool is_table_ = false;
+  __m512i low_, high_;
+};
+#endif
+
 // Columns of levels from `first` up to `last`, each [kStrip] at `at(column)`.
-template <class At>
+template <class Number, class At>
 void coded_columns(const Codec& codec, const uint8_t* lines, int64_t first, int64_t last, At&& at) {
+#if KVSPLICE_BYTE_TABLES
+  std::conditional_t<kSpread<Number>, SpreadLevels, Levels> levels;
+#else
   Levels levels;
+#endif
   for (int64_t column = first; column < last; ++column) {
-    alignas(64) uint8_t codes[kStrip];
-    store(codes, codes_of(codec.fields + column * kMostFields, lines));
     levels.prepare(codec.slopes[column], codec.starts[column], codec.widths[codec.index[column]]);
-    levels.write(codes, at(column));
+    levels.write(codes_of(codec.fields + column * kMostFields, lines), at(column));
   }
 }
 
 // The same of bf16 numbers, counted from the first of them.
-template <class At>
+template <class Number, class At>
 void raw_columns(const Codec& codec, const uint8_t* lines, int64_t first, int64_t last, At&& at) {
   for (int64_t column = first; column < last; ++column) {
     const uint8_t* line = lines + (codec.gain_bytes() + 2 * column) * kStrip;
+#if KVSPLICE_BYTE_TABLES
+    if constexpr (kSpread<Number>) {
+      SpreadLevels::put_together(load<__m512i>(line), load<__m512i>(line + kStrip), at(column));
+      continue;
+    }
+#endif
     for (int row = 0; row < kStrip; row += kLanes) {
       const Ints low = from_bytes(load<Bytes>(line + row));
       const Ints high = from_bytes(load<Bytes>(line + kStrip + row));

@@ -217,17 +217,17 @@ class PackedRows {
     const KeyReader<In> keys(problem_.keys, codec, key_memory_);
     for (int64_t row = 0; row < tile_.count; row += kStrip) {
       Query* columns = columns_ + row / kStrip * strip_of(problem_);
-      bytes_to_lines(rows_of(problem_, tile_) + row * problem_.row_stride, problem_.row_stride,
-                     smaller(kStrip, tile_.count - row), codec.row_bytes, lines_);
-      coded_columns(codec, lines_, 0, coded, [&](int64_t column) { return columns + column * kStrip; });
-      raw_columns(codec, lines_, 0, raw, [&](int64_t column) { return columns + (coded + column) * kStrip; });
+      bytes_to_lines<Query>(rows_of(problem_, tile_) + row * problem_.row_stride, problem_.row_stride,
+                            smaller(kStrip, tile_.count - row), codec.row_bytes, lines_);
+      coded_columns<Query>(codec, lines_, 0, coded, [&](int64_t column) { return columns + column * kStrip; });
+      raw_columns<Query>(codec, lines_, 0, raw, [&](int64_t column) { return columns + (coded + column) * kStrip; });
       if (has_keys) {
         keys.read(lines_, tile_.sequence, tile_.first + row, smaller(kStrip, tile_.count - row),
                   columns + (coded + raw) * kStrip);
       }
       std::memset(columns + problem_.columns * kStrip, 0, kLanes * kStrip * sizeof(Query));
       for (int index = 0; index < kStrip; ++index) {
-        gains_[row + index] = codec.has_gain ? codec.gains[lines_[index]] : 1.0f;
+        gains_[row + row_at<Query>(index)] = codec.has_gain ? codec.gains[lines_[index]] : 1.0f;
       }
     }
   }

@@ -108,12 +108,12 @@ class KeyReader {
     const int64_t coded = codec_.coded - codec_.gained, gained = folded_.gained;
     const auto at = [&](int64_t column) { return columns_ + folded_.places[column] * kStrip; };
     clear_gaps();
-    coded_columns(codec_, lines, codec_.gained, codec_.coded,
-                  [&](int64_t column) { return at(column - codec_.gained); });
-    raw_columns(codec_, lines, codec_.gained_raw, codec_.raw,
-                [&](int64_t column) { return at(coded + column - codec_.gained_raw); });
+    coded_columns<Query>(codec_, lines, codec_.gained, codec_.coded,
+                         [&](int64_t column) { return at(column - codec_.gained); });
+    raw_columns<Query>(codec_, lines, codec_.gained_raw, codec_.raw,
+                       [&](int64_t column) { return at(coded + column - codec_.gained_raw); });
     for (int index = 0; index < kStrip && folded_.gained; ++index) {
-      gains_[index] = codec_.gains[lines[codec_.has_gain * kStrip + index]];
+      gains_[row_at<Query>(index)] = codec_.gains[lines[codec_.has_gain * kStrip + index]];
     }
     if constexpr (In::kInPairs) pair_columns(columns_, round_up(gained, 2) + round_up(folded_.columns - gained, 2));
     const Turns turns = turns_of(keys_, sequence, row, count, scratch_);
