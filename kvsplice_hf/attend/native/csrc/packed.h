@@ -121,32 +121,68 @@ void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t 
 }
 #endif
 
-// The codes of one column.
+// The codes of columns of one width, whose `fields` fields have the same places in a code.
 #if defined(__GFNI__) && defined(__AVX512BW__)
-// A field is moved by a product of its byte with a matrix of bits, whose rows are the bits of the code.
-inline Line codes_of(const Field* fields, const uint8_t* lines) {
-  constexpr uint64_t kFirstRows[9] = {
-      0, uint64_t{0x01} << 56, uint64_t{0x0102} << 48, 0, uint64_t{0x01020408} << 32, 0, 0, 0, 0x0102040810204080};
-  Line codes = {};
-  for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
-    const Field& field = fields[index];
-    const __m512i matrix = _mm512_set1_epi64(kFirstRows[field.bits] << field.shift >> 8 * field.place);
-    const __m512i line = load<__m512i>(lines + field.byte * kStrip);
-    codes |= (Line)_mm512_gf2p8affine_epi64_epi8(line, matrix, 0);
+// A field is moved by the product of its byte with a matrix of bits: the rows of that are the bits of the code, from
+// the last byte on. By bits of a field (1, 2, 4, 8), its place in the code, and its shift in the byte.
+struct Matrices {
+  uint64_t of[4][8][8] = {};
+
+  constexpr Matrices() {
+    for (int size = 0; size < 4; ++size) {
+      for (int place = 0; place + (1 << size) <= 8; ++place) {
+        for (int shift = 0; shift + (1 << size) <= 8; ++shift) {
+          for (int bit = 0; bit < 1 << size; ++bit) {
+            of[size][place][shift] |= uint64_t{1} << (8 * (7 - place - bit) + shift + bit);
+          }
+        }
+      }
+    }
   }
-  return codes;
-}
+};
+inline constexpr Matrices kMatrices;
+
+template <int fields>
+class CodeReader {
+ public:
+  CodeReader(const Field* of_one, const uint8_t* lines) : lines_(lines) {
+    for (int index = 0; index < fields; ++index) {
+      matrices_[index] = kMatrices.of[__builtin_ctz(of_one[index].bits)][of_one[index].place];
+    }
+  }
+  Line codes(const Field* of_column) const {
+    Line codes = {};
+    for (int index = 0; index < fields; ++index) {
+      const __m512i matrix = _mm512_set1_epi64(matrices_[index][of_column[index].shift]);
+      const __m512i line = load<__m512i>(lines_ + of_column[index].byte * kStrip);
+      codes |= (Line)_mm512_gf2p8affine_epi64_epi8(line, matrix, 0);
+    }
+    return codes;
+  }
+
+ private:
+  const uint8_t* lines_;
+  const uint64_t* matrices_[fields];
+};
 #else
-inline Line codes_of(const Field* fields, const uint8_t* lines) {
-  Pairs codes = {};
-  for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
-    const Field& field = fields[index];
-    // Two bytes are shifted as one number; what that moves from one into the other is masked.
-    const uint16_t mask = ((1 << field.bits) - 1) * 0x0101;
-    codes |= ((load<Pairs>(lines + field.byte * kStrip) >> field.shift) & mask) << field.place;
+template <int fields>
+class CodeReader {
+ public:
+  CodeReader(const Field*, const uint8_t* lines) : lines_(lines) {}
+  Line codes(const Field* of_column) const {
+    Pairs codes = {};
+    for (int index = 0; index < fields; ++index) {
+      const Field& field = of_column[index];
+      // Two bytes are shifted as one number; what that moves from one into the other is masked.
+      const uint16_t mask = ((1 << field.bits) - 1) * 0x0101;
+      codes |= ((load<Pairs>(lines_ + field.byte * kStrip) >> field.shift) & mask) << field.place;
+    }
+    return (Line)codes;
   }
-  return (Line)codes;
-}
+
+ private:
+  const uint8_t* lines_;
+};
 #endif
 
 // sinh(x) / x as a polynomial in x^2, for |x| up to the largest bend: see `kvsplice_hf.codec`.
@@ -162,48 +198,49 @@ inline Floats sinh_of(Floats x) {
 class Levels {
  public:
   void prepare(float slope, float start, int width) {
-    if (slope == slope_ && start == start_) return;
     slope_ = slope, start_ = start;
     vectors_ = 1 << width > kMostLookedUp ? 0 : blocks_of(1 << width, kLanes);
     for (int index = 0; index < vectors_; ++index) {
       Ints codes;
       for (int lane = 0; lane < kLanes; ++lane) codes[lane] = index * kLanes + lane;
-      table_[index] = computed(codes);
+      table_.of[index] = computed(codes);
     }
   }
 
-  // The levels of kStrip codes.
-  template <class Number>
-  void write(Line codes, Number* to) const {
-    alignas(64) uint8_t bytes[kStrip];
-    store(bytes, codes);
-    write(bytes, to);
-  }
-  template <class Number>
-  void write(const uint8_t* codes, Number* to) const {
+  // Columns of levels, each of kStrip codes.
+  template <class Number, class Codes, class At>
+  void write(int64_t first, int64_t last, Codes&& codes, At&& at) const {
     switch (vectors_) {
       case 1:
-        return looked_up<1>(codes, to);
+        return write_each<Number>(first, last, codes, at,
+                                  [table = table_](Ints index) { return look_up<1>(table.of, index); });
       case 2:
-        return looked_up<2>(codes, to);
+        return write_each<Number>(first, last, codes, at,
+                                  [table = table_](Ints index) { return look_up<2>(table.of, index); });
       case 4:
-        return looked_up<4>(codes, to);
+        return write_each<Number>(first, last, codes, at,
+                                  [table = table_](Ints index) { return look_up<4>(table.of, index); });
     }
-    for (int row = 0; row < kStrip; row += kLanes) put(to + row, computed(from_bytes(load<Bytes>(codes + row))));
+    write_each<Number>(first, last, codes, at, [this](Ints index) { return computed(index); });
   }
 
  private:
-  template <int vectors, class Number>
-  void looked_up(const uint8_t* codes, Number* to) const {
-    for (int row = 0; row < kStrip; row += kLanes) {
-      put(to + row, look_up<vectors>(table_, from_bytes(load<Bytes>(codes + row))));
+  template <class Number, class Codes, class At, class Level>
+  static void write_each(int64_t first, int64_t last, Codes&& codes, At&& at, Level&& level) {
+    for (int64_t column = first; column < last; ++column) {
+      alignas(64) uint8_t bytes[kStrip];
+      store(bytes, codes(column));
+      Number* to = at(column);
+      for (int row = 0; row < kStrip; row += kLanes) put(to + row, level(from_bytes(load<Bytes>(bytes + row))));
     }
   }
   Floats computed(Ints codes) const { return sinh_of(__builtin_convertvector(codes, Floats) * slope_ + start_); }
 
-  float slope_ = 0, start_ = 0;  // no slope is 0
+  float slope_ = 0, start_ = 0;
   int vectors_ = 0;
-  Floats table_[4];
+  struct Table {
+    Floats of[4];
+  } table_;
 };
 
 #if KVSPLICE_BYTE_TABLES
@@ -211,15 +248,13 @@ class Levels {
 class SpreadLevels {
  public:
   void prepare(float slope, float start, int width) {
-    if (slope == slope_ && start == start_) return;
-    slope_ = slope, start_ = start;
     levels_.prepare(slope, start, width);
     is_table_ = 1 << width <= kStrip;
     if (!is_table_) return;
-    alignas(64) uint8_t every[kStrip];
+    Line every;
     alignas(64) Bfloat16 levels[kStrip];
     for (int code = 0; code < kStrip; ++code) every[code] = code & ((1 << width) - 1);
-    levels_.write(every, levels);
+    levels_.write<Bfloat16>(0, 1, [&](int64_t) { return every; }, [&](int64_t) { return levels; });
     const __m512i front = load<__m512i>(levels), behind = load<__m512i>(levels + kStrip / 2);
     const auto bytes = [](__m512i one, __m512i other) {
       return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(one)), _mm512_cvtepi16_epi8(other), 1);
@@ -228,14 +263,16 @@ class SpreadLevels {
     high_ = bytes(_mm512_srli_epi16(front, 8), _mm512_srli_epi16(behind, 8));
   }
 
-  void write(Line codes, Bfloat16* to) const {
-    if (is_table_) {
-      return put_together(_mm512_permutexvar_epi8((__m512i)codes, low_), _mm512_permutexvar_epi8((__m512i)codes, high_),
-                          to);
+  template <class Number, class Codes, class At>
+  void write(int64_t first, int64_t last, Codes&& codes, At&& at) const {
+    if (!is_table_) {
+      return levels_.write<Number>(first, last, [&](int64_t column) { return in_order(codes(column)); }, at);
     }
-    alignas(64) uint8_t in_order[kStrip];
-    for (int place = 0; place < kStrip; ++place) in_order[row_at<Bfloat16>(place)] = codes[place];
-    levels_.write(in_order, to);
+    const __m512i low = low_, high = high_;
+    for (int64_t column = first; column < last; ++column) {
+      const __m512i of_column = (__m512i)codes(column);
+      put_together(_mm512_permutexvar_epi8(of_column, low), _mm512_permutexvar_epi8(of_column, high), at(column));
+    }
   }
 
   // Numbers of their spread bytes.
@@ -245,14 +282,19 @@ class SpreadLevels {
   }
 
  private:
+  static Line in_order(Line spread) {
+    Line codes;
+    for (int place = 0; place < kStrip; ++place) codes[row_at<Bfloat16>(place)] = spread[place];
+    return codes;
+  }
+
   Levels levels_;
-  float slope_ = 0, start_ = 0;
   bool is_table_ = false;
   __m512i low_, high_;
 };
 #endif
 
-// Columns of levels from `first` up to `last`, each [kStrip] at `at(column)`.
+// Columns of levels from `first` up to `last`, each [kStrip] at `at(column)`. Those of one width lie side by side.
 template <class Number, class At>
 void coded_columns(const Codec& codec, const uint8_t* lines, int64_t first, int64_t last, At&& at) {
 #if KVSPLICE_BYTE_TABLES
@@ -260,9 +302,29 @@ void coded_columns(const Codec& codec, const uint8_t* lines, int64_t first, int6
 #else
   Levels levels;
 #endif
-  for (int64_t column = first; column < last; ++column) {
-    levels.prepare(codec.slopes[column], codec.starts[column], codec.widths[codec.index[column]]);
-    levels.write(codes_of(codec.fields + column * kMostFields, lines), at(column));
+  for (int64_t column = first, end; column < last; column = end) {
+    const float slope = codec.slopes[column], start = codec.starts[column];
+    for (end = column + 1; end < last && codec.slopes[end] == slope && codec.starts[end] == start;) ++end;
+    const int width = codec.widths[codec.index[column]];
+    levels.prepare(slope, start, width);
+    const auto write = [&]<int count>() {
+      const Field* fields = codec.fields + column * kMostFields;
+      const CodeReader<count> reader(fields, lines);
+      levels.template write<Number>(
+          0, end - column, [&](int64_t index) { return reader.codes(fields + index * kMostFields); },
+          [&](int64_t index) { return at(column + index); });
+    };
+    switch (__builtin_popcount(width)) {
+      case 1:
+        write.template operator()<1>();
+        break;
+      case 2:
+        write.template operator()<2>();
+        break;
+      case 3:
+        write.template operator()<3>();
+        break;
+    }
   }
 }
 
