@@ -62,18 +62,16 @@ constexpr int kLinesAtOnce = 16;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 template <class Number>
 void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
-  for (int64_t byte = 0; byte < row_bytes; byte += kLinesAtOnce) {
-    // The last row may end where the memory does.
-    const __mmask16 present = (1u << smaller(kLinesAtOnce, row_bytes - byte)) - 1;
-    const auto at = [&](int place) {
-      return _mm_maskz_loadu_epi8(present, rows + smaller(row_at<Number>(place), count - 1) * stride + byte);
-    };
+  int64_t starts[kStrip];
+  for (int place = 0; place < kStrip; ++place) starts[place] = smaller(row_at<Number>(place), count - 1) * stride;
+  const auto transpose = [&](int64_t byte, auto read) {
+    const auto at = [&](int place) { return read(rows + starts[place] + byte); };
     // Blocks of sixteen by sixteen bytes, four side by side.
     __m512i block[16];
-    for (int row = 0; row < 16; ++row) {
-      const __m256i front = _mm256_inserti32x4(_mm256_castsi128_si256(at(row)), at(row + 16), 1);
-      const __m256i behind = _mm256_inserti32x4(_mm256_castsi128_si256(at(row + 32)), at(row + 48), 1);
-      block[row] = _mm512_inserti64x4(_mm512_castsi256_si512(front), behind, 1);
+    for (int place = 0; place < 16; ++place) {
+      const __m256i front = _mm256_inserti32x4(_mm256_castsi128_si256(at(place)), at(place + 16), 1);
+      const __m256i behind = _mm256_inserti32x4(_mm256_castsi128_si256(at(place + 32)), at(place + 48), 1);
+      block[place] = _mm512_inserti64x4(_mm512_castsi256_si512(front), behind, 1);
     }
     // Of a byte's place in its block, eight bits for row and column, each round turns the first into the last.
     for (int round = 0; round < 4; ++round) {
@@ -85,7 +83,14 @@ void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t 
       std::memcpy(block, next, sizeof block);
     }
     for (int index = 0; index < 16; ++index) store(lines + (byte + index) * kStrip, block[index]);
+  };
+  int64_t byte = 0;
+  for (; byte + kLinesAtOnce <= row_bytes; byte += kLinesAtOnce) {
+    transpose(byte, [](const uint8_t* from) { return load<__m128i>(from); });
   }
+  // The last row may end where the memory does.
+  const __mmask16 present = (1u << (row_bytes - byte)) - 1;
+  if (present) transpose(byte, [&](const uint8_t* from) { return _mm_maskz_loadu_epi8(present, from); });
 }
 #else
 // Swap, in all lanes, the bits of `low` under `mask << shift` with those of `high` under `mask`.

@@ -160,6 +160,7 @@ class PackedRows {
  public:
   using Kind = In;
   static constexpr int kTile = 4 * In::kNumbers / kLanes * kStrip, kStride = kTile + kLanes;
+  static_assert(kTile <= kMostStrips * kStrip);
 
   static int64_t turned_size(const Problem& problem) {
     return problem.queries * (In::kInPairs ? pairs_of(problem) : problem.columns);
@@ -215,16 +216,14 @@ class PackedRows {
     const bool has_keys = problem_.keys.dim > 0;
     const int64_t coded = has_keys ? codec.gained : codec.coded, raw = has_keys ? codec.gained_raw : codec.raw;
     const KeyReader<In> keys(problem_.keys, codec, key_memory_);
+    if (has_keys) keys.prepare(tile_.sequence, tile_.first, tile_.count);
     for (int64_t row = 0; row < tile_.count; row += kStrip) {
       Query* columns = columns_ + row / kStrip * strip_of(problem_);
       bytes_to_lines<Query>(rows_of(problem_, tile_) + row * problem_.row_stride, problem_.row_stride,
                             smaller(kStrip, tile_.count - row), codec.row_bytes, lines_);
       coded_columns<Query>(codec, lines_, 0, coded, [&](int64_t column) { return columns + column * kStrip; });
       raw_columns<Query>(codec, lines_, 0, raw, [&](int64_t column) { return columns + (coded + column) * kStrip; });
-      if (has_keys) {
-        keys.read(lines_, tile_.sequence, tile_.first + row, smaller(kStrip, tile_.count - row),
-                  columns + (coded + raw) * kStrip);
-      }
+      if (has_keys) keys.read(lines_, row / kStrip, columns + (coded + raw) * kStrip);
       std::memset(columns + problem_.columns * kStrip, 0, kLanes * kStrip * sizeof(Query));
       for (int index = 0; index < kStrip; ++index) {
         gains_[row + row_at<Query>(index)] = codec.has_gain ? codec.gains[lines_[index]] : 1.0f;

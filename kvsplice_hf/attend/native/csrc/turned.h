@@ -58,31 +58,38 @@ inline void pair_columns(Bfloat16* columns, int64_t count) {
 }
 #endif
 
-// The cosines of a strip's rows, those of each pair side by side, and `sines` behind them the sines.
-struct Turns {
-  const Bfloat16* cosines;
-  int64_t stride, sines;
-};
-
-// Where the slots of the rows follow one another, as they lie in the table; or else put together in `scratch`.
-inline Turns turns_of(const Keys& keys, int64_t sequence, int64_t row, int64_t count, Bfloat16* scratch) {
+// Cosines and sines of the rows of a tile, strip by strip: [strips, 2 F, kStrip]. The lines of the table are far apart,
+// so that each is read from one end to the other.
+constexpr int kMostStrips = 8;  // of a tile
+inline void take_turns(const Keys& keys, int64_t sequence, int64_t row, int64_t count, Bfloat16* to) {
   const int32_t* slots = keys.slots + sequence * keys.slots_stride + row;
-  uint32_t differing = 0;
-  for (int64_t index = 0; index < count; ++index) {
-    differing |= static_cast<uint32_t>(slots[index]) ^ (static_cast<uint32_t>(slots[0]) + static_cast<uint32_t>(index));
+  int64_t found[kMostStrips * kStrip];
+  bool in_order[kMostStrips];
+  const int64_t strips = blocks_of(count, kStrip);
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    int64_t* of_strip = found + strip * kStrip;
+    for (int64_t index = 0; index < kStrip; ++index) {
+      of_strip[index] = clamped(slots[smaller(strip * kStrip + index, count - 1)], keys.table_slots);
+    }
+    int64_t differing = 0;
+    for (int64_t index = 0; index < kStrip; ++index) differing |= of_strip[index] ^ (of_strip[0] + index);
+    in_order[strip] = differing == 0;
   }
-  // Whole vectors are read, those of rows behind the last as well.
-  if (differing == 0 && slots[0] >= 0 && slots[0] + int64_t{kStrip} <= keys.table_slots) {
-    return {keys.table + slots[0], keys.table_stride, keys.dim / 2 * keys.table_stride};
+  for (int64_t line = 0; line < keys.dim; ++line) {
+    const Bfloat16* from = keys.table + line * keys.table_stride;
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      const int64_t* of_strip = found + strip * kStrip;
+      Bfloat16* turns = to + (strip * keys.dim + line) * kStrip;
+      if (in_order[strip]) {
+        std::memcpy(turns, from + of_strip[0], kStrip * sizeof(Bfloat16));
+      } else {
+        for (int index = 0; index < kStrip; ++index) turns[index] = from[of_strip[index]];
+      }
+    }
   }
-  for (int64_t index = 0; index < kStrip; ++index) {
-    const Bfloat16* from = keys.table + clamped(slots[smaller(index, count - 1)], keys.table_slots);
-    for (int64_t line = 0; line < keys.dim; ++line) scratch[line * kStrip + index] = from[line * keys.table_stride];
-  }
-  return {scratch, kStrip, keys.dim / 2 * kStrip};
 }
 
-// Reads the keys of a strip.
+// Reads the keys of a tile, a strip at a time.
 template <class In>
 class KeyReader {
   using Query = typename In::Query;
@@ -93,18 +100,21 @@ class KeyReader {
   // In numbers.
   static int64_t memory_size(const Keys& keys, const Codec& codec) {
     if (keys.dim == 0) return 0;
-    const int64_t columns = FoldedKeys(keys, codec).columns + kSpare;
-    return kStrip + (columns * kStrip * sizeof(Query) + keys.dim * kStrip * sizeof(Bfloat16)) / sizeof(float);
+    const int64_t columns = FoldedKeys(keys, codec).columns + kSpare, turns = kMostStrips * keys.dim;
+    return kStrip + (columns * kStrip * sizeof(Query) + turns * kStrip * sizeof(Bfloat16)) / sizeof(float);
   }
 
   KeyReader(const Keys& keys, const Codec& codec, float* memory)
       : keys_(keys), codec_(codec), folded_(keys, codec), gains_(memory) {
     columns_ = reinterpret_cast<Query*>(memory + kStrip);
-    scratch_ = reinterpret_cast<Bfloat16*>(columns_ + (folded_.columns + kSpare) * kStrip);
+    turns_ = reinterpret_cast<Bfloat16*>(columns_ + (folded_.columns + kSpare) * kStrip);
   }
 
-  // Turned keys as columns, [P, kStrip], of the lines of `count` rows from `row` on.
-  void read(const uint8_t* lines, int64_t sequence, int64_t row, int64_t count, Query* to) const {
+  // To be called before a tile is read: `count` rows from `row` on.
+  void prepare(int64_t sequence, int64_t row, int64_t count) const { take_turns(keys_, sequence, row, count, turns_); }
+
+  // Turned keys as columns, [P, kStrip], of the lines of one strip of the tile.
+  void read(const uint8_t* lines, int64_t strip, Query* to) const {
     const int64_t coded = codec_.coded - codec_.gained, gained = folded_.gained;
     const auto at = [&](int64_t column) { return columns_ + folded_.places[column] * kStrip; };
     clear_gaps();
@@ -116,9 +126,8 @@ class KeyReader {
       gains_[row_at<Query>(index)] = codec_.gains[lines[codec_.has_gain * kStrip + index]];
     }
     if constexpr (In::kInPairs) pair_columns(columns_, round_up(gained, 2) + round_up(folded_.columns - gained, 2));
-    const Turns turns = turns_of(keys_, sequence, row, count, scratch_);
+    const Bfloat16* turns = turns_ + strip * keys_.dim * kStrip;
     for (int64_t group = 0; group < folded_.groups; ++group) {
-      ask_for(turns, group + 2);
       for (int first = 0; first < kStrip; first += InOrder<In>::kRows) read_group(turns, group, first, to);
     }
   }
@@ -131,21 +140,8 @@ class KeyReader {
     if (others % kTogether) std::memset(columns_ + (start + others) * kStrip, 0, kStrip * sizeof(Query));
   }
 
-  // Lines of the table are far apart, in an order that a processor does not foresee.
-  void ask_for(const Turns& turns, int64_t group) const {
-    const int64_t first = group * kTurnedTogether, last = smaller(first + kTurnedTogether, keys_.dim / 2);
-    for (int64_t pair = first; pair < last; ++pair) {
-      for (const Bfloat16* line :
-           {turns.cosines + pair * turns.stride, turns.cosines + pair * turns.stride + turns.sines}) {
-        __builtin_prefetch(line);
-        __builtin_prefetch(line + kStrip / 2);
-        __builtin_prefetch(line + kStrip - 1);
-      }
-    }
-  }
-
   // The numbers of a group of pairs, of the rows from `first` on.
-  void read_group(const Turns& turns, int64_t group, int first, Query* to) const {
+  void read_group(const Bfloat16* turns, int64_t group, int first, Query* to) const {
     using Order = InOrder<In>;
     constexpr int vectors = Order::kVectors;
     Floats sums[kDecodedTogether][vectors] = {};
@@ -175,8 +171,8 @@ class KeyReader {
     const int64_t pair = group * kTurnedTogether;
     for (int index = 0; index < kTurnedTogether && pair + index < keys_.dim / 2; ++index) {
       const float* means = folded_.means + 2 * (pair + index);
-      turn(turns.cosines + (pair + index) * turns.stride + first, turns.sines, means, sums[2 * index],
-           sums[2 * index + 1], to + 2 * (pair + index) * kStrip + first);
+      turn(turns + (pair + index) * kStrip + first, keys_.dim / 2 * kStrip, means, sums[2 * index], sums[2 * index + 1],
+           to + 2 * (pair + index) * kStrip + first);
     }
   }
 
@@ -200,9 +196,9 @@ class KeyReader {
   const Keys& keys_;
   const Codec& codec_;
   const FoldedKeys folded_;
-  float* gains_;       // of the keys of a strip
-  Query* columns_;     // of their codes
-  Bfloat16* scratch_;  // cosines and sines, where they are put together
+  float* gains_;     // of the keys of a strip
+  Query* columns_;   // of their codes
+  Bfloat16* turns_;  // see `take_turns`
 };
 
 }  // namespace kvsplice
