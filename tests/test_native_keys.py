@@ -218,18 +218,18 @@ def test_keys_of_new_tokens_are_coded_as_pytorch_codes_them(
     torch.manual_seed(0)
     splice = LearnedKVSplice(latent_dim, rank)
     splice.compress.weight.normal_(0, latent_dim**-0.5)
-    splice.keys = KeyProjection(rope_dim, coded)
-    splice.keys.mean.normal_(0, 0.3)
-    splice.keys.compress.weight.normal_(0, rope_dim**-0.5)
-    splice.keys.pairs.copy_(neighbour_pairs(torch.arange(rope_dim // 2)))
-    splice = splice.to(of_weights)
+    splice.keys = keys = KeyProjection(rope_dim, coded)
+    keys.mean.normal_(0, 0.3)
+    keys.compress.weight.normal_(0, rope_dim**-0.5)
+    keys.pairs.copy_(neighbour_pairs(torch.arange(rope_dim // 2)))
+    splice.to(of_weights)
     if kind != "numbers":
         splice.codec = codec_of(WIDTHS["some as they are"], rank, coded, key_gain=kind == "packed")
     latent = torch.randn(batch, 1, tokens, latent_dim).to(of_latents)
     k_rot = torch.randn(batch, 1, tokens, rope_dim).to(of_latents)
     angles = 6 * torch.rand(1 if shared else batch, 1, tokens, rope_dim // 2)
     turns = 1.2 * torch.cat([angles.cos(), angles.sin()], dim=-1).to(torch.bfloat16)
-    found = NativeBackend().encode(latent, k_rot, splice.weights(), splice.codec, splice.keys.weights(), turns)
+    found = NativeBackend().encode(latent, k_rot, splice.weights(), splice.codec, keys.weights(), turns)
     expected = splice.rows(latent, k_rot, turns)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     if kind == "numbers":
@@ -290,8 +290,8 @@ def test_what_does_not_fit_is_refused() -> None:
         return native.attend_packed(query, packed, codec, 12, keys=keys._replace(**changed))
 
     def encode(**changed: Any) -> Any:
-        given = {"k_rot": k_rot, "keys": projection, "turns": turns, "codec": codec} | changed
-        return native.encode(latent, projection=weights, **given)
+        given: dict[str, Any] = {"k_rot": k_rot, "keys": projection, "turns": turns, "codec": codec}
+        return native.encode(latent, projection=weights, **(given | changed))
 
     attend()
     encode()
