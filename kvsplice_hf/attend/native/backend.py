@@ -16,6 +16,7 @@ class NativeBackend(Backend):
 
     name = "C++"
     operations = frozenset({"attend", "decode", "encode", "pack"})
+    reads_coded_keys = True
 
     def claims(self, tensors: Sequence[torch.Tensor]) -> bool:
         return tensors[0].is_cpu
@@ -41,7 +42,8 @@ class NativeBackend(Backend):
     ) -> Attended:
         if codec is None:
             return Attended(*calls.attend_rows(query, rows, value_dim, bias, scaling=scaling))
-        return Attended(*calls.attend_packed(query, rows, calls.row_codec(codec), value_dim, bias, scaling=scaling))
+        packed = calls.row_codec(codec)
+        return Attended(*calls.attend_packed(query, rows, packed, value_dim, bias, scaling=scaling, keys=keys))
 
     def decode(self, step: Step) -> torch.Tensor:
         return calls.decode(step)
@@ -55,7 +57,8 @@ class NativeBackend(Backend):
         keys: KeyWeights | None = None,
         turns: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return calls.encode(latent, k_rot, weights, None if codec is None else calls.row_codec(codec))
+        packer = None if codec is None else calls.row_codec(codec)
+        return calls.encode(latent, k_rot, weights, packer, keys, turns)
 
     def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:
         return calls.encode_pack(rows, calls.row_codec(codec))

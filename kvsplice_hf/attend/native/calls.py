@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvsplice_hf.attend.backend import Step
+from kvsplice_hf.attend.backend import CodedKeys, Step
 from kvsplice_hf.attend.native import types
+from kvsplice_hf.attend.native.keys import contiguous_keys, key_coding_of
 from kvsplice_hf.attend.native.library import load_library
 from kvsplice_hf.attend.native.problems import problem_of, read_in_order, threads_for
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.keys import KeyWeights
 from kvsplice_hf.code.projection import SpliceWeights
 from kvsplice_hf.errors import ConfigError, UnsupportedError
 
@@ -65,7 +67,7 @@ def attend_rows(
             f"Got rows of {rows.shape[-1]} numbers, {rows.dtype}; the library reads float32 and bfloat16, and these "
             f"queries have {query.shape[-1]} numbers."
         )
-    return _attend(query, rows, None, value_dim, bias, scaling)
+    return _attend(query, rows, None, value_dim, bias, scaling, None)
 
 
 def attend_packed(
@@ -76,18 +78,22 @@ def attend_packed(
     bias: torch.Tensor | None = None,
     *,
     scaling: float = 1.0,
+    keys: CodedKeys | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_rows` on rows uint8 [B, S, row_bytes] that `codec` packed. Arguments and result are otherwise those.
+
+    `keys` says how their keys are read, where they were coded before their rotation.
 
     Raises:
         ConfigError: shapes, dtypes or strides other than these, or rows of another codec.
         UnsupportedError: the library is not there.
     """
     found = (packed.dtype, packed.shape[-1], query.shape[-1])
-    needed = (torch.uint8, codec.row_bytes, codec.row_dim)
+    dim = codec.row_dim if keys is None else value_dim + len(keys.mean)
+    needed = (torch.uint8, codec.row_bytes, dim)
     if found != needed:
         raise ConfigError(f"Got rows {found[:2]} and queries of {found[2]} numbers; this codec needs {needed}.")
-    return _attend(query, packed, codec, value_dim, bias, scaling)
+    return _attend(query, packed, codec, value_dim, bias, scaling, contiguous_keys(keys))
 
 
 def decode(step: Step) -> torch.Tensor:
@@ -108,7 +114,7 @@ def decode(step: Step) -> torch.Tensor:
     _check_step(step, dim)
     query, bias = step.query.float().contiguous(), read_in_order(step.bias, step.rows, heads)
     sinks = None if step.sinks is None else step.sinks.float().contiguous()
-    exact, positions = step.exact, step.positions
+    exact, positions, keys = step.exact, step.positions, contiguous_keys(step.keys)
     if exact is not None and positions is not None:
         exact, positions = exact.contiguous(), positions.contiguous()
     output = _room(batch, 1, heads, step.v_dim)
@@ -122,6 +128,7 @@ def decode(step: Step) -> torch.Tensor:
         bias,
         step.scaling,
         in_bf16=step.query.dtype is torch.bfloat16,
+        keys=keys,
         hidden=positions,
         other_products=batch * weight.numel(),
     )
@@ -187,7 +194,7 @@ def _check_step(step: Step, dim: int) -> None:
         and step.rows.shape[-1] == row_width
         and step.rows.dtype is (torch.uint8 if codec is not None else step.rows.dtype)
         and (codec is not None or step.rows.dtype in (torch.float32, torch.bfloat16))
-        and (codec is None or codec.row_dim == dim)
+        and (codec is None or step.keys is not None or codec.row_dim == dim)
         and step.weight.shape[0] % heads == 0
         and step.weight.shape[1] == latent_dim
         and rank <= dim <= rank + width
@@ -205,7 +212,12 @@ def _check_step(step: Step, dim: int) -> None:
 
 
 def encode(
-    latent: torch.Tensor, k_rot: torch.Tensor, projection: SpliceWeights, codec: RowCodec | None = None
+    latent: torch.Tensor,
+    k_rot: torch.Tensor,
+    projection: SpliceWeights,
+    codec: RowCodec | None = None,
+    keys: KeyWeights | None = None,
+    turns: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The rows that a cache stores of latents [..., R] and rotated keys [..., P]; see `LearnedKVSplice.rows`.
 
@@ -215,9 +227,12 @@ def encode(
         latent, k_rot: float32 or bfloat16.
         projection: of the codes.
         codec: packs the rows; or None.
+        keys: codes keys before their rotation; or None.
+        turns: of the keys, where they are coded: bf16 [..., 2 F], or of one sequence [1, ..., 2 F] those of all.
 
     Returns:
-        Rows [..., r + P] in the dtype of the latents, or packed uint8 [..., row_bytes].
+        Rows [..., r + P] in the dtype of the latents, or [..., r + p] where keys are coded; or packed
+        uint8 [..., row_bytes].
 
     Raises:
         ConfigError: shapes that do not fit, or other dtypes.
@@ -225,8 +240,12 @@ def encode(
     """
     library = _require_library()
     latent, k_rot, projection = latent.contiguous(), k_rot.contiguous(), _contiguous(projection)
+    keys = None if keys is None else KeyWeights._make(tensor.contiguous() for tensor in keys)
+    turns = None if turns is None else turns.contiguous()
     rank, latent_dim = projection.compress.shape
-    dim, tokens = rank + k_rot.shape[-1], latent.numel() // latent_dim
+    coding = key_coding_of(keys, turns, k_rot.shape, latent.shape[:-1])
+    rotated = k_rot.shape[-1]
+    dim, tokens = rank + (coding.rank or rotated), latent.numel() // latent_dim
     found, needed = (latent.shape[-1], latent.shape[:-1]), (latent_dim, k_rot.shape[:-1])
     if found != needed or (codec is not None and codec.row_dim != dim):
         raise ConfigError(
@@ -240,11 +259,12 @@ def encode(
         tokens=tokens,
         latent=latent_dim,
         rank=rank,
-        rotated=k_rot.shape[-1],
+        rotated=rotated,
         latents=types.numbers_of(latent, tokens * latent_dim),
-        rotations=types.numbers_of(k_rot, tokens * (dim - rank)),
+        rotations=types.numbers_of(k_rot, tokens * rotated),
         transform=_transform_of(projection),
         compress=types.numbers_of(projection.compress, rank * latent_dim),
+        keys=coding,
         kind=types.KINDS[dtype],
         packer=types.packer_of(codec),
         rows=types.address(rows, dtype, tokens * width),
@@ -295,6 +315,7 @@ def _attend(
     value_dim: int,
     bias: torch.Tensor | None,
     scaling: float,
+    keys: CodedKeys | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     library = _require_library()
     batch, queries, dim = query.shape
@@ -315,6 +336,7 @@ def _attend(
         bias,
         scaling,
         in_bf16=in_bf16,
+        keys=keys,
         query=types.address(query, torch.float32, batch * queries * dim),
         output=types.address(output, torch.float32, batch * queries * value_dim),
         sizes=types.address(sizes, torch.float32, batch * queries),

@@ -5,7 +5,9 @@ Legend: as in `attend.backend`.
 
 import torch
 
+from kvsplice_hf.attend.backend import CodedKeys
 from kvsplice_hf.attend.native import types
+from kvsplice_hf.attend.native.keys import columns_of, keys_of
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.errors import ConfigError
 
@@ -29,6 +31,7 @@ def problem_of(
     scaling: float,
     *,
     in_bf16: bool,
+    keys: CodedKeys | None = None,
     hidden: torch.Tensor | None = None,
     other_products: int = 0,
     query: int = 0,
@@ -46,7 +49,7 @@ def problem_of(
         )
     columns, mixed = dim, value_dim
     if codec is not None:
-        columns, mixed = len(codec.column_index), codec.value_columns(value_dim)
+        columns, mixed = columns_of(codec, keys, value_dim)
     products = batch * queries * count * (columns + mixed)
     parts = -(-_PARTS_PER_THREAD * threads_for(products) // batch)
     return types.Problem(
@@ -69,6 +72,7 @@ def problem_of(
         columns=columns,
         mixed=mixed,
         codec=types.codec_of(codec),
+        keys=keys_of(keys, codec, batch, count, dim, value_dim),
         splits=max(1, min(parts, count // _SMALLEST_PART)),
         threads=max(threads_for(products), threads_for(other_products)),
         hidden=types.address(hidden, torch.int64, 0 if hidden is None else batch * hidden.shape[1]),

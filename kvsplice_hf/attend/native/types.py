@@ -27,7 +27,10 @@ class Codec(NamedTuple):
     coded: int
     raw: int
     gained: int
+    key_gained: int
+    gained_raw: int
     has_gain: int
+    has_key_gain: int
     row_bytes: int
     fields: int
     slopes: int
@@ -38,6 +41,29 @@ class Codec(NamedTuple):
     scales: int
     centres: int
     widths: int
+
+
+class Numbers(NamedTuple):
+    """`Numbers` of csrc/weights.h."""
+
+    data: int
+    is_bfloat16: int
+
+
+class Keys(NamedTuple):
+    """`Keys` of csrc/keys.h."""
+
+    dim: int
+    rank: int
+    expand: Numbers
+    mean: Numbers
+    pairs: int
+    table: int
+    table_stride: int
+    table_slots: int
+    slots: int
+    slots_stride: int
+    room: int
 
 
 class Problem(NamedTuple):
@@ -62,6 +88,7 @@ class Problem(NamedTuple):
     columns: int
     mixed: int
     codec: Codec
+    keys: Keys
     splits: int
     threads: int
     hidden: int
@@ -69,13 +96,6 @@ class Problem(NamedTuple):
     output: int
     sizes: int
     room: int = 0
-
-
-class Numbers(NamedTuple):
-    """`Numbers` of csrc/weights.h."""
-
-    data: int
-    is_bfloat16: int
 
 
 class Transform(NamedTuple):
@@ -111,6 +131,8 @@ class Packer(NamedTuple):
     codec: Codec
     sized: int
     sigmas: int
+    key_sized: int
+    key_sigmas: int
     bends: int
 
 
@@ -125,6 +147,17 @@ class Packing(NamedTuple):
     threads: int
 
 
+class KeyCoding(NamedTuple):
+    """`KeyCoding` of csrc/encode.h."""
+
+    rank: int
+    compress: Numbers
+    mean: Numbers
+    pairs: int
+    turns: int
+    turned: int
+
+
 class Encoding(NamedTuple):
     """`Encoding` of csrc/encode.h."""
 
@@ -136,6 +169,7 @@ class Encoding(NamedTuple):
     rotations: Numbers
     transform: Transform
     compress: Numbers
+    keys: KeyCoding
     kind: int
     packer: Packer
     rows: int
@@ -144,8 +178,10 @@ class Encoding(NamedTuple):
 
 
 _NO_CODEC = Codec(*[0] * len(Codec._fields))
-_NO_PACKER = Packer(_NO_CODEC, 0, 0, 0)
+_NO_PACKER = Packer(_NO_CODEC, 0, 0, 0, 0, 0)
 _NO_NUMBERS = Numbers(0, 0)
+NO_KEYS = Keys(0, 0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0, 0, 0, 0, 0)
+NO_KEY_CODING = KeyCoding(0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0)
 
 
 def as_bytes(given: Any) -> bytes:
@@ -235,6 +271,7 @@ _TABLES = {
     "centres": torch.float32,
     "widths": torch.uint8,
     "sigmas": torch.float32,
+    "key_sigmas": torch.float32,
     "_bends": torch.float32,
 }
 
@@ -268,8 +305,9 @@ def packer_of(codec: RowCodec | None) -> Packer:
 
 def _look_at(codec: RowCodec, tables: dict[str, torch.Tensor]) -> Packer:
     coded, columns, size = len(tables["column_starts"]), len(tables["column_index"]), len(tables["widths"])
-    sized = len(tables["sigmas"])
-    counts = {"column_fields": coded * NUMBERS_PER_COLUMN, "column_index": columns, "sigmas": sized}
+    sized, key_sized = len(tables["sigmas"]), len(tables["key_sigmas"])
+    counts = {"column_fields": coded * NUMBERS_PER_COLUMN, "column_index": columns}
+    counts |= {"sigmas": sized, "key_sigmas": key_sized}
     counts |= dict.fromkeys(("column_slopes", "column_starts", "column_reaches"), coded)
     counts |= dict.fromkeys(("scales", "centres", "widths", "_bends"), size)
     at = {name: address(tensor, _TABLES[name], counts[name]) for name, tensor in tables.items()}
@@ -277,7 +315,10 @@ def _look_at(codec: RowCodec, tables: dict[str, torch.Tensor]) -> Packer:
         coded=coded,
         raw=columns - coded,
         gained=codec.gained_columns if sized else 0,
+        key_gained=codec.key_gained_columns if key_sized else 0,
+        gained_raw=codec.gained_raw,
         has_gain=sized > 0,
+        has_key_gain=key_sized > 0,
         row_bytes=codec.row_bytes,
         fields=at["column_fields"],
         slopes=at["column_slopes"],
@@ -289,7 +330,7 @@ def _look_at(codec: RowCodec, tables: dict[str, torch.Tensor]) -> Packer:
         centres=at["centres"],
         widths=at["widths"],
     )
-    return Packer(seen, sized, at["sigmas"], at["_bends"])
+    return Packer(seen, sized, at["sigmas"], key_sized, at["key_sigmas"], at["_bends"])
 
 
 @functools.cache

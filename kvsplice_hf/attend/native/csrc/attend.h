@@ -20,7 +20,7 @@ namespace kvsplice {
 constexpr float kLowest = -FLT_MAX;
 
 // The parts of the working memory: queries as rows want them, for each sequence; what they score on the centres, [B,
-// M]; and the sums of each part of the rows, see `Partial`.
+// M]; the sums of each part of the rows, see `Partial`; and how keys are read.
 inline int64_t turned_size(const Problem& problem) {
   return with_rows(problem, [&]<class Rows>() { return Rows::turned_size(problem); });
 }
@@ -33,8 +33,17 @@ inline float* partials_of(const Problem& problem) { return constants_of(problem)
 // Numbers of the sums of a query: whole vectors, in pairs where two are mixed at a time.
 inline int64_t sums_of(const Problem& problem) { return round_up(problem.mixed, 2 * kLanes); }
 
-inline int64_t room_of(const Problem& problem) {
+inline int64_t room_without_keys(const Problem& problem) {
   return problem.batch * (turned_size(problem) + problem.queries * (1 + problem.splits * (sums_of(problem) + 2)));
+}
+
+inline int64_t room_of(const Problem& problem) {
+  return room_without_keys(problem) + folded_size(problem.keys, problem.codec);
+}
+
+inline void set_room(Problem& problem, float* room) {
+  problem.room = room;
+  problem.keys.room = room + room_without_keys(problem);
 }
 
 inline Partial partial_of(const Problem& problem, int64_t sequence, int64_t split) {
@@ -148,7 +157,9 @@ void turn_query(const Problem& problem, int64_t sequence, int64_t query) {
   const float* from = problem.query + (sequence * problem.queries + query) * problem.dim;
   Rows::turn(problem, from, query, turned_of(problem, sequence));
   float constant = 0;
-  for (int64_t number = 0; problem.kind == kPacked && number < problem.dim; ++number) {
+  // Where keys were coded before their rotation, the centres of their codes are in their mean.
+  const int64_t centred = problem.kind != kPacked ? 0 : problem.keys.dim ? problem.values : problem.dim;
+  for (int64_t number = 0; number < centred; ++number) {
     constant += from[number] * problem.codec.base(number);
   }
   constants_of(problem)[sequence * problem.queries + query] = constant * static_cast<float>(problem.scaling);
@@ -180,8 +191,8 @@ inline void merge(const Problem& problem, int64_t sequence, int64_t query) {
   }
   for (int64_t number = 0; number < problem.values; ++number) output[number] = problem.codec.base(number);
   for (int64_t column = 0; column < problem.mixed; ++column) {
-    const int64_t number = problem.codec.index[column];
-    if (number < problem.values) output[number] += sums[column] / total * problem.codec.scale(column);
+    const int64_t as_read = problem.codec_column(column), number = problem.codec.index[as_read];
+    if (number < problem.values) output[number] += sums[column] / total * problem.codec.scale(as_read);
   }
 }
 
@@ -189,6 +200,7 @@ inline void merge(const Problem& problem, int64_t sequence, int64_t query) {
 template <class Rows>
 bool attend(const Problem& problem) {
   bool done = true;
+  if (problem.keys.dim) fold_keys<typename Rows::Kind>(problem.keys, problem.codec, problem.values);
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < problem.batch * problem.queries; ++row) {
     turn_query<Rows>(problem, row / problem.queries, row % problem.queries);

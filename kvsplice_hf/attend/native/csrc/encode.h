@@ -11,28 +11,42 @@
 
 namespace kvsplice {
 
+// How keys are coded before their rotation: see `kvsplice_hf.code.keys`.
+struct KeyCoding {
+  int64_t rank;           // p, numbers of a key's code; 0 where rows hold rotated keys
+  Numbers compress;       // [p, P]
+  Numbers mean;           // [P]
+  const int64_t* pairs;   // which numbers are turned together, [2, F]
+  const Bfloat16* turns;  // cosines and sines of the first tokens, [turned, 2 F]
+  int64_t turned;         // after so many tokens they come over again
+};
+
 struct Encoding {
   int64_t tokens, latent, rank, rotated;  // how many; R, r, P
   Numbers latents, rotations;             // [tokens, R] and [tokens, P]
   Transform transform;
   Numbers compress;  // [r, R]
-  int64_t kind;      // of the rows, a `RowKind`
-  Packer packer;     // where they are packed
-  void* rows;        // [tokens, r + P], or packed
+  KeyCoding keys;
+  int64_t kind;   // of the rows, a `RowKind`
+  Packer packer;  // where they are packed
+  void* rows;     // [tokens, r + P] or [tokens, r + p], or packed
   int64_t threads;
   float* room;  // as many numbers as `room_of` says
 };
 
-// What goes from step to step: transformed latents, filled up with 0 to whole vectors, and rows as numbers.
+// What goes from step to step: transformed latents and keys before their rotation, both filled up with 0 to whole
+// vectors, and rows as numbers.
 struct EncodingRoom {
-  int64_t latent, dim;  // numbers from one token to the next
-  float *latents, *rows, *rest;
+  int64_t latent, key, dim;  // numbers from one token to the next
+  float *latents, *keys, *rows, *rest;
 
   explicit EncodingRoom(const Encoding& given) {
     latent = round_up(given.latent, kLanes);
-    dim = given.rank + given.rotated;
+    key = given.keys.rank ? round_up(given.rotated, kLanes) : 0;
+    dim = given.rank + (given.keys.rank ? given.keys.rank : given.rotated);
     latents = given.room;
-    rows = latents + given.tokens * latent;
+    keys = latents + given.tokens * latent;
+    rows = keys + given.tokens * key;
     rest = rows + given.tokens * dim;
   }
 };
@@ -63,9 +77,38 @@ inline void compress_latents(const Encoding& given, const EncodingRoom& room, in
   });
 }
 
+// The key of a token before its rotation, without the mean.
+inline void undo_turns(const Encoding& given, const EncodingRoom& room, int64_t token) {
+  const int64_t pairs = given.rotated / 2;
+  const Bfloat16* turns = given.keys.turns + token % given.keys.turned * given.rotated;
+  float* key = room.keys + token * room.key;
+  for (int64_t column = given.rotated; column < room.key; ++column) key[column] = 0;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const int64_t first = clamped(given.keys.pairs[pair], given.rotated),
+                  second = clamped(given.keys.pairs[pairs + pair], given.rotated);
+    const float one = number_at(given.rotations, token * given.rotated + first),
+                other = number_at(given.rotations, token * given.rotated + second);
+    const float cosine = number_of(turns[pair]), sine = number_of(turns[pairs + pair]);
+    const float size = std::fmax(cosine * cosine + sine * sine, 1e-12f);
+    key[first] = (one * cosine + other * sine) / size - number_at(given.keys.mean, first);
+    key[second] = (other * cosine - one * sine) / size - number_at(given.keys.mean, second);
+  }
+}
+
+// A block of the codes of all keys.
+inline void compress_keys(const Encoding& given, const EncodingRoom& room, int64_t block) {
+  const int64_t first = block * kRowsAtOnce, last = smaller(first + kRowsAtOnce, given.keys.rank);
+  with_type(given.keys.compress, [&](const auto* compress) {
+    dot(compress, given.rotated, first, last, given.rotated, room.keys, room.key, given.tokens,
+        [&](int64_t token, int64_t number, float product) {
+          room.rows[token * room.dim + given.rank + number] = rounded(product, given.latents.is_bfloat16);
+        });
+  });
+}
+
 inline void store_row(const Encoding& given, const EncodingRoom& room, int64_t token) {
   float* row = room.rows + token * room.dim;
-  for (int64_t column = 0; column < given.rotated; ++column) {
+  for (int64_t column = 0; column < given.rotated && given.keys.rank == 0; ++column) {
     const float number = number_at(given.rotations, token * given.rotated + column);
     row[given.rank + column] = rounded(number, given.latents.is_bfloat16);
   }
@@ -90,6 +133,12 @@ inline void encode(const Encoding& given) {
   for (int64_t column = 0; column < given.latent; ++column) transform_column(given, room, column);
 #pragma omp for schedule(static)
   for (int64_t block = 0; block < blocks_of(given.rank, kRowsAtOnce); ++block) compress_latents(given, room, block);
+  if (given.keys.rank) {
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < given.tokens; ++token) undo_turns(given, room, token);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks_of(given.keys.rank, kRowsAtOnce); ++block) compress_keys(given, room, block);
+  }
 #pragma omp for schedule(static)
   for (int64_t token = 0; token < given.tokens; ++token) store_row(given, room, token);
 }

@@ -28,6 +28,8 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 inline int64_t round_up(int64_t count, int64_t step) { return blocks_of(count, step) * step; }
 inline int64_t smaller(int64_t one, int64_t other) { return one < other ? one : other; }
+// The nearest index of `count` things.
+inline int64_t clamped(int64_t index, int64_t count) { return index < 0 ? 0 : smaller(index, count - 1); }
 
 // Loads and stores at any address: dereferencing a vector would assume that it is aligned.
 template <class Vector>

@@ -18,8 +18,9 @@ float* room_for(const Given& given) {
 
 KVSPLICE_EXPORT int kvsplice_attend(const kvsplice::Problem* handed) {
   kvsplice::Problem problem = *handed;
-  problem.room = room_for(problem);
-  if (problem.room == nullptr) return 1;
+  float* room = room_for(problem);
+  if (room == nullptr) return 1;
+  set_room(problem, room);
   int failed = 0;
 #pragma omp parallel num_threads(problem.threads) reduction(max : failed)
   failed = !kvsplice::attend(problem);

@@ -12,9 +12,11 @@ namespace kvsplice {
 // A codec, and what only packing needs of it.
 struct Packer {
   Codec codec;
-  int64_t sized;        // how many numbers the gain of a row is taken from
-  const float* sigmas;  // [sized]
-  const float* bends;   // [n]; 0 where levels are equally far apart
+  int64_t sized;            // how many numbers the gain of a row is taken from
+  const float* sigmas;      // [sized]
+  int64_t key_sized;        // how many behind them that of its key is taken from
+  const float* key_sigmas;  // [key_sized]
+  const float* bends;       // [n]; 0 where levels are equally far apart
 };
 
 struct Packing {
@@ -27,19 +29,20 @@ struct Packing {
 
 constexpr float kGainSteps = 16.0f, kGainOne = 128.0f;
 
-inline uint8_t gain_of(const Packer& packer, const float* row) {
+// Of `count` numbers from `first` on.
+inline uint8_t gain_of(const Codec& codec, const float* row, int64_t first, int64_t count, const float* sigmas) {
   float sum = 0;
-  for (int64_t number = 0; number < packer.sized; ++number) {
-    const float relative = (row[number] - packer.codec.centres[number]) / packer.sigmas[number];
+  for (int64_t index = 0; index < count; ++index) {
+    const float relative = (row[first + index] - codec.centres[first + index]) / sigmas[index];
     sum += relative * relative;
   }
-  const float size = std::fmax(std::sqrt(sum / packer.sized), 1e-30f);
+  const float size = std::fmax(std::sqrt(sum / count), 1e-30f);
   return std::fmin(std::fmax(std::nearbyint(kGainSteps * std::log2(size) + kGainOne), 0.0f), 255.0f);
 }
 
 inline uint8_t code_of(const Packer& packer, const float* row, int64_t column, float gain) {
   const int64_t number = packer.codec.index[column];
-  const float scale = packer.codec.scales[number] * (number < packer.sized ? gain : 1.0f);
+  const float scale = packer.codec.scales[number] * gain;
   const float bend = packer.bends[number];
   float unit = (row[number] - packer.codec.centres[number]) / scale;
   if (bend > 0) unit = std::asinh(unit * packer.codec.reaches[column]) / bend;
@@ -51,17 +54,24 @@ inline uint8_t code_of(const Packer& packer, const float* row, int64_t column, f
 inline void pack_row(const Packer& packer, const float* row, uint8_t* packed) {
   const Codec& codec = packer.codec;
   std::fill_n(packed, codec.row_bytes, uint8_t{0});
-  float gain = 1.0f;
+  float gain = 1.0f, key_gain = 1.0f;
   if (codec.has_gain) {
-    packed[0] = gain_of(packer, row);
+    packed[0] = gain_of(codec, row, 0, packer.sized, packer.sigmas);
     gain = codec.gains[packed[0]];
+  }
+  if (codec.has_key_gain) {
+    uint8_t& byte = packed[codec.has_gain];
+    byte = gain_of(codec, row, packer.sized, packer.key_sized, packer.key_sigmas);
+    key_gain = codec.gains[byte];
   }
   for (int64_t index = 0; index < codec.raw; ++index) {
     const Bfloat16 half = to_bfloat16(row[codec.index[codec.coded + index]]);
-    std::memcpy(packed + codec.has_gain + 2 * index, &half, sizeof half);
+    std::memcpy(packed + codec.gain_bytes() + 2 * index, &half, sizeof half);
   }
   for (int64_t column = 0; column < codec.coded; ++column) {
-    const uint8_t code = code_of(packer, row, column, gain);
+    const int64_t behind = column - codec.gained;
+    const float of_column = behind < 0 ? gain : behind < codec.key_gained ? key_gain : 1.0f;
+    const uint8_t code = code_of(packer, row, column, of_column);
     const Field* fields = codec.fields + column * kMostFields;
     for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
       const Field& field = fields[index];

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -18,10 +19,11 @@ struct Field {
 };
 
 // The rows of one codec. A column is `sinh(slope * code + start)`, times the gain of the row for the first `gained`
-// ones; behind them come `raw` columns of bf16 numbers. Number `index[i]` of a row is its base and `scale(i)` times
-// column i.
+// ones, and times that of its key for the next `key_gained`; behind them come `raw` columns of bf16 numbers, the first
+// `gained_raw` of which are of numbers that the gain is taken from. Number `index[i]` of a row is its base and
+// `scale(i)` times column i.
 struct Codec {
-  int64_t coded, raw, gained, has_gain, row_bytes;
+  int64_t coded, raw, gained, key_gained, gained_raw, has_gain, has_key_gain, row_bytes;
   const Field* fields;                     // [coded, kMostFields]; 0 bits where a code has fewer
   const float *slopes, *starts, *reaches;  // [coded]; the reach is the sinh at the largest level
   const float* gains;                      // of each byte, [256]
@@ -30,6 +32,7 @@ struct Codec {
   const uint8_t* widths;                   // [n]
 
   float scale(int64_t column) const { return column < coded ? scales[index[column]] / reaches[column] : 1.0f; }
+  int64_t gain_bytes() const { return has_gain + has_key_gain; }
   float base(int64_t number) const { return widths[number] == 16 ? 0.0f : centres[number]; }
 };
 
@@ -37,23 +40,38 @@ typedef uint8_t Line __attribute__((vector_size(kStrip)));
 typedef uint16_t Pairs __attribute__((vector_size(kStrip)));
 typedef uint64_t Words __attribute__((vector_size(kStrip)));
 
+// Where a processor looks up bytes, both halves of bf16 levels are looked up for a whole line at once. Rows are spread
+// over a line so that they come to lie in their order when the halves are put together.
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__)
+#define KVSPLICE_BYTE_TABLES 1
+#else
+#define KVSPLICE_BYTE_TABLES 0
+#endif
+template <class Number>
+constexpr bool kSpread = KVSPLICE_BYTE_TABLES && std::is_same_v<Number, Bfloat16>;
+
+// Which row is at a place of a line, for columns of this kind of numbers.
+template <class Number>
+constexpr int row_at(int place) {
+  return kSpread<Number> ? place / 16 * 8 + place % 8 + (place % 16 < 8 ? 0 : kStrip / 2) : place;
+}
+
 // The bytes of up to `kStrip` rows as one line per byte of a row, [bytes up to a multiple of kLinesAtOnce, kStrip].
 // Lines of missing rows repeat the last one.
 constexpr int kLinesAtOnce = 16;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-inline void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
-  for (int64_t byte = 0; byte < row_bytes; byte += kLinesAtOnce) {
-    // The last row may end where the memory does.
-    const __mmask16 present = (1u << smaller(kLinesAtOnce, row_bytes - byte)) - 1;
-    const auto at = [&](int64_t row) {
-      return _mm_maskz_loadu_epi8(present, rows + smaller(row, count - 1) * stride + byte);
-    };
+template <class Number>
+void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
+  int64_t starts[kStrip];
+  for (int place = 0; place < kStrip; ++place) starts[place] = smaller(row_at<Number>(place), count - 1) * stride;
+  const auto transpose = [&](int64_t byte, auto read) {
+    const auto at = [&](int place) { return read(rows + starts[place] + byte); };
     // Blocks of sixteen by sixteen bytes, four side by side.
     __m512i block[16];
-    for (int row = 0; row < 16; ++row) {
-      const __m256i front = _mm256_inserti32x4(_mm256_castsi128_si256(at(row)), at(row + 16), 1);
-      const __m256i behind = _mm256_inserti32x4(_mm256_castsi128_si256(at(row + 32)), at(row + 48), 1);
-      block[row] = _mm512_inserti64x4(_mm512_castsi256_si512(front), behind, 1);
+    for (int place = 0; place < 16; ++place) {
+      const __m256i front = _mm256_inserti32x4(_mm256_castsi128_si256(at(place)), at(place + 16), 1);
+      const __m256i behind = _mm256_inserti32x4(_mm256_castsi128_si256(at(place + 32)), at(place + 48), 1);
+      block[place] = _mm512_inserti64x4(_mm512_castsi256_si512(front), behind, 1);
     }
     // Of a byte's place in its block, eight bits for row and column, each round turns the first into the last.
     for (int round = 0; round < 4; ++round) {
@@ -65,7 +83,14 @@ inline void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, i
       std::memcpy(block, next, sizeof block);
     }
     for (int index = 0; index < 16; ++index) store(lines + (byte + index) * kStrip, block[index]);
+  };
+  int64_t byte = 0;
+  for (; byte + kLinesAtOnce <= row_bytes; byte += kLinesAtOnce) {
+    transpose(byte, [](const uint8_t* from) { return load<__m128i>(from); });
   }
+  // The last row may end where the memory does.
+  const __mmask16 present = (1u << (row_bytes - byte)) - 1;
+  if (present) transpose(byte, [&](const uint8_t* from) { return _mm_maskz_loadu_epi8(present, from); });
 }
 #else
 // Swap, in all lanes, the bits of `low` under `mask << shift` with those of `high` under `mask`.
@@ -75,7 +100,8 @@ inline void exchange(Words& low, Words& high, int shift, uint64_t mask) {
   low ^= differing << shift;
 }
 
-inline void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
+template <class Number>
+void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
   alignas(64) uint64_t words[8][8];
   for (int64_t byte = 0; byte < row_bytes; byte += 8) {
     const int64_t present = smaller(8, row_bytes - byte);
@@ -100,17 +126,69 @@ inline void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, i
 }
 #endif
 
-// The codes of one column.
-inline Line codes_of(const Field* fields, const uint8_t* lines) {
-  Pairs codes = {};
-  for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
-    const Field& field = fields[index];
-    // Two bytes are shifted as one number; what that moves from one into the other is masked.
-    const uint16_t mask = ((1 << field.bits) - 1) * 0x0101;
-    codes |= ((load<Pairs>(lines + field.byte * kStrip) >> field.shift) & mask) << field.place;
+// The codes of columns of one width, whose `fields` fields have the same places in a code.
+#if defined(__GFNI__) && defined(__AVX512BW__)
+// A field is moved by the product of its byte with a matrix of bits: the rows of that are the bits of the code, from
+// the last byte on. By bits of a field (1, 2, 4, 8), its place in the code, and its shift in the byte.
+struct Matrices {
+  uint64_t of[4][8][8] = {};
+
+  constexpr Matrices() {
+    for (int size = 0; size < 4; ++size) {
+      for (int place = 0; place + (1 << size) <= 8; ++place) {
+        for (int shift = 0; shift + (1 << size) <= 8; ++shift) {
+          for (int bit = 0; bit < 1 << size; ++bit) {
+            of[size][place][shift] |= uint64_t{1} << (8 * (7 - place - bit) + shift + bit);
+          }
+        }
+      }
+    }
   }
-  return (Line)codes;
-}
+};
+inline constexpr Matrices kMatrices;
+
+template <int fields>
+class CodeReader {
+ public:
+  CodeReader(const Field* of_one, const uint8_t* lines) : lines_(lines) {
+    for (int index = 0; index < fields; ++index) {
+      matrices_[index] = kMatrices.of[__builtin_ctz(of_one[index].bits)][of_one[index].place];
+    }
+  }
+  Line codes(const Field* of_column) const {
+    Line codes = {};
+    for (int index = 0; index < fields; ++index) {
+      const __m512i matrix = _mm512_set1_epi64(matrices_[index][of_column[index].shift]);
+      const __m512i line = load<__m512i>(lines_ + of_column[index].byte * kStrip);
+      codes |= (Line)_mm512_gf2p8affine_epi64_epi8(line, matrix, 0);
+    }
+    return codes;
+  }
+
+ private:
+  const uint8_t* lines_;
+  const uint64_t* matrices_[fields];
+};
+#else
+template <int fields>
+class CodeReader {
+ public:
+  CodeReader(const Field*, const uint8_t* lines) : lines_(lines) {}
+  Line codes(const Field* of_column) const {
+    Pairs codes = {};
+    for (int index = 0; index < fields; ++index) {
+      const Field& field = of_column[index];
+      // Two bytes are shifted as one number; what that moves from one into the other is masked.
+      const uint16_t mask = ((1 << field.bits) - 1) * 0x0101;
+      codes |= ((load<Pairs>(lines_ + field.byte * kStrip) >> field.shift) & mask) << field.place;
+    }
+    return (Line)codes;
+  }
+
+ private:
+  const uint8_t* lines_;
+};
+#endif
 
 // sinh(x) / x as a polynomial in x^2, for |x| up to the largest bend: see `kvsplice_hf.codec`.
 inline Floats sinh_of(Floats x) {
@@ -125,60 +203,151 @@ inline Floats sinh_of(Floats x) {
 class Levels {
  public:
   void prepare(float slope, float start, int width) {
-    if (slope == slope_ && start == start_) return;
     slope_ = slope, start_ = start;
     vectors_ = 1 << width > kMostLookedUp ? 0 : blocks_of(1 << width, kLanes);
     for (int index = 0; index < vectors_; ++index) {
       Ints codes;
       for (int lane = 0; lane < kLanes; ++lane) codes[lane] = index * kLanes + lane;
-      table_[index] = computed(codes);
+      table_.of[index] = computed(codes);
     }
   }
 
-  // The levels of kStrip codes.
-  template <class Number>
-  void write(const uint8_t* codes, Number* to) const {
+  // Columns of levels, each of kStrip codes.
+  template <class Number, class Codes, class At>
+  void write(int64_t first, int64_t last, Codes&& codes, At&& at) const {
     switch (vectors_) {
       case 1:
-        return looked_up<1>(codes, to);
+        return write_each<Number>(first, last, codes, at,
+                                  [table = table_](Ints index) { return look_up<1>(table.of, index); });
       case 2:
-        return looked_up<2>(codes, to);
+        return write_each<Number>(first, last, codes, at,
+                                  [table = table_](Ints index) { return look_up<2>(table.of, index); });
       case 4:
-        return looked_up<4>(codes, to);
+        return write_each<Number>(first, last, codes, at,
+                                  [table = table_](Ints index) { return look_up<4>(table.of, index); });
     }
-    for (int row = 0; row < kStrip; row += kLanes) put(to + row, computed(from_bytes(load<Bytes>(codes + row))));
+    write_each<Number>(first, last, codes, at, [this](Ints index) { return computed(index); });
   }
 
  private:
-  template <int vectors, class Number>
-  void looked_up(const uint8_t* codes, Number* to) const {
-    for (int row = 0; row < kStrip; row += kLanes) {
-      put(to + row, look_up<vectors>(table_, from_bytes(load<Bytes>(codes + row))));
+  template <class Number, class Codes, class At, class Level>
+  static void write_each(int64_t first, int64_t last, Codes&& codes, At&& at, Level&& level) {
+    for (int64_t column = first; column < last; ++column) {
+      alignas(64) uint8_t bytes[kStrip];
+      store(bytes, codes(column));
+      Number* to = at(column);
+      for (int row = 0; row < kStrip; row += kLanes) put(to + row, level(from_bytes(load<Bytes>(bytes + row))));
     }
   }
   Floats computed(Ints codes) const { return sinh_of(__builtin_convertvector(codes, Floats) * slope_ + start_); }
 
-  float slope_ = 0, start_ = 0;  // no slope is 0
+  float slope_ = 0, start_ = 0;
   int vectors_ = 0;
-  Floats table_[4];
+  struct Table {
+    Floats of[4];
+  } table_;
 };
 
-// Columns [coded + raw, kStrip] of lines.
-template <class Number>
-void lines_to_columns(const Codec& codec, const uint8_t* lines, Number* columns) {
-  Levels levels;
-  for (int64_t column = 0; column < codec.coded; ++column, columns += kStrip) {
-    alignas(64) uint8_t codes[kStrip];
-    store(codes, codes_of(codec.fields + column * kMostFields, lines));
-    levels.prepare(codec.slopes[column], codec.starts[column], codec.widths[codec.index[column]]);
-    levels.write(codes, columns);
+#if KVSPLICE_BYTE_TABLES
+// The same as bf16, for codes that are spread.
+class SpreadLevels {
+ public:
+  void prepare(float slope, float start, int width) {
+    levels_.prepare(slope, start, width);
+    is_table_ = 1 << width <= kStrip;
+    if (!is_table_) return;
+    Line every;
+    alignas(64) Bfloat16 levels[kStrip];
+    for (int code = 0; code < kStrip; ++code) every[code] = code & ((1 << width) - 1);
+    levels_.write<Bfloat16>(0, 1, [&](int64_t) { return every; }, [&](int64_t) { return levels; });
+    const __m512i front = load<__m512i>(levels), behind = load<__m512i>(levels + kStrip / 2);
+    const auto bytes = [](__m512i one, __m512i other) {
+      return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(one)), _mm512_cvtepi16_epi8(other), 1);
+    };
+    low_ = bytes(front, behind);
+    high_ = bytes(_mm512_srli_epi16(front, 8), _mm512_srli_epi16(behind, 8));
   }
-  const uint8_t* line = lines + codec.has_gain * kStrip;
-  for (int64_t column = 0; column < codec.raw; ++column, columns += kStrip, line += 2 * kStrip) {
+
+  template <class Number, class Codes, class At>
+  void write(int64_t first, int64_t last, Codes&& codes, At&& at) const {
+    if (!is_table_) {
+      return levels_.write<Number>(first, last, [&](int64_t column) { return in_order(codes(column)); }, at);
+    }
+    const __m512i low = low_, high = high_;
+    for (int64_t column = first; column < last; ++column) {
+      const __m512i of_column = (__m512i)codes(column);
+      put_together(_mm512_permutexvar_epi8(of_column, low), _mm512_permutexvar_epi8(of_column, high), at(column));
+    }
+  }
+
+  // Numbers of their spread bytes.
+  static void put_together(__m512i low, __m512i high, Bfloat16* to) {
+    store(to, _mm512_unpacklo_epi8(low, high));
+    store(to + kStrip / 2, _mm512_unpackhi_epi8(low, high));
+  }
+
+ private:
+  static Line in_order(Line spread) {
+    Line codes;
+    for (int place = 0; place < kStrip; ++place) codes[row_at<Bfloat16>(place)] = spread[place];
+    return codes;
+  }
+
+  Levels levels_;
+  bool is_table_ = false;
+  __m512i low_, high_;
+};
+#endif
+
+// Columns of levels from `first` up to `last`, each [kStrip] at `at(column)`. Those of one width lie side by side.
+template <class Number, class At>
+void coded_columns(const Codec& codec, const uint8_t* lines, int64_t first, int64_t last, At&& at) {
+#if KVSPLICE_BYTE_TABLES
+  std::conditional_t<kSpread<Number>, SpreadLevels, Levels> levels;
+#else
+  Levels levels;
+#endif
+  for (int64_t column = first, end; column < last; column = end) {
+    const float slope = codec.slopes[column], start = codec.starts[column];
+    for (end = column + 1; end < last && codec.slopes[end] == slope && codec.starts[end] == start;) ++end;
+    const int width = codec.widths[codec.index[column]];
+    levels.prepare(slope, start, width);
+    const auto write = [&]<int count>() {
+      const Field* fields = codec.fields + column * kMostFields;
+      const CodeReader<count> reader(fields, lines);
+      levels.template write<Number>(
+          0, end - column, [&](int64_t index) { return reader.codes(fields + index * kMostFields); },
+          [&](int64_t index) { return at(column + index); });
+    };
+    switch (__builtin_popcount(width)) {
+      case 1:
+        write.template operator()<1>();
+        break;
+      case 2:
+        write.template operator()<2>();
+        break;
+      case 3:
+        write.template operator()<3>();
+        break;
+    }
+  }
+}
+
+// The same of bf16 numbers, counted from the first of them.
+template <class Number, class At>
+void raw_columns(const Codec& codec, const uint8_t* lines, int64_t first, int64_t last, At&& at) {
+  for (int64_t column = first; column < last; ++column) {
+    const uint8_t* line = lines + (codec.gain_bytes() + 2 * column) * kStrip;
+#if KVSPLICE_BYTE_TABLES
+    if constexpr (kSpread<Number>) {
+      SpreadLevels::put_together(load<__m512i>(line), load<__m512i>(line + kStrip), at(column));
+      continue;
+    }
+#endif
     for (int row = 0; row < kStrip; row += kLanes) {
       const Ints low = from_bytes(load<Bytes>(line + row));
       const Ints high = from_bytes(load<Bytes>(line + kStrip + row));
-      put(columns + row, (Floats)((low << 16) | (high << 24)));
+      put(at(column) + row, (Floats)((low << 16) | (high << 24)));
     }
   }
 }

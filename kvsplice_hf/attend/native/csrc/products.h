@@ -71,6 +71,8 @@ struct InFloats {
 
   static Vector of(const float* from) { return floats(from); }
   static Vector of(const Bfloat16* from) { return floats(from); }
+  // What a vector has in each place, from four bytes.
+  static Vector all_of(const void* from) { return all(load<float>(from)); }
   template <class Any>
   static Vector first_of(const Any* from, int64_t count) {
     return first_floats(from, count);
@@ -88,6 +90,7 @@ struct InTwins {
   static constexpr int kMixedVectors = 2;
 
   static Vector of(const Bfloat16* from) { return twins(from); }
+  static Vector all_of(const void* from) { return (Twins)_mm512_set1_epi32(load<int32_t>(from)); }
   static Vector first_of(const Bfloat16* from, int64_t count) { return first_twins(from, count); }
   static Floats add(Floats sums, Vector one, Vector other) { return add_products(sums, one, other); }
 };

@@ -6,9 +6,11 @@
 #include <cstring>
 #include <utility>
 
+#include "keys.h"
 #include "lanes.h"
 #include "packed.h"
 #include "products.h"
+#include "turned.h"
 
 namespace kvsplice {
 
@@ -27,15 +29,22 @@ struct Problem {
   double scaling;      // of the scores
   const float* bias;   // [B or 1, bias_queries, S], for query row m that of m % bias_queries; or null
   int64_t bias_queries, bias_batch_stride, bias_query_stride;
-  int64_t columns;  // n, or how many columns packed rows have
+  int64_t columns;  // n, or how many columns queries score of packed rows
   int64_t mixed;    // the first so many columns hold all values
   Codec codec;      // of packed rows
+  Keys keys;        // of packed rows whose keys were coded before their rotation
   int64_t splits, threads;
   const int64_t* hidden;  // further rows that nobody sees, [B, hidden_count]; those beyond S count for nothing
   int64_t hidden_count;
   float* output;  // [B, M, v]
   float* sizes;   // logarithms of sums of exponentiated scores, [B, M]
   float* room;    // as many numbers as `room_of` says
+
+  // Where keys were coded before their rotation, columns are those of latents with a gain, of the other latents, and
+  // of turned keys. Which column of the codec one of the first two kinds is.
+  int64_t codec_column(int64_t column) const {
+    return keys.dim == 0 || column < codec.gained ? column : codec.coded + column - codec.gained;
+  }
 };
 
 // Sums of one part of the rows.
@@ -64,6 +73,7 @@ constexpr int kMostQueries = 128;  // that pass over a tile together: their weig
 template <class In>
 class NumberRows {
  public:
+  using Kind = In;
   static constexpr int kTile = kStrip, kStride = kTile + kLanes;
 
   static int64_t turned_size(const Problem& problem) {
@@ -148,15 +158,21 @@ class NumberRows {
 template <class In>
 class PackedRows {
  public:
+  using Kind = In;
   static constexpr int kTile = 4 * In::kNumbers / kLanes * kStrip, kStride = kTile + kLanes;
+  static_assert(kTile <= kMostStrips * kStrip);
 
   static int64_t turned_size(const Problem& problem) {
     return problem.queries * (In::kInPairs ? pairs_of(problem) : problem.columns);
   }
 
   static void turn(const Problem& problem, const float* from, int64_t query, float* turned) {
+    const int64_t of_codec = problem.columns - problem.keys.dim;
     const auto number = [&](int64_t column) {
-      return column < problem.columns ? from[problem.codec.index[column]] * problem.codec.scale(column) : 0.0f;
+      if (column >= problem.columns) return 0.0f;
+      if (column >= of_codec) return from[problem.values + problem.keys.number_of(column - of_codec)];
+      const int64_t as_read = problem.codec_column(column);
+      return from[problem.codec.index[as_read]] * problem.codec.scale(as_read);
     };
     if constexpr (In::kInPairs) {
       Query* to = reinterpret_cast<Query*>(turned) + 2 * query;
@@ -177,7 +193,7 @@ class PackedRows {
   }
 
   static int64_t memory_size(const Problem& problem) {
-    return 3 * kMostQueries * kStride + kTile +
+    return 3 * kMostQueries * kStride + kTile + KeyReader<In>::memory_size(problem.keys, problem.codec) +
            (strip_of(problem) * (kTile / kStrip) * sizeof(Query) +
             round_up(problem.codec.row_bytes, kLinesAtOnce) * kStrip) /
                sizeof(float);
@@ -190,20 +206,27 @@ class PackedRows {
     plain_ = reinterpret_cast<Query*>(take(kMostQueries * kStride));
     gained_ = reinterpret_cast<Query*>(take(kMostQueries * kStride));
     gains_ = take(kTile);
+    key_memory_ = take(KeyReader<In>::memory_size(problem.keys, problem.codec));
     columns_ = reinterpret_cast<Query*>(take(strip_of(problem) * (kTile / kStrip) * sizeof(Query) / sizeof(float)));
     lines_ = reinterpret_cast<uint8_t*>(next);
   }
 
   void read() const {
     const Codec& codec = problem_.codec;
+    const bool has_keys = problem_.keys.dim > 0;
+    const int64_t coded = has_keys ? codec.gained : codec.coded, raw = has_keys ? codec.gained_raw : codec.raw;
+    const KeyReader<In> keys(problem_.keys, codec, key_memory_);
+    if (has_keys) keys.prepare(tile_.sequence, tile_.first, tile_.count);
     for (int64_t row = 0; row < tile_.count; row += kStrip) {
       Query* columns = columns_ + row / kStrip * strip_of(problem_);
-      bytes_to_lines(rows_of(problem_, tile_) + row * problem_.row_stride, problem_.row_stride,
-                     smaller(kStrip, tile_.count - row), codec.row_bytes, lines_);
-      lines_to_columns(codec, lines_, columns);
+      bytes_to_lines<Query>(rows_of(problem_, tile_) + row * problem_.row_stride, problem_.row_stride,
+                            smaller(kStrip, tile_.count - row), codec.row_bytes, lines_);
+      coded_columns<Query>(codec, lines_, 0, coded, [&](int64_t column) { return columns + column * kStrip; });
+      raw_columns<Query>(codec, lines_, 0, raw, [&](int64_t column) { return columns + (coded + column) * kStrip; });
+      if (has_keys) keys.read(lines_, row / kStrip, columns + (coded + raw) * kStrip);
       std::memset(columns + problem_.columns * kStrip, 0, kLanes * kStrip * sizeof(Query));
       for (int index = 0; index < kStrip; ++index) {
-        gains_[row + index] = codec.has_gain ? codec.gains[lines_[index]] : 1.0f;
+        gains_[row + row_at<Query>(index)] = codec.has_gain ? codec.gains[lines_[index]] : 1.0f;
       }
     }
   }
@@ -265,7 +288,7 @@ class PackedRows {
   const Tile& tile_;
   const Query* turned_;
   Query *plain_, *gained_, *columns_;  // weights, weights times gains
-  float* gains_;
+  float *gains_, *key_memory_;
   uint8_t* lines_;
 };
 

@@ -49,5 +49,13 @@ inline Floats high_of(Floats first, Floats second) {
   return __builtin_shufflevector(first, second, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
 
+// Numbers as they are in low and in high pairs; and numbers in that order as bf16 in their own.
+inline Floats low_floats(Twins numbers) { return (Floats)low_pairs(Twins{}, numbers); }
+inline Floats high_floats(Twins numbers) { return (Floats)high_pairs(Twins{}, numbers); }
+inline Twins joined(Floats low, Floats high) {
+  const __m512i fours = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (Twins)_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), fours);
+}
+
 }  // namespace kvsplice
 #endif
