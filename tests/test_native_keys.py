@@ -99,12 +99,12 @@ def case_of(
     codec = codec_of(WIDTHS[widths], rank, coded, key_gain)
     sizes = 0.5 + torch.rand(batch, count, 1, generator=generator)
     packed = codec.pack(sizes * torch.randn(batch, count, rank + coded, generator=generator))
-    angles = 6 * torch.rand(rope_dim // 2, count + 130, generator=generator)
+    angles = 64 * torch.rand(rope_dim // 2, count + 130, generator=generator)
     keys = CodedKeys(
         expand=expand_of(basis, rope_dim, coded).to(dtype),
         mean=torch.randn(rope_dim, generator=generator).to(dtype) / 4,
         pairs=(half_pairs if slots == "consecutive" else neighbour_pairs)(torch.arange(rope_dim // 2)),
-        table=1.1 * torch.cat([angles.cos(), angles.sin()]).to(torch.bfloat16),
+        table=angles.to(torch.uint8),
         slots=slots_of(slots, batch, count, count + 130),
     )
     query = torch.randn(batch, queries, rank + rope_dim, generator=generator) / (rank + rope_dim) ** 0.5
@@ -227,8 +227,8 @@ def test_keys_of_new_tokens_are_coded_as_pytorch_codes_them(
         splice.codec = codec_of(WIDTHS["some as they are"], rank, coded, key_gain=kind == "packed")
     latent = torch.randn(batch, 1, tokens, latent_dim).to(of_latents)
     k_rot = torch.randn(batch, 1, tokens, rope_dim).to(of_latents)
-    angles = 6 * torch.rand(1 if shared else batch, 1, tokens, rope_dim // 2)
-    turns = 1.2 * torch.cat([angles.cos(), angles.sin()], dim=-1).to(torch.bfloat16)
+    angles = 64 * torch.rand(1 if shared else batch, 1, tokens, rope_dim // 2)
+    turns = angles.to(torch.uint8)
     found = NativeBackend().encode(latent, k_rot, splice.weights(), splice.codec, keys.weights(), turns)
     expected = splice.rows(latent, k_rot, turns)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
@@ -283,7 +283,7 @@ def test_slots_and_pairs_that_there_are_not_are_taken_for_others(dtype: torch.dt
 def test_what_does_not_fit_is_refused() -> None:
     query, packed, codec, keys = case_of((2, 3, 40, 12, 8, 5))
     weights = LearnedKVSplice(19, 12).weights()
-    projection, turns = KeyProjection(8, 5).weights(), torch.ones(2, 1, 3, 8, dtype=torch.bfloat16)
+    projection, turns = KeyProjection(8, 5).weights(), torch.ones(2, 1, 3, 4, dtype=torch.uint8)
     latent, k_rot = torch.randn(2, 1, 3, 19), torch.randn(2, 1, 3, 8)
 
     def attend(**changed: Any) -> Any:

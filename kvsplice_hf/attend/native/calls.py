@@ -228,7 +228,7 @@ def encode(
         projection: of the codes.
         codec: packs the rows; or None.
         keys: codes keys before their rotation; or None.
-        turns: of the keys, where they are coded: bf16 [..., 2 F], or of one sequence [1, ..., 2 F] those of all.
+        turns: of the keys, where they are coded: uint8 [..., F], or of one sequence [1, ..., F] those of all.
 
     Returns:
         Rows [..., r + P] in the dtype of the latents, or [..., r + p] where keys are coded; or packed

@@ -45,7 +45,7 @@ def keys_of(
         and keys.pairs.shape == (3, rope_dim // 2)
         and keys.expand.shape == (rope_dim, rank)
         and keys.mean.shape == (rope_dim,)
-        and _lies_in_lines(table, (rope_dim, table.shape[-1]), TURN_DTYPE)
+        and _lies_in_lines(table, (rope_dim // 2, table.shape[-1]), TURN_DTYPE)
         and table.shape[-1] > 0
         and _lies_in_lines(slots, (batch, rows), torch.int32)
     )
@@ -91,7 +91,7 @@ def key_coding_of(
 
     Args:
         weights: contiguous, or None.
-        turns: bf16 [B or 1, 1, T, P], contiguous.
+        turns: uint8 [B or 1, 1, T, F], contiguous.
         rotated: shape of the keys, [B, 1, T, P].
         tokens: shape of what comes once for each of them, [B, 1, T].
 
@@ -101,24 +101,25 @@ def key_coding_of(
     if weights is None:
         return types.NO_KEY_CODING
     (rank, rope_dim), shape = weights.compress.shape, None if turns is None else turns.shape
+    pairs = rope_dim // 2
     fits = (
         turns is not None
         and rotated == (*tokens, rope_dim)
-        and shape in ((*tokens, rope_dim), (1, *tokens[1:], rope_dim))
+        and shape in ((*tokens, pairs), (1, *tokens[1:], pairs))
         and rope_dim % 2 == 0
-        and weights.pairs.shape == (3, rope_dim // 2)
+        and weights.pairs.shape == (3, pairs)
     )
     if turns is None or not fits:
         raise ConfigError(
             f"Got keys {list(rotated)} of tokens {list(tokens)} with turns {None if shape is None else list(shape)}, "
             f"for a code of {rank} numbers of keys of {rope_dim}."
         )
-    turned = turns.numel() // rope_dim
+    turned = turns.numel() // pairs
     return types.KeyCoding(
         rank=rank,
         compress=types.numbers_of(weights.compress, rank * rope_dim),
         mean=types.numbers_of(weights.mean, rope_dim),
         pairs=types.address(weights.pairs, torch.int64, 3 * (rope_dim // 2)),
-        turns=types.address(turns, TURN_DTYPE, turned * rope_dim),
+        turns=types.address(turns, TURN_DTYPE, turned * pairs),
         turned=turned,
     )

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "attend.h"
+#include "keys.h"
 #include "pack.h"
 #include "transform.h"
 #include "weights.h"
@@ -13,12 +14,12 @@ namespace kvsplice {
 
 // How keys are coded before their rotation: see `kvsplice_hf.code.keys`.
 struct KeyCoding {
-  int64_t rank;           // p, numbers of a key's code; 0 where rows hold rotated keys
-  Numbers compress;       // [p, P]
-  Numbers mean;           // [P]
-  const int64_t* pairs;   // which numbers are turned together, [2, F]
-  const Bfloat16* turns;  // cosines and sines of the first tokens, [turned, 2 F]
-  int64_t turned;         // after so many tokens they come over again
+  int64_t rank;          // p, numbers of a key's code; 0 where rows hold rotated keys
+  Numbers compress;      // [p, P]
+  Numbers mean;          // [P]
+  const int64_t* pairs;  // which numbers are turned together, [2, F]
+  const uint8_t* turns;  // the angles of the first tokens, in steps: [turned, F]
+  int64_t turned;        // after so many tokens they come over again
 };
 
 struct Encoding {
@@ -80,7 +81,8 @@ inline void compress_latents(const Encoding& given, const EncodingRoom& room, in
 // The key of a token before its rotation, without the mean.
 inline void undo_turns(const Encoding& given, const EncodingRoom& room, int64_t token) {
   const int64_t pairs = given.rotated / 2;
-  const Bfloat16* turns = given.keys.turns + token % given.keys.turned * given.rotated;
+  const uint8_t* turns = given.keys.turns + token % given.keys.turned * pairs;
+  const auto& circle = Circle<float>::instance();
   float* key = room.keys + token * room.key;
   for (int64_t column = given.rotated; column < room.key; ++column) key[column] = 0;
   for (int64_t pair = 0; pair < pairs; ++pair) {
@@ -88,10 +90,9 @@ inline void undo_turns(const Encoding& given, const EncodingRoom& room, int64_t 
                   second = clamped(given.keys.pairs[pairs + pair], given.rotated);
     const float one = number_at(given.rotations, token * given.rotated + first),
                 other = number_at(given.rotations, token * given.rotated + second);
-    const float cosine = number_of(turns[pair]), sine = number_of(turns[pairs + pair]);
-    const float size = std::fmax(cosine * cosine + sine * sine, 1e-12f);
-    key[first] = (one * cosine + other * sine) / size - number_at(given.keys.mean, first);
-    key[second] = (other * cosine - one * sine) / size - number_at(given.keys.mean, second);
+    const float cosine = circle.cosines[turns[pair] % kSteps], sine = circle.sines[turns[pair] % kSteps];
+    key[first] = one * cosine + other * sine - number_at(given.keys.mean, first);
+    key[second] = other * cosine - one * sine - number_at(given.keys.mean, second);
   }
 }
 

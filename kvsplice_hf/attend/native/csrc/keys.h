@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "lanes.h"
@@ -16,10 +17,10 @@ namespace kvsplice {
 
 // A key is R(slot) (expand key_code + mean), where R turns the two numbers of each pair.
 struct Keys {
-  int64_t dim, rank;      // P and p; 0 where rows hold rotated keys
-  Numbers expand, mean;   // [P, p] and [P]
-  const int64_t* pairs;   // which numbers are turned together, [2, F]
-  const Bfloat16* table;  // cosines, and behind them sines, of each slot: [2 F, slots]
+  int64_t dim, rank;     // P and p; 0 where rows hold rotated keys
+  Numbers expand, mean;  // [P, p] and [P]
+  const int64_t* pairs;  // which numbers are turned together, [2, F]
+  const uint8_t* table;  // the angles of each slot, in steps: [F, slots]
   int64_t table_stride, table_slots;
   const int32_t* slots;  // of each row, [B, S]
   int64_t slots_stride;  // from one sequence to the next
@@ -27,6 +28,29 @@ struct Keys {
 
   // Turned keys come pair by pair: which number of a key is at `place`.
   int64_t number_of(int64_t place) const { return clamped(pairs[place % 2 * (dim / 2) + place / 2], dim); }
+};
+
+// An angle counts in so many steps of a circle.
+constexpr int kSteps = 64;
+
+// Cosines and sines of all angles.
+template <class Number>
+struct Circle {
+  alignas(64) Number cosines[kSteps], sines[kSteps];
+
+  static const Circle& instance() {
+    static const Circle circle;
+    return circle;
+  }
+
+ private:
+  Circle() {
+    for (int step = 0; step < kSteps; ++step) {
+      const double angle = 2 * 3.14159265358979323846 * step / kSteps;
+      set(cosines[step], static_cast<float>(std::cos(angle)));
+      set(sines[step], static_cast<float>(std::sin(angle)));
+    }
+  }
 };
 
 // Pairs that are decoded together: their sums stay in registers, and zeros of `expand` are skipped in blocks of as

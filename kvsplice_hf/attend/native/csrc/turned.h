@@ -58,10 +58,37 @@ inline void pair_columns(Bfloat16* columns, int64_t count) {
 }
 #endif
 
+// What the angles of a strip are in a table of the circle.
+template <class Number>
+inline void look_up(const Number* table, const uint8_t* steps, Number* to) {
+  for (int index = 0; index < kStrip; ++index) to[index] = table[steps[index] % kSteps];
+}
+
+#if defined(__AVX512BW__)
+template <>
+inline void look_up(const Bfloat16* table, const uint8_t* steps, Bfloat16* to) {
+  const __m512i low = load<__m512i>(table), high = load<__m512i>(table + kSteps / 2);
+  for (int index = 0; index < kStrip; index += 2 * kLanes) {
+    const __m512i at = _mm512_cvtepu8_epi16(load<__m256i>(steps + index));
+    store(to + index, _mm512_permutex2var_epi16(low, at, high));
+  }
+}
+
+template <>
+inline void look_up(const float* table, const uint8_t* steps, float* to) {
+  const Floats whole[4] = {floats(table), floats(table + kLanes), floats(table + 2 * kLanes),
+                           floats(table + 3 * kLanes)};
+  for (int index = 0; index < kStrip; index += kLanes) {
+    store(to + index, look_up<4>(whole, from_bytes(load<Bytes>(steps + index))));
+  }
+}
+#endif
+
 // Cosines and sines of the rows of a tile, strip by strip: [strips, 2 F, kStrip]. The lines of the table are far apart,
 // so that each is read from one end to the other.
 constexpr int kMostStrips = 8;  // of a tile
-inline void take_turns(const Keys& keys, int64_t sequence, int64_t row, int64_t count, Bfloat16* to) {
+template <class Number>
+inline void take_turns(const Keys& keys, int64_t sequence, int64_t row, int64_t count, Number* to) {
   const int32_t* slots = keys.slots + sequence * keys.slots_stride + row;
   int64_t found[kMostStrips * kStrip];
   bool in_order[kMostStrips];
@@ -75,16 +102,21 @@ inline void take_turns(const Keys& keys, int64_t sequence, int64_t row, int64_t 
     for (int64_t index = 0; index < kStrip; ++index) differing |= of_strip[index] ^ (of_strip[0] + index);
     in_order[strip] = differing == 0;
   }
-  for (int64_t line = 0; line < keys.dim; ++line) {
-    const Bfloat16* from = keys.table + line * keys.table_stride;
+  const auto& circle = Circle<Number>::instance();
+  const int64_t pairs = keys.dim / 2;
+  for (int64_t line = 0; line < pairs; ++line) {
+    const uint8_t* from = keys.table + line * keys.table_stride;
     for (int64_t strip = 0; strip < strips; ++strip) {
       const int64_t* of_strip = found + strip * kStrip;
-      Bfloat16* turns = to + (strip * keys.dim + line) * kStrip;
+      alignas(64) uint8_t steps[kStrip];
       if (in_order[strip]) {
-        std::memcpy(turns, from + of_strip[0], kStrip * sizeof(Bfloat16));
+        std::memcpy(steps, from + of_strip[0], kStrip);
       } else {
-        for (int index = 0; index < kStrip; ++index) turns[index] = from[of_strip[index]];
+        for (int index = 0; index < kStrip; ++index) steps[index] = from[of_strip[index]];
       }
+      Number* turns = to + (strip * keys.dim + line) * kStrip;
+      look_up<Number>(circle.cosines, steps, turns);
+      look_up<Number>(circle.sines, steps, turns + pairs * kStrip);
     }
   }
 }
@@ -101,13 +133,13 @@ class KeyReader {
   static int64_t memory_size(const Keys& keys, const Codec& codec) {
     if (keys.dim == 0) return 0;
     const int64_t columns = FoldedKeys(keys, codec).columns + kSpare, turns = kMostStrips * keys.dim;
-    return kStrip + (columns * kStrip * sizeof(Query) + turns * kStrip * sizeof(Bfloat16)) / sizeof(float);
+    return kStrip + (columns + turns) * kStrip * sizeof(Query) / sizeof(float);
   }
 
   KeyReader(const Keys& keys, const Codec& codec, float* memory)
       : keys_(keys), codec_(codec), folded_(keys, codec), gains_(memory) {
     columns_ = reinterpret_cast<Query*>(memory + kStrip);
-    turns_ = reinterpret_cast<Bfloat16*>(columns_ + (folded_.columns + kSpare) * kStrip);
+    turns_ = columns_ + (folded_.columns + kSpare) * kStrip;
   }
 
   // To be called before a tile is read: `count` rows from `row` on.
@@ -126,7 +158,7 @@ class KeyReader {
       gains_[row_at<Query>(index)] = codec_.gains[lines[codec_.has_gain * kStrip + index]];
     }
     if constexpr (In::kInPairs) pair_columns(columns_, round_up(gained, 2) + round_up(folded_.columns - gained, 2));
-    const Bfloat16* turns = turns_ + strip * keys_.dim * kStrip;
+    const Query* turns = turns_ + strip * keys_.dim * kStrip;
     for (int64_t group = 0; group < folded_.groups; ++group) {
       for (int first = 0; first < kStrip; first += InOrder<In>::kRows) read_group(turns, group, first, to);
     }
@@ -141,7 +173,7 @@ class KeyReader {
   }
 
   // The numbers of a group of pairs, of the rows from `first` on.
-  void read_group(const Bfloat16* turns, int64_t group, int first, Query* to) const {
+  void read_group(const Query* turns, int64_t group, int first, Query* to) const {
     using Order = InOrder<In>;
     constexpr int vectors = Order::kVectors;
     Floats sums[kDecodedTogether][vectors] = {};
@@ -177,7 +209,7 @@ class KeyReader {
   }
 
   // One pair: its two numbers without their means, to its two columns.
-  static void turn(const Bfloat16* cosines, int64_t sines, const float* means, const Floats* one, const Floats* other,
+  static void turn(const Query* cosines, int64_t sines, const float* means, const Floats* one, const Floats* other,
                    Query* to) {
     using Order = InOrder<In>;
     constexpr int vectors = Order::kVectors;
@@ -196,9 +228,9 @@ class KeyReader {
   const Keys& keys_;
   const Codec& codec_;
   const FoldedKeys folded_;
-  float* gains_;     // of the keys of a strip
-  Query* columns_;   // of their codes
-  Bfloat16* turns_;  // see `take_turns`
+  float* gains_;    // of the keys of a strip
+  Query* columns_;  // of their codes
+  Query* turns_;    // see `take_turns`
 };
 
 }  // namespace kvsplice
