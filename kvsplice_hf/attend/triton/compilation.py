@@ -72,11 +72,11 @@ KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
     # The matrix cores of RDNA 3 want each number in two lanes: 16 queries of 576 numbers alone take 288 registers.
     ("gfx1100", "unquantised", 16): 984,
     ("gfx1100", "packed", 16): 976,
-    ("gfx1100", "coded keys", 16): 0,
+    ("gfx1100", "coded keys", 16): 1704,
     # In float32 it has none, and operands lie in registers as a whole as well.
     ("gfx1100", "unquantised", 32): 2224,
     ("gfx1100", "packed", 32): 2276,
-    ("gfx1100", "coded keys", 32): 0,
+    ("gfx1100", "coded keys", 32): 2756,
 }
 
 
