@@ -60,12 +60,23 @@ KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
     ("sm_80", "packed", 32): 816,
     ("sm_90", "packed", 32): 688,
     ("sm_100", "packed", 32): 736,
+    # The same, and tiles of the keys. In 16 bits most where the value takes two pieces (321 numbers), otherwise where the
+    # number of queries is not divisible by 16; in float32 where the value takes two pieces.
+    ("sm_80", "coded keys", 16): 160,
+    ("sm_90", "coded keys", 16): 24,
+    ("sm_100", "coded keys", 16): 120,
+    ("gfx942", "coded keys", 16): 20,
+    ("sm_80", "coded keys", 32): 912,
+    ("sm_90", "coded keys", 32): 712,
+    ("sm_100", "coded keys", 32): 784,
     # The matrix cores of RDNA 3 want each number in two lanes: 16 queries of 576 numbers alone take 288 registers.
     ("gfx1100", "unquantised", 16): 984,
     ("gfx1100", "packed", 16): 976,
+    ("gfx1100", "coded keys", 16): 1704,
     # In float32 it has none, and operands lie in registers as a whole as well.
     ("gfx1100", "unquantised", 32): 2224,
     ("gfx1100", "packed", 32): 2276,
+    ("gfx1100", "coded keys", 32): 2756,
 }
 
 
