@@ -60,8 +60,8 @@ KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
     ("sm_80", "packed", 32): 816,
     ("sm_90", "packed", 32): 688,
     ("sm_100", "packed", 32): 736,
-    # The same, and tiles of the keys. In 16 bits most where the value takes two pieces (321 numbers), otherwise where the
-    # number of queries is not divisible by 16; in float32 where the value takes two pieces.
+    # The same, and tiles of the keys. On NVIDIA where the value takes two pieces (321 numbers), in 16 bits also where
+    # the number of queries is not divisible by 16; on CDNA with rows of 576 numbers.
     ("sm_80", "coded keys", 16): 160,
     ("sm_90", "coded keys", 16): 24,
     ("sm_100", "coded keys", 16): 120,
