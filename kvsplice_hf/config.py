@@ -174,8 +174,8 @@ class KVSpliceConfig:
             raise ConfigError(
                 f"A budget of {budget:.1f} bytes per token and layer is below the {needed:.1f} that are the least: "
                 f"{SMALLEST_ROW} for the smallest row, {exact:.1f} for {self.sink_tokens} exact tokens in "
-                f"{REFERENCE_LENGTH}, and {shared:.1f} for how keys were rotated. Give `bytes_per_token` of at least {_rounded_up(needed)}{bits}, or fewer "
-                "`sink_tokens`."
+                f"{REFERENCE_LENGTH}, and {shared:.1f} for how keys were rotated. Give `bytes_per_token` of at least "
+                f"{_rounded_up(needed)}{bits}, or fewer `sink_tokens`."
             )
         return budget - exact - shared
 

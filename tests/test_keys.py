@@ -85,7 +85,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 def with_rope(rope: str, **settings: Any) -> Any:
-    """The tiny DeepSeek-V3 with this RoPE, its rows in bf16, and the same weights unpatched behind `splice_disabled`."""
+    """The tiny DeepSeek-V3 with this RoPE, its rows in bf16."""
     model = build("deepseek_v3")
     model.config.rope_parameters = dict(ROPES[rope])
     model.config.max_position_embeddings = 64
@@ -213,9 +213,7 @@ def test_keys_keep_the_rotation_that_they_were_stored_with(rope: str, positions:
         found, cache = [], DynamicCache(config=model.config)
         for part in (slice(0, 12), slice(12, 13), slice(13, 20), *(slice(i, i + 1) for i in range(20, 30))):
             with torch.no_grad():
-                found.append(
-                    model(ids[:, part], position_ids=position_ids[:, part], **cache_argument(cache)).logits
-                )
+                found.append(model(ids[:, part], position_ids=position_ids[:, part], **cache_argument(cache)).logits)
         return torch.cat(found, dim=1)
 
     spliced = logits()

@@ -81,10 +81,11 @@ def see_turns(cache: Cache, layer: SplicedLayerMixin, embeddings: Any, position_
     layer.embeddings, layer.position_ids = embeddings, position_ids
     if layer.table is not None or embeddings is None or layer.splice.keys is None:
         return
-    others = (other for other in cache.layers if isinstance(other, SplicedLayerMixin) and other.table is not None)
-    for other in others:
-        if isinstance(layer, StaticLayer) == isinstance(other, StaticLayer) and other.table.is_of(embeddings):
-            layer.table = other.table
+    for other in cache.layers:
+        table = other.table if isinstance(other, SplicedLayerMixin) else None
+        alike = isinstance(layer, StaticLayer) == isinstance(other, StaticLayer)
+        if table is not None and alike and table.is_of(embeddings):
+            layer.table = table
             return
     if not isinstance(layer, StaticLayer):  # whose table has a size that shows when it is filled
         layer.table = TurnTable(layer.splice.keys.pairs[2])

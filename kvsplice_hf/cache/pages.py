@@ -204,7 +204,8 @@ class PagedRows:
                 return
             raise UnsupportedError(
                 "Continuous batching (generate_batch) keeps how a token is rotated once for all layers, and layers of "
-                'this model differ in it. Use model.generate with a padded batch, or patch with keys="rotated".'
+                "this model differ in it. Use model.generate with a padded batch, or patch with "
+                'KVSpliceConfig(keys="rotated").'
             )
         batch = self._batch
         assert batch is not None

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from kvsplice_hf.cache.turns import SLOT_DTYPE
 from kvsplice_hf.calibration.allocate import Distortion, allocate, measure_distortion
 from kvsplice_hf.calibration.collect import METRICS, Batch, Collector
 from kvsplice_hf.calibration.data import as_batches, share_of_process
@@ -24,7 +25,6 @@ from kvsplice_hf.calibration.statistics import (
     merge_across_processes,
     save_statistics,
 )
-from kvsplice_hf.cache.turns import SLOT_DTYPE
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import codec_class
 from kvsplice_hf.code.keys import TURN_DTYPE

@@ -1,23 +1,18 @@
-"""`RowCodec`: rows `[code | k_rot]` as bytes, each coordinate on a number of bits of its own.
+"""`RowCodec`: rows `[code | key]` as bytes, each coordinate on a number of bits of its own.
 
 A coordinate of width b > 0 is one of 2^b levels, `centre + gain * scale * level(b)[u]`. The unit levels of a width are
 the same for all coordinates: a uniform grid bent by a sinh (fine near the centre, coarse far out), close to the
 Lloyd-Max levels of a Gaussian. Width 0 stores nothing and reads the centre; width 16 stores the bf16 number itself.
 Scales and centres are fixed by calibration, so that rows are independent of one another: a row is written once, and
-cropping, reordering or gathering rows needs no decoding. The gain is one byte per token for all coordinates of the code
+cropping, reordering or gathering rows needs no decoding. A gain is one byte per token for all coordinates of the code:
 tokens differ in size much more than the coordinates of one token do, and an outlier overflows no grid. The coordinates
 of a key may have a second gain of their own.
 
-Layout of a row: the gains, all 16-bit numbers, then four planes of 8-, 4-, 2- and 1-bit fields. Any width up to 8 is a
-sum of such fields (5 = 4 + 1), the largest in the lowest bits. Coordinates that share the gain come first, the widest
-ones ahead, then those that share the second one, then the others in the same way, so that coordinates of one width lie
-side by side in every plane. Within a plane of m bytes, byte j holds the fields j, j + m, j + 2 m and so on. Thus
-unpacking moves contiguous pieces only.
+Where the fields are in a row is the subject of `layout`.
 
 Legend: `n` = r + p coordinates of a row, the first `r` of which share a gain, and the `p` behind them perhaps another.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,11 +20,11 @@ import torch
 from torch import nn
 
 from kvsplice_hf.code.codecs import Codec, register_codec
-from kvsplice_hf.code.fields import BIT_FIELDS, BitField, as_bf16, as_bytes, join_fields, pieces_of, split_fields
-from kvsplice_hf.code.levels import BEND, reaches_of, sinh_, unit_levels
+from kvsplice_hf.code.fields import BIT_FIELDS, as_bf16, as_bytes, join_fields
+from kvsplice_hf.code.layout import RowLayout
+from kvsplice_hf.code.levels import sinh_
 from kvsplice_hf.code.widths import check_steps, row_bytes
 from kvsplice_hf.config import DEFAULT_CODEC
-from kvsplice_hf.errors import ConfigError
 
 
 # A gain is 2^((byte - 128) / 16): steps of 4.4 %, from 1/256 to 245.
@@ -37,8 +32,6 @@ _GAIN_STEPS = 16
 _GAIN_ONE = 128
 # Rows that are unpacked at once: what this takes in passing should fit into a cache of the processor.
 _AT_ONCE = 1024
-# Of the table `column_fields`.
-NUMBERS_PER_COLUMN = len(BIT_FIELDS) * len(BitField._fields)
 
 
 class Columns(NamedTuple):
@@ -56,7 +49,7 @@ class Columns(NamedTuple):
 
 
 @register_codec
-class RowCodec(Codec):
+class RowCodec(RowLayout):
     """Packs rows of numbers into bytes, and back.
 
     Buffers: `widths` uint8 [n], `scales` and `centres` float32 [n]. They stay float32 whatever the model is cast to:
@@ -84,20 +77,8 @@ class RowCodec(Codec):
     saved_if_any = ("key_sigmas",)
     fitted_together = True
 
-    widths: torch.Tensor
     scales: torch.Tensor
     centres: torch.Tensor
-    sigmas: torch.Tensor
-    key_sigmas: torch.Tensor
-    _raw: torch.Tensor
-    _bends: torch.Tensor
-    _levels: torch.Tensor
-    _first_level: torch.Tensor
-    column_index: torch.Tensor
-    column_slopes: torch.Tensor
-    column_starts: torch.Tensor
-    column_reaches: torch.Tensor
-    column_fields: torch.Tensor
 
     def __init__(
         self,
@@ -118,83 +99,6 @@ class RowCodec(Codec):
         # Files of rows without a second gain are those of before there was one.
         self.register_buffer("key_sigmas", key_sigmas.float().contiguous(), persistent=len(key_sigmas) > 0)
         self._add_tables()
-
-    def _add_tables(self) -> None:
-        """What follows from the widths: byte count, and index tensors that move with the module but are not saved."""
-        widths = self.widths.long()
-        self.row_bytes = row_bytes(widths, len(self.sigmas), len(self.key_sigmas))
-        small = torch.where(widths == 16, 0, widths)
-        order = torch.argsort(100 * self._gain_groups() - small, stable=True)
-        order = order[small[order] > 0]
-        for field in BIT_FIELDS:
-            coordinates = order[small[order] & field > 0]
-            # The larger fields of the same code come first, in its lower bits.
-            shifts = small[coordinates] & ~(2 * field - 1)
-            self.register_buffer(f"_coordinates{field}", coordinates, persistent=False)
-            self.register_buffer(f"_shifts{field}", shifts.to(torch.uint8), persistent=False)
-        self.register_buffer("_raw", (widths == 16).nonzero()[:, 0], persistent=False)
-        bend_of = [BEND.get(width, 0.0) for width in widths.tolist()]
-        bends = torch.tensor(bend_of, dtype=torch.float32, device=widths.device)
-        self.register_buffer("_bends", bends, persistent=False)
-        nothing = torch.zeros(1, dtype=torch.float32, device="cpu")
-        levels = torch.cat([nothing, *(unit_levels(width) for width in range(1, 9))]).to(widths.device)
-        self.register_buffer("_levels", levels, persistent=False)
-        # The levels of width b start behind those of all smaller widths: 1 + 2 + 4 + ... = 2^b - 1.
-        self.register_buffer("_first_level", torch.where(small > 0, 2**small - 1, 0), persistent=False)
-        self._add_columns(order)
-
-    def _gain_groups(self) -> torch.Tensor:
-        """Of each coordinate: 0 with the gain, 1 with that of keys, 2 without one; int64 [n]."""
-        place = torch.arange(len(self.widths), dtype=torch.int64, device=self.widths.device)
-        gained, last = len(self.sigmas), len(self.sigmas) + len(self.key_sigmas)
-        return (place >= gained).long() + (place >= last).long()
-
-    @property
-    def gain_bytes(self) -> int:
-        """How many gains a row has, a byte each."""
-        return int(len(self.sigmas) > 0) + int(len(self.key_sigmas) > 0)
-
-    def _add_columns(self, order: torch.Tensor) -> None:
-        """Tables of `read_columns`, whose columns are the coordinates `order`, and after them the 16-bit numbers."""
-        widths = self.widths[order].long()
-        bends, reaches = self._bends[order], reaches_of(self._bends[order])
-        # sinh(slope * code + start) / reach is the level; two levels without a bend are the sinh of something as well.
-        # (An integer tensor with a Python number of another kind would take the dtype that is the default just now.)
-        last = torch.where(bends > 0, bends * (1 - 0.5 ** widths.float()), math.asinh(0.5))
-        self.register_buffer("column_slopes", 2 * last / (2**widths - 1), persistent=False)
-        self.register_buffer("column_starts", -last, persistent=False)
-        self.register_buffer("column_reaches", reaches, persistent=False)
-        self.register_buffer("column_index", torch.cat([order, self._raw]), persistent=False)
-        groups = self._gain_groups()[order]
-        self.gained_columns = int((groups == 0).sum())
-        self.key_gained_columns = int((groups == 1).sum())
-        # How many of the 16-bit numbers are among the coordinates that share the gain.
-        self.gained_raw = int((self._raw < len(self.sigmas)).sum())
-        # Whether the columns behind those with the gain hold none of these coordinates.
-        self.gains_all = len(self.sigmas) > 0 and self.gained_raw == 0
-        self._pieces = {field: pieces_of(widths.tolist(), field) for field in BIT_FIELDS}
-        fields = [
-            fields + (len(BIT_FIELDS) - len(fields)) * [BitField(0, 0, 0, 0)] for fields in self._fields(len(order))
-        ]
-        # Where the codes are in a row, int32 [columns, 4 fields, 4 attributes of a `BitField`].
-        table = torch.tensor(fields, dtype=torch.int32, device=order.device)
-        self.register_buffer(
-            "column_fields", table.view(len(order), len(BIT_FIELDS), len(BitField._fields)), persistent=False
-        )
-
-    def _fields(self, columns: int) -> list[list[BitField]]:
-        """Where the code of each column is in a row."""
-        found: list[list[BitField]] = [[] for _ in range(columns)]
-        start = self.gain_bytes + 2 * len(self._raw)
-        for field, pieces in self._pieces.items():
-            size = -(-pieces[-1].fields.stop * field // 8) if pieces else 0
-            for piece in pieces:
-                places = range(piece.fields.start, piece.fields.stop)
-                for column, index in enumerate(places, start=piece.columns.start):
-                    shift = index // size * field
-                    found[column].append(BitField(start + index % size, shift, field, piece.shift))
-            start += size
-        return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As any module, and the tables with it; rows of another size are refused, for caches are made for this one."""
@@ -411,44 +315,6 @@ class RowCodec(Codec):
             factors[:, :1] if has_gain else None,
             factors[:, has_gain:] if len(self.key_sigmas) else None,
         )
-
-    def codes(self, packed: torch.Tensor) -> torch.Tensor:
-        """Codes uint8 [..., n] of bytes uint8 [..., row_bytes]: the exact inverse of packing them.
-
-        Raises:
-            ConfigError: the bytes are not those of one row of this codec.
-        """
-        lines = self._code_lines(self._flat(packed)[None])[0]
-        codes = lines.new_zeros(self.row_dim, lines.shape[1])
-        codes[self.column_index[: len(lines)]] = lines
-        return codes.T.reshape(*packed.shape[:-1], self.row_dim)
-
-    def _flat(self, packed: torch.Tensor) -> torch.Tensor:
-        """All rows in one dimension, [S, row_bytes]."""
-        if packed.dtype != torch.uint8 or packed.shape[-1] != self.row_bytes:
-            raise ConfigError(
-                f"Got packed rows {packed.dtype} {list(packed.shape)}; this codec's rows are uint8 of {self.row_bytes} "
-                "bytes. The cache belongs to another splice."
-            )
-        return packed.reshape(math.prod(packed.shape[:-1]), self.row_bytes)
-
-    def _code_lines(self, packed: torch.Tensor) -> torch.Tensor:
-        """Codes uint8 [B, m, S] of packed rows [B, S, row_bytes], of the columns that hold codes."""
-        end = self.gain_bytes + 2 * len(self._raw)
-        lines = packed[..., end:].transpose(1, 2).contiguous()  # whole lines move at the speed of memory
-        codes = lines.new_zeros(lines.shape[0], len(self.column_slopes), lines.shape[2])
-        end = 0
-        for field, pieces in self._pieces.items():
-            if not pieces:
-                continue
-            start, end = end, end + -(-pieces[-1].fields.stop * field // 8)
-            values = split_fields(lines[:, start:end], field)
-            for piece in pieces:
-                codes[:, piece.columns] |= values[:, piece.fields] << piece.shift
-        return codes
-
-    def _plane(self, field: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._buffers[f"_coordinates{field}"], self._buffers[f"_shifts{field}"]  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         return f"row_dim={self.row_dim}, row_bytes={self.row_bytes}"

@@ -8,8 +8,8 @@ positions or frequencies, both take the angles that the model's own rotary embed
     turned key (a, b) of a pair  =  (a cos - b sin, a sin + b cos)
 
 As what is undone is redone exactly, any angle would do, and one near the true one leaves as little to code. So angles
-are rounded to a 64th of a circle, a byte each: off by at most 2.8 degrees, they mix less than a thousandth of the energy
-of one number of a pair into the other. A factor on the cosines and sines (of yarn) stays in the key.
+are rounded to a 64th of a circle, a byte each: off by at most 2.8 degrees, they mix about a thousandth of the energy of
+one number of a pair into the other. A factor on the cosines and sines (of yarn) stays in the key.
 
 Legend: `T` tokens, `P` qk_rope_head_dim, `F` = P / 2 pairs, `p` numbers of a key's code.
 """

@@ -56,7 +56,7 @@ def get_kv_cache_size(model: nn.Module, seq_len: int = 2048, batch_size: int = 1
     Per token: R + P numbers unspliced, r + P spliced (or the bytes of a packed row), and the indexer's key on
     sparse-attention layers, in the dtype of the model. Per sequence and spliced layer: K exact latents of R numbers (R
     + P where rows are packed) and their positions (8 bytes each). Where keys are coded before their rotation, per token
-    a slot (4 bytes), and once for all sequences and layers how the tokens at each position were rotated (P / 2 bytes). A
+    a slot (4 bytes), and once for all sequences and layers how tokens at each position were rotated (P / 2 bytes). A
     sliding window keeps `window - 1` tokens. Linear-attention layers are not counted; on an unpatched model both
     figures are the same. `cache_nbytes` measures the same quantity on a cache.
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 import torch
 
-from kvsplice_hf.code.codec import NUMBERS_PER_COLUMN, RowCodec, gain_factors
+from kvsplice_hf.code.codec import RowCodec, gain_factors
+from kvsplice_hf.code.layout import NUMBERS_PER_COLUMN
 from kvsplice_hf.errors import ConfigError
 
 
