@@ -127,7 +127,7 @@ def test_two_halves_merged_are_the_whole() -> None:
         layer.add_gradients(part[:, :4])
         layer.add_rot_gradients(part[:, 4:])
     first.merge(second)
-    for name in ("count", "latent_sum", "latent_outer", "fisher", "rot_sum", "rot_square", "rot_fisher"):
+    for name in ("count", "latent_sum", "latent_outer", "fisher", "rot_sum", "rot_outer", "rot_fisher"):
         found, expected = getattr(first, name), getattr(whole, name)  # products are summed in fp32
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert len(first.rows) == 900
@@ -235,8 +235,8 @@ def test_bits_go_where_they_save_most_and_the_budget_is_kept() -> None:
         return sum(float((s.cost * rate).sum()) for s, rate in zip(solutions, rates, strict=True))
 
     for budget in (6.0, 10.0, 14.5):
-        together = allocate(solutions, distortions, budget)
-        apart = allocate(solutions, distortions, budget, per_layer=True)
+        together = [bits.widths for bits in allocate(solutions, distortions, budget)]
+        apart = [bits.widths for bits in allocate(solutions, distortions, budget, per_layer=True)]
         sizes = [row_bytes(widths, 16) for widths in together]
         assert budget - 1.5 < sum(sizes) / 3 <= budget
         assert sizes[1] == max(sizes)

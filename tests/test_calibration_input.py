@@ -379,7 +379,7 @@ def tokens(count: int = 24, length: int = 32) -> torch.Tensor:
 
 
 def sums(calibrator: KVSpliceCalibrator) -> list[torch.Tensor]:
-    names = ("count", "latent_sum", "latent_outer", "rot_square", "fisher", "rot_fisher", "readers", "rows")
+    names = ("count", "latent_sum", "latent_outer", "rot_outer", "fisher", "rot_fisher", "readers", "rows")
     return [getattr(layer, name) for layer in calibrator.statistics.values() for name in names]
 
 

@@ -113,6 +113,8 @@ class TurnTable:
 
     def _at_positions(self, turns: torch.Tensor, position_ids: Any) -> torch.Tensor | None:
         """Slots by position, or None where a slot would have to hold two different rotations."""
+        if isinstance(position_ids, torch.Tensor) and position_ids.dim() == 3:
+            position_ids = position_ids[0]  # of several axes, along which text goes in step
         fits = isinstance(position_ids, torch.Tensor) and position_ids.shape == turns.shape[:2]
         if not fits or torch.compiler.is_compiling():
             return None

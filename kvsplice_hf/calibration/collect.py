@@ -165,7 +165,7 @@ class Collector:
             latent.register_hook(lambda gradient: layer.add_gradients(_select(gradient, counted)))
             if site.qk_rope_head_dim:
                 k_rot.register_hook(lambda gradient: layer.add_rot_gradients(_select(gradient, counted), turns))
-        layer.add_rows(_select(latent.detach(), counted), _select(k_rot.detach(), counted), turns, self.generator)
+        layer.add_rows(_select(latent.detach(), counted), _select(k_rot.detach(), counted), self.generator, turns)
         return type(site.module).expand_kv(site.module, latent, k_rot)
 
 

@@ -131,7 +131,11 @@ class LayerStatistics:
             )
 
     def add_rows(
-        self, latents: torch.Tensor, k_rot: torch.Tensor, turns: torch.Tensor | None, generator: torch.Generator
+        self,
+        latents: torch.Tensor,
+        k_rot: torch.Tensor,
+        generator: torch.Generator,
+        turns: torch.Tensor | None = None,
     ) -> None:
         """Count tokens: latents [T, R], rotated keys [T, P], and how they were rotated, [T, F]; on any device."""
         self.count += len(latents)
@@ -152,7 +156,7 @@ class LayerStatistics:
         """Count gradients at the latents, [T, R]."""
         self.fisher += _outer(latents.float())
 
-    def add_rot_gradients(self, k_rot: torch.Tensor, turns: torch.Tensor | None) -> None:
+    def add_rot_gradients(self, k_rot: torch.Tensor, turns: torch.Tensor | None = None) -> None:
         """Count gradients at the rotated keys, [T, P], which were rotated by turns [T, F]."""
         k_rot = k_rot.float().cpu()
         turns = self.turns.new_zeros(len(k_rot), 0) if turns is None else turns.cpu()

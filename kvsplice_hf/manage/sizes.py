@@ -85,13 +85,21 @@ def _codes_keys(site: AttentionSite) -> bool:
 def _turn_bytes(sites: list[AttentionSite], seq_len: int) -> tuple[int, int]:
     """Bytes of the slots of one sequence, and of the tables of how its tokens were rotated.
 
-    Full attention shares its slots between layers, a window has its own; taken is one table for each size of key.
+    Layers of full attention with the same rotary embedding share their slots, a window has its own.
     """
-    windows = [site for site in sites if site.sliding_window is not None]
-    tokens = sum(min(seq_len, (site.sliding_window or 0) - 1) for site in windows)
-    tokens += seq_len if len(windows) < len(sites) else 0
-    sizes = {site.qk_rope_head_dim for site in sites}
-    return tokens * SLOT_DTYPE.itemsize, seq_len * sum(sizes) // 2
+    windows = [site.sliding_window for site in sites if site.sliding_window is not None]
+    full = {_rotary_kind(site) for site in sites if site.sliding_window is None}
+    tokens = sum(min(seq_len, window - 1) for window in windows) + seq_len * len(full)
+    sizes = {_rotary_kind(site): site.qk_rope_head_dim // 2 for site in sites}
+    return tokens * SLOT_DTYPE.itemsize, seq_len * sum(sizes.values())
+
+
+def _rotary_kind(site: AttentionSite) -> str:
+    """By which of its rotary embeddings a model rotates the keys of a layer; most have one."""
+    config = site.module.config
+    kinds, types = getattr(config, "rope_parameters", None) or {}, getattr(config, "layer_types", None) or []
+    kind = types[site.layer_idx] if site.layer_idx < len(types) else ""
+    return kind if kind in kinds else ""
 
 
 def _site_bytes(site: AttentionSite, seq_len: int, spliced: bool) -> int:
