@@ -138,7 +138,8 @@ def test_a_cache_that_was_rewound_gives_the_same_step_again(models: dict[str, Pr
         step(model, filled)
         assert cache_nbytes(filled.cache) > size
         rewind(filled, 2)
-        assert cache_nbytes(filled.cache) == size
+        # How tokens are rotated that were taken back stays known.
+        assert 0 <= cache_nbytes(filled.cache) - size < 100
     hook.remove()
     assert all(step.isfinite().all() for step in logits)
     assert torch.equal(logits[0], logits[2])

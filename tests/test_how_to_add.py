@@ -51,7 +51,8 @@ def generated(model: PreTrainedModel, **settings: Any) -> Any:
 
 def patched_with(kind: str, **settings: Any) -> PreTrainedModel:
     model = build(NAME)
-    config = KVSpliceConfig(**{"bytes_per_token": 60, "codec": kind, "sink_tokens": SINKS} | settings)
+    fixed = {"bytes_per_token": 60, "codec": kind, "keys": "rotated", "sink_tokens": SINKS}
+    config = KVSpliceConfig(**fixed | settings)
     return patch_model_with_kvsplice(model, config, calibration=calibrated(model))
 
 

@@ -107,6 +107,9 @@ def test_no_library_takes_the_splice_for_a_layer_and_the_model_goes_on(other: An
     for _, state in patched_sites(model):
         splice = state.splice
         assert {type(part).__module__ for part in splice.modules()} <= {
+            "kvsplice_hf.code.keys",
+            "kvsplice_hf.code.layout",
+            "kvsplice_hf.code.matrix",
             "kvsplice_hf.code.projection",
             "kvsplice_hf.code.codec",
         }

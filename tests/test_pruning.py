@@ -321,7 +321,8 @@ def test_saved_splices_can_be_read_without_the_model(recipe: str, tmp_path: Path
     assert list(found) == [0, 1]
     for alone, splice in zip(found.values(), splices(model), strict=True):
         latents, k_rot = standard_latents(splice, 3), torch.ones(3, 8)
-        assert torch.equal(alone.rows(latents, k_rot), splice.rows(latents, k_rot))
+        turns = torch.arange(12, dtype=torch.uint8).view(3, 4)
+        assert torch.equal(alone.rows(latents, k_rot, turns), splice.rows(latents, k_rot, turns))
 
 
 def test_a_layer_that_only_others_read_is_not_pruned() -> None:

@@ -76,7 +76,8 @@ def attend(
 
     def by_kernel() -> Attended:
         of_queries = None if bias is None else bias[:, 0]
-        return backend.attend(query, rows, codec, value_dim, of_queries, scaling=scaling, keys=keys)
+        more = {} if keys is None else {"keys": keys}  # which only some backends take
+        return backend.attend(query, rows, codec, value_dim, of_queries, scaling=scaling, **more)
 
     given = (codec is None, bias is None, query.dtype, rows.dtype, query.device, _coded(keys is not None))
     kind = ("attend", *given, backend.name)
@@ -130,7 +131,8 @@ def encode(
     alike = _numbers_alike if codec is None else _bytes_alike
     of_weights = (weights.offset is None, latent.dtype, weights.compress.dtype, _coded(keys is not None))
     kind = ("encode", codec is None, *of_weights, backend.name)
-    return _either(kind, lambda: backend.encode(latent, k_rot, weights, codec, keys, turns), by_torch, alike)
+    more = () if keys is None else (keys, turns)  # which only some backends take
+    return _either(kind, lambda: backend.encode(latent, k_rot, weights, codec, *more), by_torch, alike)
 
 
 def pack(rows: torch.Tensor, codec: Codec) -> torch.Tensor:

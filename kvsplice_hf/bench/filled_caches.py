@@ -76,13 +76,24 @@ def fill(model: PreTrainedModel, recipe: Recipe, batch: int, length: int, spare:
     layer: Any
     for start in range(filled.length, length, _FILL_CHUNK):
         end = min(start + _FILL_CHUNK, length)
+        positions = torch.arange(start, end, dtype=torch.int64, device=model.device)[None]
+        embeddings = _rotations(model, positions)
         for layer in cache.layers:
+            if hasattr(layer, "embeddings"):  # as `attention_mask`
+                layer.embeddings, layer.position_ids = embeddings, positions
             if padding is not None and hasattr(layer, "attention_mask"):
                 layer.attention_mask = filled.mask(end)  # what the hook of a patched model tells its cache layer
             rows = (torch.randn(batch, 1, end - start, n, dtype=model.dtype, device=model.device) for n in sizes)
             layer.update(*rows)
     filled.length = length
     return filled
+
+
+def _rotations(model: PreTrainedModel, positions: torch.Tensor) -> Any:
+    """What the model hands to its attention modules at these positions [1, T]; None without a rotary embedding."""
+    found = (module for name, module in model.named_modules() if name.endswith("rotary_emb"))
+    rotary = next(found, None)
+    return None if rotary is None else rotary(torch.empty(0, dtype=model.dtype, device=model.device), positions)
 
 
 @torch.no_grad()

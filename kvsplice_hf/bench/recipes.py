@@ -40,11 +40,13 @@ class Recipe:
     Args:
         config: of the splice.
         is_packed: packed codes of a quarter of the stock bytes in bf16; they need calibration.
+        keys: of those, see `KVSpliceConfig`.
         make_cache: from the model's config and the greatest length; each cache layer is spliced when it is used.
     """
 
     config: KVSpliceConfig | None = None
     is_packed: bool = False
+    keys: str = "unrotated"
     make_cache: Callable[[PreTrainedConfig, int], Cache] = _dynamic_cache
 
     @property
@@ -64,6 +66,7 @@ RECIPES: Mapping[str, Recipe] = {
     "full rank": Recipe(KVSpliceConfig(compression_ratio=1.0, init="identity")),
     "rank R/2": Recipe(KVSpliceConfig(compression_ratio=0.5, init="orthogonal")),
     "packed 4x": Recipe(is_packed=True),
+    "packed 4x, rotated keys": Recipe(is_packed=True, keys="rotated"),
 }
 
 
@@ -94,7 +97,7 @@ def apply_recipe(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
         count = -(-tokens // (_CALIBRATION_WINDOW - KVSpliceConfig(bytes_per_token=bytes_per_token).sink_tokens))
         windows = random_tokens(model, count, _CALIBRATION_WINDOW)
         calibrator.collect(list(windows.split(1)), max_tokens=windows.numel(), progress=False)
-        splice = KVSpliceConfig(bytes_per_token=bytes_per_token, allocation="layer")
+        splice = KVSpliceConfig(bytes_per_token=bytes_per_token, allocation="layer", keys=recipe.keys)
         patch_model_with_kvsplice(model, splice, calibration=calibrator)
     return model
 

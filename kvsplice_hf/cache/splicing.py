@@ -153,6 +153,7 @@ class SplicedLayerMixin(_StockLayer):
         """
         if not self.geometry.coded_keys:
             return None, None
+        self.splice.require_codec_here()
         if self.embeddings is None or self.table is None:
             raise upstream.changed(
                 "a spliced cache layer",

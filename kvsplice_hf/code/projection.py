@@ -129,7 +129,8 @@ class LearnedKVSplice(nn.Module):
     @torch.no_grad()
     def _digest(self) -> str:
         digest = hashlib.sha256()
-        for name, tensor in read_all(self).items():
+        # Keys last, whichever part was set first; the others in the order that they have always had.
+        for name, tensor in sorted(read_all(self).items(), key=lambda item: item[0].startswith("keys.")):
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of this process, where it is spread
             values = local.detach().cpu().contiguous()
             digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())

@@ -110,6 +110,7 @@ def _turns_without_cache(module: Any, patched: SitePatch, call: Call) -> torch.T
     """
     if patched.splice.keys is None:
         return None
+    patched.splice.require_codec_here()
     if call.embeddings is None:
         raise upstream.changed(
             title_of(module),

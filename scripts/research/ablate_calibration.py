@@ -127,8 +127,8 @@ def same_bits_everywhere(rot_bits: int | None = None) -> Iterator[None]:
         rot_bits: bits of k_rot; by default as the others.
     """
 
-    def flat(solutions: Any, distortions: Any, budget: float, *, per_layer: bool = False) -> list[torch.Tensor]:
-        return [_flat_widths(solution, budget, rot_bits) for solution in solutions]
+    def flat(solutions: Any, distortions: Any, budget: float, *, per_layer: bool = False) -> list[Any]:
+        return [allocate.Allocation(_flat_widths(solution, budget, rot_bits)) for solution in solutions]
 
     with mock.patch.object(calibrator, "allocate", flat):
         yield
@@ -157,8 +157,10 @@ def rot_bits(bits: int) -> Iterator[None]:
         per_bit[solution.latent_dim :] = torch.where(columns < (9 if bits == 16 else bits), torch.inf, 0.0)
         return per_bit
 
-    def capped(tables: Any, dims: Any, budget: float) -> Any:
-        return fill([table.nan_to_num(posinf=_BEYOND) for table in tables], dims, budget)
+    def capped(tables: Any, budget: float) -> Any:
+        for table in tables:
+            table.per_bit, table.with_key_gain = table.per_bit.nan_to_num(posinf=_BEYOND), None
+        return fill(tables, budget)
 
     original, fill = allocate.increments, allocate._fill
     with mock.patch.object(allocate, "increments", increments), mock.patch.object(allocate, "_fill", capped):
