@@ -28,7 +28,7 @@ _LIKELY_KEPT = 1e-3
 _SCALES = torch.linspace(0.6, 6.0, 28, dtype=torch.float32, device="cpu")  # largest level over root mean square
 _BISECTIONS = 60
 # So many times what its bits save elsewhere a gain of keys has to save: what it saves of sampled rows beyond those bits
-# did not show on other text (docs/keys.md).
+# did not show on other text in a first trial (docs/keys.md).
 _GAIN_MARGIN = 3.0
 
 

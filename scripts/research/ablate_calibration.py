@@ -172,7 +172,7 @@ _BEYOND = 1e12  # nats per bit
 
 @contextlib.contextmanager
 def near_positions() -> Iterator[None]:
-    """Rotated keys as they are at the beginning of a text."""
+    """Keys as they are at the beginning of a text."""
     with mock.patch.object(collect, "_usable_positions", return_value=0):
         yield
 
@@ -185,12 +185,22 @@ def shrinkage(share: float) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def key_gain(margin: float) -> Iterator[None]:
+    """A gain of their own for the keys of layers where it saves so many times what its bits save elsewhere."""
+    with mock.patch.object(allocate, "_GAIN_MARGIN", margin):
+        yield
+
+
 PARTS = {
     "default": Part("default: Fisher, global water-filling, gains, bent levels, fitted scales"),
     "no-sinks": Part("first tokens not exact", changes={"sink_tokens": 0}),
-    "near-positions": Part("rotated keys seen at the first positions only", while_collecting=near_positions),
+    "near-positions": Part("keys seen at the first positions only", while_collecting=near_positions),
     "readers": Part("metric: readers (forward passes only)", metric="readers", changes={"allocation": "layer"}),
     "pca": Part("metric: PCA", metric="pca", changes={"allocation": "layer"}),
+    "rotated-keys": Part("keys coded after their rotation", changes={"keys": "rotated"}),
+    "key-gain": Part("a gain for keys wherever it saves its bits", while_fitting=functools.partial(key_gain, 1.0)),
+    "key-gains": Part("a gain for all keys", while_fitting=functools.partial(key_gain, -1e9)),
     "per-layer": Part("the same bytes for each layer", changes={"allocation": "layer"}),
     "flat": Part("no water-filling: the same bits for all coordinates", while_fitting=same_bits_everywhere),
     "no-gain": Part("no gain per token", while_fitting=no_gain),
