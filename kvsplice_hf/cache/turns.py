@@ -50,7 +50,18 @@ def embedding_tensor(embeddings: Any) -> torch.Tensor:
     return embeddings if isinstance(embeddings, torch.Tensor) else embeddings[0]
 
 
-class TurnTable:
+class _OfLastCall:
+    """Whose angles a table was given last: all layers of a call ask with the same ones."""
+
+    # A weak reference to the tensor of the embeddings.
+    _seen: Any
+
+    def is_of(self, embeddings: Any) -> bool:
+        """Whether the embeddings of the running call were noted here."""
+        return self._seen is not None and self._seen() is embedding_tensor(embeddings)
+
+
+class TurnTable(_OfLastCall):
     """The table of a growing cache.
 
     Args:
@@ -76,10 +87,6 @@ class TurnTable:
     def nbytes(self) -> int:
         """Of the slots in use."""
         return 0 if self.lines is None else self.used * self.lines.shape[0] * self.lines.itemsize
-
-    def is_of(self, embeddings: Any) -> bool:
-        """Whether the embeddings of the running call were noted here."""
-        return self._seen is not None and self._seen() is embedding_tensor(embeddings)
 
     def note(self, embeddings: Any, position_ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep how new tokens are rotated.
@@ -185,7 +192,7 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return alike and (one.numel() == 0 or one.data_ptr() == other.data_ptr())
 
 
-class FixedTurns:
+class FixedTurns(_OfLastCall):
     """The table of static cache layers of one length: a slot is a row, and in a window the next row, round and round.
 
     Changed in place, so that compiled graphs keep its address.
@@ -216,10 +223,6 @@ class FixedTurns:
     def nbytes(self) -> int:
         """Of all slots."""
         return self.lines.nbytes
-
-    def is_of(self, embeddings: Any) -> bool:
-        """Whether the embeddings of the running call were noted here."""
-        return self._seen is not None and self._seen() is embedding_tensor(embeddings)
 
     def note(self, embeddings: Any, first: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep how new tokens are rotated; those that would be overwritten at once are not.

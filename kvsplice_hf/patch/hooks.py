@@ -51,7 +51,7 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     mask = patched.arguments.get("attention_mask", args, kwargs)
     hidden_states = patched.arguments.get("hidden_states", args, kwargs)
     new_tokens = None if hidden_states is None else hidden_states.shape[1]
-    embeddings = upstream.argument(patched.arguments.names, upstream.POSITION_EMBEDDINGS, args, kwargs)
+    embeddings = patched.arguments.get(upstream.POSITION_EMBEDDINGS, args, kwargs)
     rows = paged_rows(kwargs) if state.enabled else None
     if rows is not None:
         if patched.stores_latent and patched.geometry.coded_keys:
@@ -67,7 +67,7 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         layer = splice_cache_layer(cache, module.layer_idx, patched.geometry, patched.splice)
         layer.attention_mask = mask
         if patched.geometry.coded_keys:
-            position_ids = upstream.argument(patched.arguments.names, upstream.POSITION_IDS, args, kwargs)
+            position_ids = patched.arguments.get(upstream.POSITION_IDS, args, kwargs)
             see_turns(cache, layer, embeddings, position_ids)
     enter_call(Call(module, state, mask, new_tokens, reads_cache=cache is not None, embeddings=embeddings))
     return (args, kwargs) if carried else None
