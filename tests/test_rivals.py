@@ -62,6 +62,9 @@ def error_of(rival: Any) -> float:
         "rotated-lloyd4": 256 + 2 + 128,
         "rotated-lloyd3": 192 + 2 + 128,
         "rotated-lloyd2-k8": 128 + 2 + 64 + 2,
+        "hadamard-lloyd4": 386,
+        "hadamard-lloyd3": 322,
+        "hadamard64-int4-k8": 256 + 16 * 2 + 64 + 2,
         "int4-g32": 256 + 16 * 4 + 128,
         "int2-g32-k8": 128 + 16 * 4 + 64 + 2,
         "kivi4-t32": 256 + 64 + 128,
@@ -125,6 +128,32 @@ def test_random_rotation_reaches_the_known_error_of_gaussian_levels() -> None:
     errors = [(fit.round_trip(latent, K_ROT)[0] - latent).square().mean().item() for fit in fitted]
     assert errors == pytest.approx([0.1175, 0.03454, 0.009497], rel=0.05)
     assert rivals.lloyd_max_levels(2).tolist() == pytest.approx([-1.5104, -0.4528, 0.4528, 1.5104], abs=1e-4)
+
+
+@pytest.mark.parametrize(("size", "largest"), [(512, 512), (321, 321), (321, 64), (1, 64)])
+def test_hadamard_blocks_are_orthogonal_with_entries_of_one_size_per_block(size: int, largest: int) -> None:
+    matrix = rivals.hadamard_blocks(size, largest)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size), rtol=0, atol=1e-5)
+    first = min(largest, 2 ** (size.bit_length() - 1))
+    torch.testing.assert_close(matrix[:first, :first].abs(), torch.full((first, first), first**-0.5))
+
+
+def test_after_a_hadamard_transform_one_large_channel_costs_little() -> None:
+    latent = torch.randn(1, 1, 200, 128, generator=torch.Generator().manual_seed(0))
+    latent[..., 5] *= 50
+    statistics = statistics_of(latent, K_ROT)
+    plain, turned = (
+        kind.fit(statistics).round_trip(latent, K_ROT)[0] - latent
+        for kind in (rivals.IntegerPerToken(bits=4), rivals.HadamardIntegers())
+    )
+    assert turned.square().mean() < 0.6 * plain.square().mean()
+
+
+def test_hadamard_and_random_rotations_err_alike_on_gaussian_rows() -> None:
+    latent = torch.randn(1, 1, 500, 128, generator=torch.Generator().manual_seed(0))
+    fitted = [rivals.HadamardLloydMax(bits=b).fit(statistics_of(latent, K_ROT)) for b in (3, 4)]
+    errors = [(fit.round_trip(latent, K_ROT)[0] - latent).square().mean().item() for fit in fitted]
+    assert errors == pytest.approx([0.03454, 0.009497], rel=0.05)
 
 
 def test_the_standardised_variant_is_undone_exactly_at_high_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from kvsplice_hf.version import __version__
 
 logger = logging.getLogger(__name__)
 
-AUTO_TOKENS = 16_384
+AUTO_TOKENS = 20_000
 # Sampling costs more than the statistics.
 OWN_TOKENS = 8192
 

@@ -20,7 +20,14 @@ from kvsplice_hf.bench.rivals.float_formats import Fp8Rows, NvFp4, Stock, round_
 from kvsplice_hf.bench.rivals.integers import IntegerPerToken
 from kvsplice_hf.bench.rivals.kivi import IntegerPerChannel
 from kvsplice_hf.bench.rivals.registry import RIVALS
-from kvsplice_hf.bench.rivals.rotation import RotatedLloydMax, lloyd_max_levels, random_rotation
+from kvsplice_hf.bench.rivals.rotation import (
+    HadamardIntegers,
+    HadamardLloydMax,
+    RotatedLloydMax,
+    hadamard_blocks,
+    lloyd_max_levels,
+    random_rotation,
+)
 from kvsplice_hf.bench.rivals.simulation import simulated
 from kvsplice_hf.bench.rivals.statistics import EXACT_TOKENS, LayerStatistics, collect_statistics
 from kvsplice_hf.bench.rivals.truncation import PcaTruncation, PromptTruncation, Truncation, WeightTruncation
@@ -32,6 +39,8 @@ __all__ = [
     "RIVALS",
     "CacheBackend",
     "Fp8Rows",
+    "HadamardIntegers",
+    "HadamardLloydMax",
     "IntegerPerChannel",
     "IntegerPerToken",
     "LayerStatistics",
@@ -44,6 +53,7 @@ __all__ = [
     "Truncation",
     "WeightTruncation",
     "collect_statistics",
+    "hadamard_blocks",
     "lloyd_max_levels",
     "random_rotation",
     "replaced_expand_kv",

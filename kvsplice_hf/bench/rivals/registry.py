@@ -7,7 +7,7 @@ from kvsplice_hf.bench.rivals.base import Rival
 from kvsplice_hf.bench.rivals.float_formats import Fp8Rows, NvFp4, Stock
 from kvsplice_hf.bench.rivals.integers import IntegerPerToken
 from kvsplice_hf.bench.rivals.kivi import IntegerPerChannel
-from kvsplice_hf.bench.rivals.rotation import RotatedLloydMax
+from kvsplice_hf.bench.rivals.rotation import HadamardIntegers, HadamardLloydMax, RotatedLloydMax
 from kvsplice_hf.bench.rivals.truncation import PcaTruncation, PromptTruncation, WeightTruncation
 
 
@@ -15,6 +15,8 @@ def _table() -> dict[str, Rival]:
     small = [
         NvFp4(),
         *(RotatedLloydMax(bits=bits) for bits in (4, 3, 2)),
+        *(HadamardLloydMax(bits=bits) for bits in (4, 3)),
+        HadamardIntegers(),
         *(IntegerPerToken(bits=bits) for bits in (4, 2)),
         *(IntegerPerChannel(bits=bits) for bits in (4, 2)),
     ]

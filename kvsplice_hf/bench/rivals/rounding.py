@@ -38,3 +38,11 @@ def symmetric(numbers: torch.Tensor, bits: int) -> torch.Tensor:
     top = 2 ** (bits - 1) - 1
     scale = to_bf16(numbers.abs().amax(-1, keepdim=True) / top)
     return (numbers / not_zero(scale)).round().clamp(-top, top) * scale
+
+
+def signed(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """All 2**bits signed integers: the number of a group that is largest by size is the lowest of them (bf16 scale)."""
+    half = 2 ** (bits - 1)
+    largest = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True))
+    scale = to_bf16(largest / -half)
+    return (numbers / not_zero(scale)).round().clamp(-half, half - 1) * scale
