@@ -32,6 +32,7 @@ _SCALES = torch.tensor(
     dtype=torch.float32,
     device="cpu",
 )
+_COARSE = 4  # every so many scales are tried first
 _BISECTIONS = 60
 # So many times what its bits save elsewhere a gain of keys has to save: what it saves of sampled rows beyond those bits
 # did not show on other text in a first trial (docs/keys.md).
@@ -106,14 +107,28 @@ def fit_scales(unit: torch.Tensor, weight: torch.Tensor, width: int) -> tuple[to
     Returns:
         Scales and errors, float32 [n].
     """
+    scales = _SCALES[_SCALES >= 0.9] if width > 3 else _SCALES
     best_error = torch.full((unit.shape[1],), torch.inf, dtype=torch.float32, device="cpu")
-    best_scale = torch.ones_like(best_error)
-    for scale in _SCALES[_SCALES >= 0.9 if width > 3 else slice(None)].tolist():
+    best = torch.zeros(unit.shape[1], dtype=torch.int64, device="cpu")
+
+    def compare(index: torch.Tensor) -> None:
+        nonlocal best_error, best
+        index = index.clamp(0, len(scales) - 1)
+        scale = scales[index]
         error = (weight * (unit - quantised(unit / scale, width) * scale).square()).mean(0)
         better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-    return best_scale, best_error
+        best_error, best = torch.where(better, error, best_error), torch.where(better, index, best)
+
+    # Some of the scales, then those between the best ones: errors fall with the scale, and then rise.
+    for index in range(0, len(scales) + _COARSE - 1, _COARSE):
+        compare(torch.full_like(best, index))
+    step = _COARSE // 2
+    while step:
+        middle = best
+        compare(middle - step)
+        compare(middle + step)
+        step //= 2
+    return scales[best], best_error
 
 
 def quantised(unit: torch.Tensor, width: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ one JSON object.
 """
 
 import contextlib
+import copy
 import functools
 import statistics
 from collections.abc import Callable, Iterator
@@ -186,6 +187,37 @@ def shrinkage(share: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def narrow_scales() -> Iterator[None]:
+    """No coordinate reaches beyond six times its root mean square, as in release 0.2."""
+    with mock.patch.object(allocate, "_SCALES", allocate._SCALES[allocate._SCALES <= 6.0]):
+        yield
+
+
+@contextlib.contextmanager
+def key_blocks(frequencies: int) -> Iterator[None]:
+    """A basis of keys for so many neighbouring frequencies at a time; of models that pair halves of a key."""
+
+    def blocked(statistics: Any, metric: str, shrinkage: float, unrotated: bool) -> Any:
+        P = statistics.rope_dim
+        block = torch.arange(P) % (P // 2) // frequencies
+        mask = (block[:, None] == block).double()
+        mean = statistics.rot_sum[_HALVES] / statistics.count
+        outer = torch.outer(mean, mean)
+        thinned = copy.copy(statistics)
+        thinned.rot_outer = (statistics.rot_outer / statistics.count - outer) * mask * statistics.count
+        thinned.rot_outer += outer * statistics.count
+        thinned.rot_fisher = statistics.rot_fisher * mask
+        return key_basis(thinned, metric, shrinkage, unrotated)
+
+    key_basis = solve._key_basis
+    with mock.patch.object(solve, "_key_basis", blocked):
+        yield
+
+
+_HALVES = 1  # in `PAIRINGS`
+
+
+@contextlib.contextmanager
 def key_gain(margin: float) -> Iterator[None]:
     """A gain of their own for the keys of layers where it saves so many times what its bits save elsewhere."""
     with mock.patch.object(allocate, "_GAIN_MARGIN", margin):
@@ -201,6 +233,9 @@ PARTS = {
     "rotated-keys": Part("keys coded after their rotation", changes={"keys": "rotated"}),
     "key-gain": Part("a gain for keys wherever it saves its bits", while_fitting=functools.partial(key_gain, 1.0)),
     "key-gains": Part("a gain for all keys", while_fitting=functools.partial(key_gain, -1e9)),
+    "key-blocks-16": Part("keys: bases of 16 x 16", while_fitting=functools.partial(key_blocks, 8)),
+    "key-blocks-2": Part("keys: bases of 2 x 2", while_fitting=functools.partial(key_blocks, 1)),
+    "narrow-scales": Part("levels within six deviations", while_fitting=narrow_scales),
     "per-layer": Part("the same bytes for each layer", changes={"allocation": "layer"}),
     "flat": Part("no water-filling: the same bits for all coordinates", while_fitting=same_bits_everywhere),
     "no-gain": Part("no gain per token", while_fitting=no_gain),
