@@ -1,5 +1,7 @@
 """Shared settings: the lanes, one thread per worker (the suite runs two), quiet libraries."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from lanes import LANES, is_in_lane
@@ -24,3 +26,12 @@ def _quiet_and_single_threaded() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """The test runs with each of these numbers of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

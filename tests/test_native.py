@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from native_checks import assert_same
 from tiny_models import build
 from torch._subclasses import FakeTensorMode
 
@@ -92,20 +93,6 @@ def reference(
     if bias is not None:
         scores = scores + bias.double().repeat(1, query.shape[1] // bias.shape[1], 1)
     return scores.softmax(-1) @ rows[..., :value_dim].double(), scores.logsumexp(-1)
-
-
-def assert_same(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], tolerance: float = 1e-5) -> None:
-    for ours, wanted in zip(found, expected, strict=True):
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours.double(), wanted.double(), atol=tolerance, rtol=tolerance)
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", ["none", "shared", "by token"])

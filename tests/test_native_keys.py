@@ -7,11 +7,11 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from native_checks import assert_same
 
 from kvsplice_hf import LearnedKVSplice, RowCodec
 from kvsplice_hf.attend import reference
@@ -122,20 +122,6 @@ def bias_of(kind: str, batch: int, queries: int, count: int) -> torch.Tensor | N
     bias[..., : count // 2] = LOWEST
     bias[..., -1] = 0
     return bias
-
-
-def assert_same(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], tolerance: float) -> None:
-    for ours, wanted in zip(found, expected, strict=True):
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours.double(), wanted.double(), atol=tolerance, rtol=tolerance)
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
