@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer, trained_model
 from lanes import LANES, is_in_lane
 from transformers.utils import logging
 
@@ -35,3 +36,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A trained tiny model with its tokenizer, as any user's folder."""
+    folder = tmp_path_factory.mktemp("model")
+    trained_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)

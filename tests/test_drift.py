@@ -47,14 +47,6 @@ def test_a_model_that_is_not_patched_is_refused() -> None:
         measure_drift(copy.deepcopy(trained_model()), prompts(), STEPS, progress=False)
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    trained_model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 def test_the_script_reports_every_block_of_steps(model_folder: str, tmp_path: Path) -> None:
     settings: list[Any] = ["--model", model_folder, "--calibration_tokens", "1024", "--output", str(tmp_path)]
     report = run_program("measure/drift.py", *settings, "--prompts", "2", "--steps", "10", "--block", "4")

@@ -233,14 +233,6 @@ def test_too_short_a_length_says_what_it_takes(maker: Any) -> None:
         maker.make(least, 0.5, 0)
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    trained_model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 def test_the_script_reports_every_cell(model_folder: str, tmp_path: Path) -> None:
     cells = ["--lengths", "160,130", "--depths", "0.2,0.8", "--samples", "1", "--chunk", "64", "--generate"]
     settings = ["--model", model_folder, "--calibration-tokens", "1024", "--output", str(tmp_path)]

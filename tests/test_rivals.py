@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer, trained_model
+from byte_tokenizer import trained_model
 from programs import run_program
 from tiny_models import build
 from torch import nn
@@ -344,15 +344,6 @@ def test_divergence_over_likely_tokens_is_exact_over_all_and_never_above_with_fe
     torch.testing.assert_close(lumped_divergence(p, q), whole, rtol=1e-4, atol=1e-6)
     few = lumped_divergence(p[:, :5], q[:, :5])
     assert ((few >= 0) & (few <= whole)).all()
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A trained tiny model with its tokenizer, as any user's folder."""
-    folder = tmp_path_factory.mktemp("model")
-    trained_model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def test_the_script_measures_every_rival_on_every_text(model_folder: str, tmp_path: Path) -> None:

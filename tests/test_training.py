@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer, trained_model
+from byte_tokenizer import trained_model
 from datasets import Dataset
 from test_packed import calibrated
 from tiny_models import build
@@ -315,14 +315,6 @@ def test_padding_is_not_counted(tmp_path: Path) -> None:
         found = run.compute_loss(run.model, {"input_ids": padded, "attention_mask": mask})
     # The first real token is predicted by none in the one and by padding in the other, where labels hide it.
     assert found == pytest.approx(plain.item(), rel=0.1)
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    trained_model().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 SMALL = ["--dataset", "pydoc", "--evaluation_windows", "2", "--evaluation_window", "64", "--block_size", "64"]

@@ -14,12 +14,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from kvsplice_hf.evaluation.reference import lumped_divergence
+from kvsplice_hf.evaluation.reference import lumped_divergence, most_likely
 from kvsplice_hf.patch.state import patched_sites, splice_disabled
 from kvsplice_hf.upstream import cache_argument, cache_of
-
-
-_TOP_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def measure_drift(model: nn.Module, prompts: torch.Tensor, steps: int, progress:
         following, cache = prompts, None
         for _ in tqdm(range(steps), "original writes", disable=not progress):
             predicted, cache = _step(model, following, cache)
-            best = predicted.topk(min(_TOP_TOKENS, predicted.shape[-1]), dim=-1)
+            best = most_likely(predicted)
             top.append(best.values)
             indices.append(best.indices)
             following = best.indices[:, :1]

@@ -59,7 +59,7 @@ def score_reference(forward: Forward, windows: torch.Tensor, label: str) -> Refe
     nll, top, tokens = [], [], []
     for window in tqdm(windows, desc=label, file=sys.stderr):
         log_probabilities = _log_probabilities(forward, window)
-        best = log_probabilities.topk(min(_TOP_TOKENS, log_probabilities.shape[-1]), dim=-1)
+        best = most_likely(log_probabilities)
         nll.append(_nll(log_probabilities, window))
         top.append(best.values.cpu())
         tokens.append(best.indices.int().cpu())
@@ -101,6 +101,11 @@ def _log_probabilities(forward: Forward, window: torch.Tensor) -> torch.Tensor:
 def _nll(log_probabilities: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
     targets = window[1:, None].to(log_probabilities.device)
     return -log_probabilities.gather(-1, targets)[:, 0].cpu().double()
+
+
+def most_likely(log_probabilities: torch.Tensor) -> torch.return_types.topk:
+    """The tokens whose probabilities `lumped_divergence` needs, most likely first: values and indices [..., K]."""
+    return log_probabilities.topk(min(_TOP_TOKENS, log_probabilities.shape[-1]), dim=-1)
 
 
 def lumped_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
