@@ -53,7 +53,11 @@ class HadamardLloydMax(RotatedLloydMax):
         return f"hadamard-lloyd{self.bits}"
 
     def rotation(self, size: int) -> torch.Tensor:
-        signs = torch.randint(0, 2, (size,), device="cpu", generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+        signs = (
+            torch.randint(0, 2, (size,), dtype=torch.int64, device="cpu", generator=torch.Generator().manual_seed(0))
+            * 2.0
+            - 1
+        )
         return signs[:, None] * hadamard_blocks(size, size)
 
 
