@@ -6,6 +6,7 @@ Importing this package changes nothing: no class is patched, no name is register
 from kvsplice_hf.calibration.calibrator import CalibrationReport, KVSpliceCalibrator, calibrate
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.projection import LearnedKVSplice
+from kvsplice_hf.code.trellis import TrellisCodec
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import (
     CacheMismatchError,
@@ -54,6 +55,7 @@ __all__ = [
     "RowCodec",
     "TrainingError",
     "TransformersTooOldError",
+    "TrellisCodec",
     "UnsupportedError",
     "UpstreamChangedError",
     "__version__",

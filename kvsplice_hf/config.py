@@ -15,9 +15,11 @@ SCHEMA_VERSION = 1
 DEFAULT_BYTES_RATIO = 0.25
 # The exact tokens of a sequence of this length are counted into a budget of bytes per token.
 REFERENCE_LENGTH = 4096
-DEFAULT_CODEC = "rows"
+# The codecs of this package (`kvsplice_hf.code`).
+ROWS_CODEC, TRELLIS_CODEC = "rows", "trellis"
+DEFAULT_CODEC = TRELLIS_CODEC
 KEYS = ("unrotated", "rotated")
-# Bytes of the smallest row of the default codec: a bit or two, and the gain.
+# Bytes of the smallest row of either: a bit or two, and the gain.
 SMALLEST_ROW = 2
 ALLOCATIONS = ("auto", "global", "layer")
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
@@ -64,7 +66,8 @@ class KVSpliceConfig:
             tokens are counted in at a length of 4096, and so is what layers have in common. Needs calibration.
         bits: the same as bits per number of the stock row. Of these four budgets give one; with none, packed codes at
             a quarter of the stock row in bf16.
-        codec: name of the codec that packs rows; "rows" is `RowCodec`, others are registered (docs/how_to_add.md).
+        codec: name of the codec that packs rows: "trellis" is `TrellisCodec`, "rows" is `RowCodec`, which rounds each
+            coordinate by itself, writes faster and loses more; others are registered (docs/how_to_add.md).
         keys: "unrotated" codes keys in packed rows before their rotation, which loses less at equal bytes; "rotated" as
             they come. Only read where a splice is fitted.
         allocation: "global" lets layers compete for bytes, "layer" gives each the same, "auto" takes what loses less on
@@ -159,7 +162,7 @@ class KVSpliceConfig:
             shared: what else a cache keeps per token, divided by the layers that have it in common.
 
         Raises:
-            ConfigError: the smallest row of the default codec and the exact first tokens take more than the budget.
+            ConfigError: the smallest row of the package's codecs and the exact first tokens take more than the budget.
         """
         if self.bytes_per_token is not None:
             budget = float(self.bytes_per_token)
@@ -169,7 +172,7 @@ class KVSpliceConfig:
             budget = DEFAULT_BYTES_RATIO * 2 * row_dim
         exact = self.exact_bytes(row_dim)
         needed = SMALLEST_ROW + exact + shared
-        if budget < needed and self.codec == DEFAULT_CODEC:
+        if budget < needed and self.codec in (ROWS_CODEC, TRELLIS_CODEC):
             bits = f", or `bits` of {_rounded_up(needed * 8 / row_dim)}" if self.bits is not None else ""
             raise ConfigError(
                 f"A budget of {budget:.1f} bytes per token and layer is below the {needed:.1f} that are the least: "
@@ -232,7 +235,7 @@ class KVSpliceConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values, sorted by name."""
         values = asdict(self)
-        if self.codec == DEFAULT_CODEC:  # so that releases that know one codec only read the files of that one
+        if not self.is_packed:
             del values["codec"]
         if self.keys == KEYS[0]:  # files say it by what they hold
             del values["keys"]

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from kvsplice_hf.calibration.solve import LayerSolution
+from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.levels import BEND
 from kvsplice_hf.code.widths import row_bytes
 from kvsplice_hf.errors import ConfigError
@@ -176,14 +178,15 @@ class _LayerTable:
 
     Args:
         solution, distortion: of the layer.
+        ratios: of the codec, see `Codec.error_ratios`.
     """
 
-    def __init__(self, solution: LayerSolution, distortion: Distortion) -> None:
+    def __init__(self, solution: LayerSolution, distortion: Distortion, ratios: torch.Tensor) -> None:
         self.latent_dim, self.has_coded_keys = solution.latent_dim, solution.pairs is not None
-        self.per_bit = increments(solution, distortion.relative)
+        self.per_bit = increments(solution, distortion.relative * ratios)
         self.with_key_gain = None
         if distortion.with_key_gain is not None:
-            self.with_key_gain = increments(solution, distortion.with_key_gain)
+            self.with_key_gain = increments(solution, distortion.with_key_gain * ratios)
 
     @property
     def highest(self) -> float:
@@ -221,19 +224,27 @@ class _LayerTable:
 
 
 def allocate(
-    solutions: Sequence[LayerSolution], distortions: Sequence[Distortion], budget: float, *, per_layer: bool = False
+    solutions: Sequence[LayerSolution],
+    distortions: Sequence[Distortion],
+    budget: float,
+    *,
+    kind: type[Codec] = RowCodec,
+    per_layer: bool = False,
 ) -> list[Allocation]:
     """The bits of every layer's coordinates, within `budget` bytes per row on average.
 
     Args:
         solutions, distortions: of the layers.
         budget: bytes per row; with `per_layer` of each layer, otherwise on average over layers.
+        kind: the codec, which may err less than rounding.
         per_layer: give every layer the same bytes instead of letting them compete.
 
     Raises:
         ConfigError: the budget is less than a row of one bit.
     """
-    tables = [_LayerTable(solution, distortion) for solution, distortion in zip(solutions, distortions, strict=True)]
+    ratios = kind.error_ratios()
+    pairs = zip(solutions, distortions, strict=True)
+    tables = [_LayerTable(solution, distortion, ratios) for solution, distortion in pairs]
     if per_layer:
         return [_fill([table], budget)[0] for table in tables]
     return _fill(tables, budget)

@@ -319,9 +319,10 @@ class KVSpliceCalibrator:
         progress = tqdm(chosen, desc="measuring codes", file=sys.stderr, disable=len(chosen) < 8)
         distortions = [self._distortion(layer_idx, config.keys == "unrotated") for layer_idx in progress]
         budget = config.row_budget(max(len(solution.cost) for solution in solutions), _shared_bytes(solutions))
-        found = allocate(solutions, distortions, budget, per_layer=config.allocation == "layer")
+        kind: Any = codec_class(config.codec)
+        found = allocate(solutions, distortions, budget, kind=kind, per_layer=config.allocation == "layer")
         parts = zip(chosen, solutions, found, strict=True)
-        return [fit_widths(self.statistics[layer_idx], solution, bits) for layer_idx, solution, bits in parts]
+        return [fit_widths(self.statistics[layer_idx], solution, bits, kind) for layer_idx, solution, bits in parts]
 
     def _fit_codecs(self, config: KVSpliceConfig, chosen: list[int], solutions: list[LayerSolution]) -> list[LayerFit]:
         self._require_tokens(max(solution.latent_dim for solution in solutions))

@@ -53,7 +53,9 @@ def fit_rank(statistics: LayerStatistics, solution: LayerSolution, rank: int) ->
     return _layer_fit(statistics, solution, kept, None, None, float(solution.cost[rank : solution.latent_dim].sum()))
 
 
-def fit_widths(statistics: LayerStatistics, solution: LayerSolution, allocation: Allocation) -> LayerFit:
+def fit_widths(
+    statistics: LayerStatistics, solution: LayerSolution, allocation: Allocation, kind: type[RowCodec] = RowCodec
+) -> LayerFit:
     """Packed rows with these bits, scales fitted to the sampled rows."""
     R, widths = solution.latent_dim, allocation.widths
     kept = widths > 0
@@ -64,6 +66,7 @@ def fit_widths(statistics: LayerStatistics, solution: LayerSolution, allocation:
         chosen = (widths == width).nonzero()[:, 0]
         if len(chosen):
             scales[chosen], errors[chosen] = fit_scales(unit[:, chosen], weight[:, chosen], width)
+            errors[chosen] *= kind.error_ratios()[width].float()
     errors[widths == 16] = 0
     sigmas = sigmas_of(solution).float()
     centres = torch.zeros_like(scales)
@@ -73,7 +76,7 @@ def fit_widths(statistics: LayerStatistics, solution: LayerSolution, allocation:
         centres[R:], kept[R:] = solution.key_mean.float(), True
     unit_sigmas = torch.ones(int(kept.sum()), dtype=torch.float32, device="cpu")  # by construction of the basis
     rank = int(kept[:R].sum())
-    codec = RowCodec(
+    codec = kind(
         widths=widths[kept],
         scales=scales[kept].clamp(min=1e-30),
         centres=centres[kept],

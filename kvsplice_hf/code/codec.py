@@ -23,8 +23,8 @@ from kvsplice_hf.code.codecs import Codec, register_codec
 from kvsplice_hf.code.fields import BIT_FIELDS, as_bf16, as_bytes, join_fields
 from kvsplice_hf.code.layout import RowLayout
 from kvsplice_hf.code.levels import sinh_
-from kvsplice_hf.code.widths import check_steps, row_bytes
-from kvsplice_hf.config import DEFAULT_CODEC
+from kvsplice_hf.code.widths import WIDTHS, check_steps, row_bytes
+from kvsplice_hf.config import ROWS_CODEC
 
 
 # A gain is 2^((byte - 128) / 16): steps of 4.4 %, from 1/256 to 245.
@@ -72,7 +72,7 @@ class RowCodec(RowLayout):
         torch.Size([2, 1, 7, 3])
     """
 
-    kind = DEFAULT_CODEC
+    kind = ROWS_CODEC
     saved = ("widths", "scales", "centres", "sigmas")
     saved_if_any = ("key_sigmas",)
     fitted_together = True
@@ -154,14 +154,14 @@ class RowCodec(RowLayout):
 
     def reads_rows_of(self, other: Codec) -> bool:
         """Where the widths and the gains are the same: all tables follow from them."""
-        if not isinstance(other, RowCodec) or len(self.key_sigmas) != len(other.key_sigmas):
+        if type(self) is not type(other) or len(self.key_sigmas) != len(other.key_sigmas):
             return False
         return torch.equal(self.widths, other.widths)
 
     def without(self, kept: torch.Tensor) -> "RowCodec":
         of_row = torch.ones(self.row_dim, dtype=torch.bool, device=kept.device)
         of_row[: len(kept)] = kept
-        smaller = RowCodec(
+        smaller = type(self)(
             widths=self.widths[of_row],
             scales=self.scales.detach()[of_row],
             centres=self.centres.detach()[of_row],
@@ -173,6 +173,10 @@ class RowCodec(RowLayout):
             smaller.scales.requires_grad_(self.scales.requires_grad)
             smaller.centres.requires_grad_(self.centres.requires_grad)
         return smaller.train(self.training)
+
+    @classmethod
+    def error_ratios(cls) -> torch.Tensor:
+        return torch.ones(len(WIDTHS), dtype=torch.float64, device="cpu")
 
     @classmethod
     def saved_shapes(cls, row_dim: int, rank: int) -> tuple[torch.Size, ...]:
@@ -235,7 +239,19 @@ class RowCodec(RowLayout):
 
     def dequantise(self, codes: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
         """The levels [..., n] of codes uint8 [..., n], float32; coordinates of width 16 come out as their centre."""
-        return self._levels[codes.int() + self._first_level.int()] * self._row_scales(gains) + self.centres
+        return self._unit_levels(codes) * self._row_scales(gains) + self.centres
+
+    def _unit_levels(self, codes: torch.Tensor) -> torch.Tensor:
+        """The levels [..., n] of codes uint8 [..., n] where all scales are 1."""
+        return self._levels[self.level_numbers(codes).int() + self._first_level.int()]
+
+    def level_numbers(self, codes: torch.Tensor) -> torch.Tensor:
+        """Which level of its grid each coordinate is on, uint8 [..., n], for codes uint8 [..., n] of rows."""
+        return codes
+
+    def _numbers_of_lines(self, lines: torch.Tensor) -> torch.Tensor:
+        """The same of lines of codes [B, m, S], in the order of columns."""
+        return lines
 
     def round_trip(self, rows: torch.Tensor) -> torch.Tensor:
         """What packing and unpacking leaves of rows [..., n], in their dtype, without the bytes in between.
@@ -259,7 +275,7 @@ class RowCodec(RowLayout):
         row_scales = self._row_scales(gains)
         unit = (rows.float() - self.centres) / row_scales
         with torch.no_grad():
-            level = self._levels[codes.int() + self._first_level.int()]
+            level = self._unit_levels(codes)
             within = (unit.abs() < 1) & (self.widths > 0)
             rounding = torch.where(within, level - unit, level)
         return (torch.where(within, unit, 0.0) + rounding) * row_scales + self.centres
@@ -308,8 +324,8 @@ class RowCodec(RowLayout):
         start, has_gain = self.gain_bytes, int(len(self.sigmas) > 0)
         raw = as_bf16(packed[..., start : start + 2 * len(self._raw)]).transpose(1, 2).float()
         factors = gain_factors(packed[..., :start]).transpose(1, 2)
-        codes = self._code_lines(packed).float()
-        columns = sinh_(codes.mul_(self.column_slopes[:, None]).add_(self.column_starts[:, None]))
+        numbers = self._numbers_of_lines(self._code_lines(packed)).float()
+        columns = sinh_(numbers.mul_(self.column_slopes[:, None]).add_(self.column_starts[:, None]))
         return Columns(
             torch.cat([columns, raw], dim=1) if raw.shape[1] else columns,
             factors[:, :1] if has_gain else None,

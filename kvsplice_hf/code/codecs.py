@@ -105,6 +105,14 @@ class Codec(nn.Module, ABC):
         raise NotImplementedError(f"{cls.__name__} has no `fit` of its own.")
 
     @classmethod
+    def error_ratios(cls) -> torch.Tensor:
+        """Squared errors over those of rounding each coordinate, by width as in `calibration.allocate`, float64.
+
+        Only asked for where `fitted_together`.
+        """
+        raise NotImplementedError(f"{cls.__name__} has no `error_ratios` of its own.")
+
+    @classmethod
     def from_saved(cls, tensors: Sequence[torch.Tensor]) -> Self:
         """The codec whose `saved` buffers are these, in that order, and those of `saved_if_any` that there are.
 

@@ -3,6 +3,7 @@
 The format is described in docs/checkpoint_format.md.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 
 from kvsplice_hf import folders
 from kvsplice_hf.code.codecs import Codec, codec_class
-from kvsplice_hf.config import SCHEMA_VERSION, KVSpliceConfig
+from kvsplice_hf.config import ROWS_CODEC, SCHEMA_VERSION, KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
 
 
@@ -62,7 +63,7 @@ def write_splice_files(
     directory.mkdir(parents=True, exist_ok=True)
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     description = {
-        "config": config.to_dict(),
+        "config": _written(config),
         "format": FORMAT,
         "layers": layers,
         "schema_version": _version_of(tensors),
@@ -72,6 +73,11 @@ def write_splice_files(
     # Each whole or not at all. A process that is killed between the two leaves files that do not fit; loading says so.
     folders.write_bytes(directory / WEIGHTS_NAME, weights)
     folders.write_bytes(directory / CONFIG_NAME, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _written(config: KVSpliceConfig) -> dict[str, Any]:
+    """The settings without a codec where it is the oldest one: releases that know no other go on reading those files."""
+    return {name: value for name, value in config.to_dict().items() if (name, value) != ("codec", ROWS_CODEC)}
 
 
 def _version_of(tensors: dict[str, torch.Tensor]) -> int:
@@ -133,7 +139,9 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 def _read_config(path: Path, description: dict[str, Any]) -> KVSpliceConfig:
     try:
-        return KVSpliceConfig.from_dict(description["config"])
+        config = KVSpliceConfig.from_dict(description["config"])
+        says_codec = "codec" in description["config"] or not config.is_packed
+        return config if says_codec else dataclasses.replace(config, codec=ROWS_CODEC)
     except (ConfigError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} holds settings that cannot be used: {error}") from error
 

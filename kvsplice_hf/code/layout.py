@@ -10,12 +10,13 @@ Legend: `n` = r + p coordinates of a row, `m` columns of bytes in a plane, `B` s
 """
 
 import math
+from typing import ClassVar
 
 import torch
 
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.fields import BIT_FIELDS, BitField, pieces_of, split_fields
-from kvsplice_hf.code.levels import BEND, reaches_of, unit_levels
+from kvsplice_hf.code.levels import GRIDS, Grid
 from kvsplice_hf.code.widths import row_bytes
 from kvsplice_hf.errors import ConfigError
 
@@ -30,6 +31,9 @@ class RowLayout(Codec):
     Buffers: `widths` uint8 [n], `sigmas` and `key_sigmas` float32, see `RowCodec`; and the tables, which move with the
     module but are not saved.
     """
+
+    # By width, the levels that coordinates are put on.
+    grids: ClassVar[dict[int, Grid]] = GRIDS
 
     widths: torch.Tensor
     sigmas: torch.Tensor
@@ -58,15 +62,22 @@ class RowLayout(Codec):
             self.register_buffer(f"_coordinates{field}", coordinates, persistent=False)
             self.register_buffer(f"_shifts{field}", shifts.to(torch.uint8), persistent=False)
         self.register_buffer("_raw", (widths == 16).nonzero()[:, 0], persistent=False)
-        bend_of = [BEND.get(width, 0.0) for width in widths.tolist()]
-        bends = torch.tensor(bend_of, dtype=torch.float32, device=widths.device)
-        self.register_buffer("_bends", bends, persistent=False)
+        self.register_buffer("_bends", self._of_widths([grid.bend for grid in self.grids.values()], widths), persistent=False)
         nothing = torch.zeros(1, dtype=torch.float32, device="cpu")
-        levels = torch.cat([nothing, *(unit_levels(width) for width in range(1, 9))]).to(widths.device)
-        self.register_buffer("_levels", levels, persistent=False)
-        # The levels of width b start behind those of all smaller widths: 1 + 2 + 4 + ... = 2^b - 1.
-        self.register_buffer("_first_level", torch.where(small > 0, 2**small - 1, 0), persistent=False)
+        levels = [nothing, *(grid.levels() for grid in self.grids.values())]
+        self.register_buffer("_levels", torch.cat(levels).to(widths.device), persistent=False)
+        # Where the levels of each width start, behind those of all smaller ones.
+        starts = [sum(map(len, levels[:width])) for width in self.grids]
+        self.register_buffer("_first_level", self._of_widths(starts, widths), persistent=False)
         self._add_columns(order)
+
+    @staticmethod
+    def _of_widths(values: list[float] | list[int], widths: torch.Tensor) -> torch.Tensor:
+        """Of each width, 1 to 8, the value at its place, float32 or int64; 0 of widths 0 and 16."""
+        dtype = torch.float32 if isinstance(values[0], float) else torch.int64
+        table = torch.zeros(17, dtype=dtype, device=widths.device)
+        table[1 : len(values) + 1] = torch.tensor(values, dtype=dtype, device=widths.device)
+        return table[widths]
 
     def _gain_groups(self) -> torch.Tensor:
         """Of each coordinate: 0 with the gain, 1 with that of keys, 2 without one; int64 [n]."""
@@ -82,13 +93,12 @@ class RowLayout(Codec):
     def _add_columns(self, order: torch.Tensor) -> None:
         """Tables of `read_columns`, whose columns are the coordinates `order`, and after them the 16-bit numbers."""
         widths = self.widths[order].long()
-        bends, reaches = self._bends[order], reaches_of(self._bends[order])
-        # sinh(slope * code + start) / reach is the level; two levels without a bend are the sinh of something as well.
-        # (An integer tensor with a Python number of another kind would take the dtype that is the default just now.)
-        last = torch.where(bends > 0, bends * (1 - 0.5 ** widths.float()), math.asinh(0.5))
-        self.register_buffer("column_slopes", 2 * last / (2**widths - 1), persistent=False)
-        self.register_buffer("column_starts", -last, persistent=False)
-        self.register_buffer("column_reaches", reaches, persistent=False)
+        grids = self.grids.values()
+        # sinh(slope * number + start) / reach is the level of that number.
+        slopes = [2 * grid.last / (2**grid.bits - 1) for grid in grids]
+        self.register_buffer("column_slopes", self._of_widths(slopes, widths), persistent=False)
+        self.register_buffer("column_starts", self._of_widths([-grid.last for grid in grids], widths), persistent=False)
+        self.register_buffer("column_reaches", self._of_widths([grid.reach for grid in grids], widths), persistent=False)
         self.register_buffer("column_index", torch.cat([order, self._raw]), persistent=False)
         groups = self._gain_groups()[order]
         self.gained_columns = int((groups == 0).sum())
