@@ -1,14 +1,15 @@
-"""`RowCodec`: packing is exact on codes, levels are good ones, and nothing depends on the batch or the dtype."""
+"""The codecs: packing is exact on codes, levels are good ones, and nothing depends on the batch or the dtype."""
 
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
 
-from kvsplice_hf import ConfigError, RowCodec
-from kvsplice_hf.code.levels import BEND, unit_levels
+from kvsplice_hf import ConfigError, RowCodec, TrellisCodec
+from kvsplice_hf.code.levels import GRIDS
 from kvsplice_hf.code.widths import WIDTHS, row_bytes
 
 
@@ -24,16 +25,24 @@ PATTERNS = {
     "odd counts of every field": [7, 7, 7, 5, 3, 2, 1, 1, 6],
     "as calibrated": [8] * 3 + [6] * 5 + [5] * 20 + [4] * 41 + [3] * 33 + [2] * 17 + [1] * 9 + [0] * 12 + [7] * 5,
 }
+KINDS = {"rounded": RowCodec, "along a trellis": TrellisCodec}
 SHAPES = [(2, 1, 7), (1, 1, 1), (3,), (), (0, 1, 4), (2, 1, 0)]
 
 
-def make(widths: list[int], gained: int | None = None, seed: int = 0) -> RowCodec:
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def kind(request: Any) -> type[RowCodec]:
+    return request.param
+
+
+def make(
+    widths: list[int], gained: int | None = None, seed: int = 0, kind: type[RowCodec] = RowCodec
+) -> RowCodec:
     generator = torch.Generator().manual_seed(seed)
     n = len(widths)
     count = n // 2 if gained is None else gained
     scales, centres = 2 + torch.rand(n, generator=generator), torch.randn(n, generator=generator)
     centres[:count] = 0
-    return RowCodec(torch.tensor(widths), scales, centres, 0.5 + torch.rand(count, generator=generator))
+    return kind(torch.tensor(widths), scales, centres, 0.5 + torch.rand(count, generator=generator))
 
 
 def rows_for(codec: RowCodec, shape: tuple[int, ...]) -> torch.Tensor:
@@ -42,8 +51,8 @@ def rows_for(codec: RowCodec, shape: tuple[int, ...]) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("widths", PATTERNS.values(), ids=PATTERNS)
-def test_packing_and_unpacking_are_exact_inverses_on_codes(widths: list[int], shape: tuple[int, ...]) -> None:
-    codec = make(widths)
+def test_packing_and_unpacking_are_exact_inverses_on_codes(widths: list[int], shape: tuple[int, ...], kind: type[RowCodec]) -> None:
+    codec = make(widths, kind=kind)
     rows = rows_for(codec, shape)
     packed = codec.pack(rows)
     assert packed.dtype == torch.uint8
@@ -55,8 +64,8 @@ def test_packing_and_unpacking_are_exact_inverses_on_codes(widths: list[int], sh
 
 @pytest.mark.parametrize("gained", [0, None])
 @pytest.mark.parametrize("widths", PATTERNS.values(), ids=PATTERNS)
-def test_columns_hold_the_numbers_of_the_rows(widths: list[int], gained: int | None) -> None:
-    codec = make(widths, gained)
+def test_columns_hold_the_numbers_of_the_rows(widths: list[int], gained: int | None, kind: type[RowCodec]) -> None:
+    codec = make(widths, gained, kind=kind)
     packed = codec.pack(rows_for(codec, (2, 9)))
     columns, gains, _ = codec.read_columns(packed)
     assert columns.shape == (2, len(codec.column_index), 9)
@@ -70,24 +79,24 @@ def test_columns_hold_the_numbers_of_the_rows(widths: list[int], gained: int | N
 
 
 @pytest.mark.parametrize("widths", PATTERNS.values(), ids=PATTERNS)
-def test_a_row_takes_its_bits_and_less_than_four_bytes_more(widths: list[int]) -> None:
-    codec = make(widths)
+def test_a_row_takes_its_bits_and_less_than_four_bytes_more(widths: list[int], kind: type[RowCodec]) -> None:
+    codec = make(widths, kind=kind)
     bits = sum(widths)
     assert codec.row_bytes == row_bytes(torch.tensor(widths), len(widths) // 2)
     assert bits / 8 <= codec.row_bytes < bits / 8 + 4
-    assert make(widths, gained=0).row_bytes == codec.row_bytes - (len(widths) > 1)
+    assert make(widths, gained=0, kind=kind).row_bytes == codec.row_bytes - (len(widths) > 1)
 
 
 def test_every_code_of_every_width_comes_back() -> None:
     for width in range(1, 9):
         codec = RowCodec(torch.tensor([width]), torch.ones(1), torch.zeros(1), torch.empty(0))
-        levels = unit_levels(width)[:, None]
+        levels = GRIDS[width].levels()[:, None]
         assert torch.equal(codec.codes(codec.pack(levels))[:, 0], torch.arange(2**width, dtype=torch.uint8))
         torch.testing.assert_close(codec.unpack(codec.pack(levels)), levels)
 
 
-def test_rows_do_not_depend_on_one_another() -> None:
-    codec = make(PATTERNS["as calibrated"])
+def test_rows_do_not_depend_on_one_another(kind: type[RowCodec]) -> None:
+    codec = make(PATTERNS["as calibrated"], kind=kind)
     rows = rows_for(codec, (2, 1, 9))
     packed = codec.pack(rows)
     for token in range(9):
@@ -105,8 +114,8 @@ def test_gaussian_coordinates_lose_little_more_than_with_lloyd_max_levels(width:
     assert LLOYD_MAX[width] * 0.97 < min(errors) < LLOYD_MAX[width] * 1.07
 
 
-def test_an_outlier_token_is_coded_as_well_as_any_other() -> None:
-    codec = RowCodec(torch.full((64,), 4), torch.full((64,), 3.0), torch.zeros(64), torch.ones(64))
+def test_an_outlier_token_is_coded_as_well_as_any_other(kind: type[RowCodec]) -> None:
+    codec = kind(torch.full((64,), 4), torch.full((64,), 3.0), torch.zeros(64), torch.ones(64))
     rows = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     relative = [
         ((codec.round_trip(factor * rows) / factor - rows).square().mean() / rows.square().mean()).item()
@@ -116,22 +125,26 @@ def test_an_outlier_token_is_coded_as_well_as_any_other() -> None:
     assert torch.isfinite(codec.round_trip(torch.zeros(1, 64))).all()
 
 
-def test_numbers_beyond_the_levels_stay_on_the_outermost_one() -> None:
-    codec = RowCodec(torch.tensor([3, 8]), torch.ones(2), torch.tensor([0.0, 5.0]), torch.empty(0))
+def test_numbers_beyond_the_levels_stay_on_the_outermost_one(kind: type[RowCodec]) -> None:
+    codec = kind(torch.tensor([3, 8]), torch.ones(2), torch.tensor([0.0, 5.0]), torch.empty(0))
+    low, high = (codec.grids[width].levels() for width in (8, 3))
     found = codec.round_trip(torch.tensor([[1e6, -1e6]]))
-    torch.testing.assert_close(found, torch.tensor([[unit_levels(3)[-1].item(), 5 + unit_levels(8)[0].item()]]))
+    torch.testing.assert_close(found[0, 1], 5 + low[0])
+    # Along a trellis the bits of columns before say which of the outermost ones a column has.
+    outermost = high[-1:] if kind is RowCodec else high[-4:]
+    assert (outermost - found[0, 0]).abs().min() < 1e-5
 
 
 def test_levels_are_symmetric_and_ascend() -> None:
-    for width in BEND:
-        levels = unit_levels(width)
+    for width in GRIDS:
+        levels = GRIDS[width].levels()
         assert (levels.diff() > 0).all()
         torch.testing.assert_close(levels, -levels.flip(0))
         assert levels[-1] < 1
 
 
-def test_casts_copies_and_pickles_leave_the_codec_as_it_was() -> None:
-    codec = make(PATTERNS["every width"])
+def test_casts_copies_and_pickles_leave_the_codec_as_it_was(kind: type[RowCodec]) -> None:
+    codec = make(PATTERNS["every width"], kind=kind)
     rows = rows_for(codec, (2, 1, 5))
     packed = codec.pack(rows)
     for other in (copy.deepcopy(codec), pickle.loads(pickle.dumps(codec)), copy.deepcopy(codec).to(torch.float16)):
@@ -140,8 +153,8 @@ def test_casts_copies_and_pickles_leave_the_codec_as_it_was() -> None:
     assert set(codec.state_dict()) == {"widths", "scales", "centres", "sigmas"}
 
 
-def test_gradients_pass_the_rounding_but_not_the_last_level() -> None:
-    codec = make([4, 4, 0, 16], gained=0)
+def test_gradients_pass_the_rounding_but_not_the_last_level(kind: type[RowCodec]) -> None:
+    codec = make([4, 4, 0, 16], gained=0, kind=kind)
     inside, beyond = codec.centres + 0.3 * codec.scales, codec.centres - 7 * codec.scales
     rows = torch.stack([inside, beyond]).requires_grad_()
     codec.round_trip(rows).sum().backward()
@@ -149,8 +162,8 @@ def test_gradients_pass_the_rounding_but_not_the_last_level() -> None:
 
 
 @pytest.mark.parametrize("gained", [0, None])
-def test_steps_in_training_have_the_gradient_of_the_error_that_they_make(gained: int | None) -> None:
-    codec = make(PATTERNS["as calibrated"], gained).train_steps()
+def test_steps_in_training_have_the_gradient_of_the_error_that_they_make(gained: int | None, kind: type[RowCodec]) -> None:
+    codec = make(PATTERNS["as calibrated"], gained, kind=kind).train_steps()
     rows = rows_for(codec, (200,))
     codec.round_trip(rows).sum().backward()
     with torch.no_grad():
@@ -164,14 +177,14 @@ def test_steps_in_training_have_the_gradient_of_the_error_that_they_make(gained:
     torch.testing.assert_close(codec.centres.grad, (~within).float().sum(0))
 
 
-def test_steps_in_training_are_those_that_pack_and_that_are_saved() -> None:
-    codec = make(PATTERNS["as calibrated"]).train_steps()
+def test_steps_in_training_are_those_that_pack_and_that_are_saved(kind: type[RowCodec]) -> None:
+    codec = make(PATTERNS["as calibrated"], kind=kind).train_steps()
     assert {name for name, _ in codec.named_parameters()} == {"scales", "centres"}
     with torch.no_grad():
         codec.scales.mul_(1.3)
         codec.centres.add_(0.1)
     rows = rows_for(codec, (2, 1, 5))
-    frozen = RowCodec(codec.widths, codec.scales.detach(), codec.centres.detach(), codec.sigmas)
+    frozen = kind(codec.widths, codec.scales.detach(), codec.centres.detach(), codec.sigmas)
     for other in (codec.to(torch.bfloat16), codec.train_steps(False)):
         assert torch.equal(other.unpack(other.pack(rows)), frozen.unpack(frozen.pack(rows)))
         assert other.scales.dtype == torch.float32

@@ -27,6 +27,8 @@ from kvsplice_hf.bench.kernels.shapes import (  # noqa: E402
     CODED_KEYS,
     KINDS,
     PACKED_KINDS,
+    TRELLIS,
+    TRELLIS_KEYS,
     WIDE,
     Case,
     cases,
@@ -49,13 +51,19 @@ CODED_FLOATS = Case("attend", "v3", CODED_KEYS, "float32", "prefill", biased=Tru
 MERGE = Case("merge", "v2-lite", "full rank", "float32", "decode")
 PACK = Case("pack", "minicpm3", "packed", "bfloat16", "decode")
 PACK_CODED = Case("pack", "v3", CODED_KEYS, "bfloat16", "prefill")
+ALONG = Case("attend", "v2-lite", TRELLIS, "bfloat16", "decode")
+ALONG_FLOATS = Case("attend", "smollm2-mla", TRELLIS, "float32", "decode")
+ALONG_CODED = Case("attend", "v2-lite", TRELLIS_KEYS, "bfloat16", "prefill", biased=True)
+PACK_ALONG = Case("pack", "v3", TRELLIS_KEYS, "bfloat16", "prefill")
+PACK_ONE = Case("pack", "minicpm3", TRELLIS, "float32", "decode")
+SEARCH = Case("search", "v2-lite", TRELLIS, "float32", "prefill")
 WIDEST = Case("attend", WIDE, "full rank", "bfloat16", "prefill", biased=True)
 REPRESENTATIVES = {
-    "sm_80": (PACKED, PROMPT, ODD, WIDEST, CODED, CODED_FLOATS),
-    "sm_90": (NARROW, PROMPT, MERGE, PACK, CODED_ODD, PACK_CODED),
-    "sm_100": (NARROW, PROMPT, CODED_ODD),
-    "gfx942": (PACKED, FLOATS, CODED, PACK_CODED),
-    "gfx1100": (NARROW, ODD, MERGE, PACK),
+    "sm_80": (PACKED, PROMPT, ODD, WIDEST, CODED, CODED_FLOATS, ALONG_FLOATS, PACK_ALONG),
+    "sm_90": (NARROW, PROMPT, MERGE, PACK, CODED_ODD, PACK_CODED, ALONG, ALONG_CODED, PACK_ALONG, PACK_ONE, SEARCH),
+    "sm_100": (NARROW, PROMPT, CODED_ODD, ALONG_CODED, PACK_ALONG),
+    "gfx942": (PACKED, FLOATS, CODED, PACK_CODED, ALONG_CODED, PACK_ALONG, SEARCH),
+    "gfx1100": (NARROW, ODD, MERGE, PACK, ALONG, PACK_ONE, SEARCH),
 }
 
 
@@ -88,6 +96,17 @@ def test_rows_without_coded_keys_bring_nothing_of_them_into_a_kernel() -> None:
     assert not any((*packed, *pack))
     assert all(coded)
     assert pack_coded[0]
+
+
+def test_rows_of_plain_levels_bring_nothing_of_a_trellis_into_a_kernel() -> None:
+    target = TARGETS["sm_80"]
+    plain, along = (
+        compile_launch(case.launch(target.limits), target).asm["source"] for case in (PACK, PACK._replace(kind=TRELLIS))
+    )
+    plain, along = (text[text.index("tt.func public") :].partition("{\n")[0] for text in (plain, along))
+    of_search = ("%columns", "%reaches", "%errors", "%ways")
+    assert not any(name in plain for name in of_search)
+    assert all(name in along for name in of_search)
 
 
 def test_what_is_compiled_is_the_variant_that_would_run() -> None:
@@ -173,7 +192,9 @@ def test_packed_rows_take_a_quarter_of_the_stock_bytes(name: str) -> None:
     codec = packed_codec(shape)
     assert 0.24 * 2 * shape.row_dim < codec.row_bytes <= 0.25 * 2 * shape.row_dim
     assert len(codec.widths.unique()) > 4
-    assert packed_codec(shape, CODED_KEYS).row_bytes == codec.row_bytes + 1
+    for coded, plain in ((CODED_KEYS, "packed"), (TRELLIS_KEYS, TRELLIS)):
+        assert packed_codec(shape, coded).row_bytes == packed_codec(shape, plain).row_bytes + 1
+    assert packed_codec(shape, TRELLIS).row_bytes == codec.row_bytes
 
 
 def test_a_line_of_the_table_holds_the_most_of_its_cases() -> None:

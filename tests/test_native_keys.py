@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from native_checks import assert_same
+from native_checks import assert_as_close, assert_same
 
-from kvsplice_hf import LearnedKVSplice, RowCodec
+from kvsplice_hf import LearnedKVSplice, RowCodec, TrellisCodec
+from kvsplice_hf.attend import choice as dispatch
 from kvsplice_hf.attend import reference
 from kvsplice_hf.attend.backend import CodedKeys, Step
 from kvsplice_hf.attend.native import calls as native
@@ -36,7 +37,12 @@ SIZES = [
     (3, 5, 65, 33, 6, 7),
     (2, 130, 70, 12, 10, 9),
 ]
-WIDTHS = {"coded": [4, 6, 3, 8, 1, 5], "some as they are": [16, 4, 0, 5, 7], "nothing but numbers": [16]}
+WIDTHS = {
+    "coded": [4, 6, 3, 8, 1, 5],
+    "some as they are": [16, 4, 0, 5, 7],
+    "nothing but numbers": [16],
+    "along a trellis": [3, 6, 16, 2, 7, 1, 0, 8, 5],
+}
 
 
 class Case(NamedTuple):
@@ -59,14 +65,16 @@ class Case(NamedTuple):
         return torch.cat([numbers[..., : self.rank], key], dim=-1).double()
 
 
-def codec_of(widths: list[int], rank: int, coded: int, key_gain: bool) -> RowCodec:
+def codec_of(named: str | list[int], rank: int, coded: int, key_gain: bool) -> RowCodec:
+    widths = WIDTHS[named] if isinstance(named, str) else named
+    kind = TrellisCodec if "trellis" in named else RowCodec
     generator = torch.Generator().manual_seed(2)
     dim = rank + coded
     every = torch.tensor([widths[index % len(widths)] for index in range(dim)])
     scales = 1 + torch.rand(dim, generator=generator)
     centres = torch.randn(dim, generator=generator) / 4
     sigmas, key_sigmas = (0.5 + torch.rand(dim, generator=generator)).split([rank, coded])
-    return RowCodec(every, scales, centres, sigmas, key_sigmas if key_gain else None)
+    return kind(every, scales, centres, sigmas, key_sigmas if key_gain else None)
 
 
 def slots_of(kind: str, batch: int, count: int, slots: int) -> torch.Tensor:
@@ -96,7 +104,7 @@ def case_of(
 ) -> Case:
     batch, queries, count, rank, rope_dim, coded = size
     generator = torch.Generator().manual_seed(0)
-    codec = codec_of(WIDTHS[widths], rank, coded, key_gain)
+    codec = codec_of(widths, rank, coded, key_gain)
     sizes = 0.5 + torch.rand(batch, count, 1, generator=generator)
     packed = codec.pack(sizes * torch.randn(batch, count, rank + coded, generator=generator))
     angles = 64 * torch.rand(rope_dim // 2, count + 130, generator=generator)
@@ -192,7 +200,7 @@ def test_a_step_on_coded_keys_is_that_on_their_rotated_keys_as_numbers(
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("kind", ["numbers", "packed", "packed without a second gain"])
+@pytest.mark.parametrize("kind", ["numbers", "packed", "packed without a second gain", "along a trellis"])
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=2)), ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 5, 1, 2, 1), (2, 3, 33, 17, 8, 5), (2, 2, 321, 160, 64, 40)], ids=str)
 @torch.no_grad()
@@ -210,7 +218,8 @@ def test_keys_of_new_tokens_are_coded_as_pytorch_codes_them(
     keys.pairs.copy_(neighbour_pairs(torch.arange(rope_dim // 2)))
     splice.to(of_weights)
     if kind != "numbers":
-        splice.codec = codec_of(WIDTHS["some as they are"], rank, coded, key_gain=kind == "packed")
+        widths = kind if kind in WIDTHS else "some as they are"
+        splice.codec = codec_of(widths, rank, coded, key_gain=kind == "packed")
     latent = torch.randn(batch, 1, tokens, latent_dim).to(of_latents)
     k_rot = torch.randn(batch, 1, tokens, rope_dim).to(of_latents)
     angles = 64 * torch.rand(1 if shared else batch, 1, tokens, rope_dim // 2)
@@ -223,6 +232,9 @@ def test_keys_of_new_tokens_are_coded_as_pytorch_codes_them(
         torch.testing.assert_close(found, expected, atol=1e-5 if exact else 1e-2, rtol=0 if exact else 2**-7)
         # Keys are coded in float32 whatever the weights are, so that sums in another order differ in their last digit.
         assert ((found - expected).abs() > 1e-5).float().mean() <= 0.02
+    elif "trellis" in kind:
+        numbers = splice.numbers_to_store(latent, k_rot, turns)
+        assert dispatch._rows_alike(splice.codec, numbers, found, expected)
     else:
         assert (found != expected).sum() <= 0.02 * found.numel()
 
@@ -230,7 +242,7 @@ def test_keys_of_new_tokens_are_coded_as_pytorch_codes_them(
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_with_a_second_gain_are_packed_into_the_same_bytes(widths: str, dtype: torch.dtype) -> None:
-    codec = codec_of(WIDTHS[widths], 12, 9, key_gain=True)
+    codec = codec_of(widths, 12, 9, key_gain=True)
     torch.manual_seed(0)
     rows = torch.randn(3, 500, 21) * torch.logspace(-3, 3, 500)[:, None]
     rows[..., 12:] *= torch.logspace(2, -2, 500)[:, None]
@@ -238,7 +250,10 @@ def test_rows_with_a_second_gain_are_packed_into_the_same_bytes(widths: str, dty
     rows = rows.to(dtype)
     found, expected = native.encode_pack(rows, codec), codec.pack(rows)
     assert found.shape == expected.shape
-    assert (found != expected).sum() <= 1e-4 * found.numel()
+    if "trellis" in widths:
+        assert_as_close(codec, rows, found, expected)
+    else:
+        assert (found != expected).sum() <= 1e-4 * found.numel()
 
 
 def test_codes_flip_at_borders_only() -> None:

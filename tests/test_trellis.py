@@ -1,47 +1,143 @@
-"""Trellis-coded quantisation, simulated: rows obey the code, err as is known of it, and never more than by rounding."""
+"""`TrellisCodec`: rows obey the code, err as is known of it, and whoever searches for them finds the closest ones."""
 
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
 
-from kvsplice_hf.bench.trellis import GRIDS, trellis_levels, trellis_rounded
+from kvsplice_hf import RowCodec, TrellisCodec
+from kvsplice_hf.attend import choice
+from kvsplice_hf.attend.native import calls as native
 from kvsplice_hf.calibration.allocate import fit_scales
+from kvsplice_hf.code import trellis
+from kvsplice_hf.code.trellis import TRELLIS_GRIDS, closest_codes, squared_error
 
 
-def gaussian(*sizes: int) -> torch.Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(0))
+WIDTHS = {
+    "one bit": [1] * 12,
+    "three bits": [3] * 12,
+    "narrow": [4, 2, 1, 3, 1, 2] * 2,
+    "every width": [8, 7, 6, 5, 4, 3, 2, 1, 0, 16] * 4,
+    "more than a vector": [5, 1, 2] * 50,
+    "a single column": [3],
+}
 
 
-@pytest.mark.parametrize("widths", [[1] * 12, [3] * 12, [4, 2, 1, 3, 1, 2] * 2], ids=["1", "3", "mixed"])
-def test_the_decoder_of_the_page_gives_the_rows_that_the_search_found(widths: list[int]) -> None:
-    """Level `4 * upper + 2 * (u_i ^ u_(i-1) ^ u_(i-3)) + u_(i-2)`: each row is one of those, for some bits."""
-    found = trellis_rounded(0.4 * gaussian(40, len(widths)), widths, torch.ones(len(widths)))
-    for row in found:
-        bits: list[int] = []
-        for level, width in zip(row, widths, strict=True):
-            at = int((trellis_levels(width) == level).nonzero())
-            before = [*reversed(bits[-3:]), 0, 0, 0]
-            assert at & 1 == before[1], "a level that the bits before do not lead to"
-            bits.append(at >> 1 & 1 ^ before[0] ^ before[2])
-            assert at >> 2 < 2 ** (width - 1), "more than `width` bits"
+def gaussian(*sizes: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_row_found_is_the_closest_of_all() -> None:
-    widths, weight = [1] * 6, torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0, 1.0])
-    rows = 0.5 * gaussian(8, 6)
-    levels, every = trellis_levels(1), []
-    for bits in itertools.product((0, 1), repeat=6):
-        u = [0, 0, 0, *bits]
-        every.append([levels[2 * (u[i] ^ u[i - 1] ^ u[i - 3]) + u[i - 2]] for i in range(3, 9)])
-    errors = (weight * (rows[:, None] - torch.tensor(every)).square()).sum(-1)
-    found = (weight * (rows - trellis_rounded(rows, widths, weight)).square()).sum(-1)
-    torch.testing.assert_close(found, errors.amin(1))
+def make(widths: list[int], gained: int = 0) -> TrellisCodec:
+    n = len(widths)
+    return TrellisCodec(torch.tensor(widths), torch.full((n,), 2.5), torch.zeros(n), torch.ones(gained))
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def searches() -> dict[str, Any]:
+    return {"PyTorch": closest_codes, "C++": native.search}
+
+
+@pytest.fixture(params=searches())
+def search(request: Any) -> Any:
+    if request.param == "C++" and not native.kernels_available("cpu"):
+        pytest.skip("needs a C++ compiler")
+    return searches()[request.param]
+
+
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+def test_rows_are_read_as_the_page_of_the_code_says(widths: list[int]) -> None:
+    """Level `4 * upper + 2 * (u_i ^ u_(i-1) ^ u_(i-6)) + (u_(i-2) ^ u_(i-4))`, counted over columns of up to 7 bits."""
+    codec = make(widths)
+    packed = codec.pack(gaussian(40, len(widths)))
+    for codes, row in zip(codec.codes(packed), codec.unpack(packed), strict=True):
+        u = [0] * 6
+        for number in codec.column_index[: len(codec.column_slopes)].tolist():
+            code, width = int(codes[number]), widths[number]
+            assert code < 2**width
+            if width <= trellis.LARGEST_WIDTH:
+                lowest = code & 1
+                level = 4 * (code >> 1) + 2 * (lowest ^ u[-1] ^ u[-6]) + (u[-2] ^ u[-4])
+                u.append(lowest)
+            else:
+                level = code
+            torch.testing.assert_close(row[number], 2.5 * TRELLIS_GRIDS[width].levels()[level], rtol=1e-5, atol=1e-5)
+
+
+def test_the_row_found_is_the_closest_of_all(search: Any) -> None:
+    codec = make([1, 2, 1, 1, 1, 1, 2])
+    tables = codec.trellis_tables()
+    units = 0.5 * gaussian(16, 7)
+    of_widths = [range(2**width) for width in codec.widths[codec.column_index].tolist()]
+    every = torch.tensor(list(itertools.product(*of_widths)), dtype=torch.uint8)
+    least = torch.stack([squared_error(unit.expand(len(every), -1), every, tables).min() for unit in units])
+    torch.testing.assert_close(squared_error(units, search(units, tables), tables), least)
+
+
+@pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
+def test_both_searches_find_the_same_rows(widths: list[int]) -> None:
+    if not native.kernels_available("cpu"):
+        pytest.skip("needs a C++ compiler")
+    codec = make(widths)
+    tables, units = codec.trellis_tables(), 0.4 * gaussian(300, len(codec.in_chain))
+    found, expected = native.search(units, tables), closest_codes(units, tables)
+    assert (found != expected).any(1).float().mean() <= 0.01  # where one digit decides
+    torch.testing.assert_close(squared_error(units, found, tables), squared_error(units, expected, tables))
+
+
+@pytest.mark.parametrize("far", [math.nan, math.inf, -math.inf, 1e30])
+def test_what_is_no_number_or_far_out_spoils_neither_the_row_nor_others(search: Any, far: float) -> None:
+    codec = make([3, 2, 1, 1] * 5)
+    tables, units = codec.trellis_tables(), 0.4 * gaussian(9, 20)
+    expected = search(units, tables)
+    units[4, 7] = far
+    found = search(units, tables)
+    others = torch.arange(9) != 4
+    assert torch.equal(found[others], expected[others])
+    assert (found[4] < 2 ** tables.widths[:20]).all()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6, 7])
 def test_gaussian_coordinates_err_less_than_by_rounding(width: int) -> None:
     rows = gaussian(60, 256)
     scale, error = fit_scales(rows.view(-1, 1), torch.ones(rows.numel(), 1), width)
-    found = trellis_rounded(rows / scale, [width] * 256, torch.ones(256)) * scale
-    assert (rows - found).square().mean() / error.item() == pytest.approx(GRIDS[width].ratio, rel=0.04)
+    every = [width] * 256
+    codec = TrellisCodec(torch.tensor(every), scale.expand(256), torch.zeros(256), torch.empty(0))
+    ratio = (codec.round_trip(rows) - rows).square().mean() / error.item()
+    assert ratio == pytest.approx(float(TrellisCodec.error_ratios()[width]), rel=0.04)
+    units = rows / scale
+    tables = codec.trellis_tables()
+    mean = squared_error(units, closest_codes(units, tables), tables).mean() / 256
+    assert mean == pytest.approx(1.0, rel=0.2)  # what weights are there for: every column counts as much
+
+
+def test_rows_are_read_by_their_own_codec_only() -> None:
+    codec = make([4] * 6)
+    rounding = RowCodec(codec.widths, codec.scales, codec.centres, codec.sigmas)
+    assert not codec.reads_rows_of(rounding)
+    assert not rounding.reads_rows_of(codec)
+    assert type(codec.without(torch.tensor([True] * 5 + [False]))) is TrellisCodec
+
+
+def test_a_search_that_finds_worse_rows_is_given_up(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    if not native.kernels_available("cpu"):
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(choice, "_verdicts", {})
+    monkeypatch.setattr(native, "search", lambda unit, tables: torch.zeros_like(unit, dtype=torch.uint8))
+    codec, rows = make([3] * 9), gaussian(20, 9)
+    monkeypatch.setattr(choice, "_WITHOUT_KERNELS", True)
+    expected = codec.quantise(rows, codec.gains(rows))
+    monkeypatch.setattr(choice, "_WITHOUT_KERNELS", False)
+    with caplog.at_level("WARNING"):
+        assert torch.equal(codec.quantise(rows, codec.gains(rows)), expected)
+    assert "The kernel for search" in caplog.text
+
+
+def test_a_compiler_takes_the_search_as_one_operator() -> None:
+    codec, rows = make([3, 2, 1] * 4, gained=5), gaussian(6, 12)
+    explained = torch._dynamo.explain(codec.pack)(rows)
+    assert explained.graph_break_count == 0
+    (graph,) = explained.graphs
+    assert sum("closest_codes" in str(node.target) for node in graph.graph.nodes) == 1
+    assert len(graph.graph.nodes) < 300
+    assert torch.equal(torch.compile(codec.pack, backend="eager", fullgraph=True)(rows), codec.pack(rows))

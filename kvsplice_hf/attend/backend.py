@@ -17,6 +17,7 @@ from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.keys import KeyWeights
 from kvsplice_hf.code.projection import SpliceWeights
+from kvsplice_hf.code.trellis import TrellisTables
 
 
 class Attended(NamedTuple):
@@ -101,7 +102,8 @@ class Backend(ABC):
 
     Attributes:
         name: in messages, and in the tables of `explain`.
-        operations: which of the methods below it has: "attend", "decode", "encode", "pack". PyTorch does the others.
+        operations: which of the methods below it has: "attend", "decode", "encode", "pack", "search". PyTorch
+            does the others.
         reads_coded_keys: whether those methods take keys that were coded before their rotation.
         codecs: the kinds of codec whose rows it reads and writes.
     """
@@ -154,4 +156,8 @@ class Backend(ABC):
 
     def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:
         """`codec.pack(rows)`: bytes [..., row_bytes] of rows [..., n]."""
+        raise NotImplementedError
+
+    def search(self, unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
+        """`code.trellis.closest_codes(unit, tables)`: uint8 [T, c] of float32 [T, c]."""
         raise NotImplementedError

@@ -21,6 +21,7 @@ from kvsplice_hf.attend import reference
 from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, Step
 from kvsplice_hf.attend.native.backend import NativeBackend
 from kvsplice_hf.attend.triton.backend import TritonBackend
+from kvsplice_hf.code import trellis
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import KVSpliceError
@@ -34,6 +35,10 @@ BACKENDS: list[Backend] = [TritonBackend(), NativeBackend()]
 _WITHOUT_KERNELS = os.environ.get("KVSPLICE_KERNELS") == "torch"
 # Products of bf16 numbers of the same sign differ by about this much, relative to the largest of them.
 _TOLERANCE = 0.03
+# Two searches along a trellis may end on rows that are as close as one another: their squared errors, and how many
+# bytes are not the same.
+_ERROR_TOLERANCE = 1.1
+_OTHER_BYTES = 0.3
 # More query rows than these are a prefill, which matrix products serve well.
 _MOST_QUERIES = 1024
 # More new tokens than these are a prefill as well, when they are encoded.
@@ -79,7 +84,8 @@ def attend(
         more = {} if keys is None else {"keys": keys}  # which only some backends take
         return backend.attend(query, rows, codec, value_dim, of_queries, scaling=scaling, **more)
 
-    given = (codec is None, bias is None, query.dtype, rows.dtype, query.device, _coded(keys is not None))
+    more_of_rows = (_coded(keys is not None), _along(codec))
+    given = (codec is None, bias is None, query.dtype, rows.dtype, query.device, *more_of_rows)
     kind = ("attend", *given, backend.name)
     return _either(kind, by_kernel, by_torch, _attend_alike)
 
@@ -93,7 +99,7 @@ def decode(step: Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
     if backend is None:
         return by_torch()
     given = (step.codec is None, step.bias is None, step.exact is None, step.query.dtype, step.rows.dtype)
-    kind = ("decode", *given, _coded(step.keys is not None), backend.name)
+    kind = ("decode", *given, _coded(step.keys is not None), _along(step.codec), backend.name)
     return _either(kind, lambda: backend.decode(step).to(step.query.dtype), by_torch, _numbers_alike)
 
 
@@ -128,9 +134,11 @@ def encode(
     backend = _backend_for("encode", given, codec, coded_keys=keys is not None)
     if backend is None:
         return by_torch()
-    alike = _numbers_alike if codec is None else _bytes_alike
+    alike = _numbers_alike
+    if codec is not None:
+        alike = _packed_alike(codec, lambda: splice.numbers_to_store(latent, k_rot, turns))
     of_weights = (weights.offset is None, latent.dtype, weights.compress.dtype, _coded(keys is not None))
-    kind = ("encode", codec is None, *of_weights, backend.name)
+    kind = ("encode", codec is None, *of_weights, _along(codec), backend.name)
     more = () if keys is None else (keys, turns)  # which only some backends take
     return _either(kind, lambda: backend.encode(latent, k_rot, weights, codec, *more), by_torch, alike)
 
@@ -140,8 +148,31 @@ def pack(rows: torch.Tensor, codec: Codec) -> torch.Tensor:
     backend = _backend_for("pack", (rows,), codec)
     if backend is None:
         return codec.pack(rows)
-    kind = ("pack", rows.dtype, rows.device, backend.name)
-    return _either(kind, lambda: backend.pack(rows, codec), lambda: codec.pack(rows), _bytes_alike)
+    kind = ("pack", rows.dtype, rows.device, _along(codec), backend.name)
+    alike = _packed_alike(codec, lambda: rows)
+    return _either(kind, lambda: backend.pack(rows, codec), lambda: codec.pack(rows), alike)
+
+
+def search(unit: torch.Tensor, tables: trellis.TrellisTables) -> torch.Tensor:
+    """`code.trellis.closest_codes(unit, tables)`: uint8 [T, c] of float32 [T, c]."""
+    by_torch = functools.partial(trellis.closest_codes, unit, tables)
+    backend = _backend_for("search", (unit, tables.levels), None)
+    if backend is None:
+        return by_torch()
+
+    def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+        errors, least = (trellis.squared_error(unit, codes, tables) for codes in (found, expected))
+        return found.shape == expected.shape and bool((errors <= _ERROR_TOLERANCE * least).all())
+
+    return _either(("search", unit.device, backend.name), lambda: backend.search(unit, tables), by_torch, alike)
+
+
+trellis.search_by(search)
+
+
+def _along(codec: Codec | None) -> str | None:
+    """In the kind of a call: whether levels were chosen along a trellis."""
+    return "trellis" if isinstance(codec, trellis.TrellisCodec) else None
 
 
 def _coded(keys: bool) -> str | None:
@@ -270,6 +301,25 @@ def _numbers_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found - expected).abs().amax() <= _TOLERANCE * expected.abs().amax())
 
 
+def _packed_alike(codec: Codec, rows: Callable[[], torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], bool]:
+    """What compares packed rows; `rows` gives what was packed, which is only asked for along a trellis."""
+    if not isinstance(codec, trellis.TrellisCodec):
+        return _bytes_alike
+    return lambda found, expected: _rows_alike(codec, rows(), found, expected)
+
+
 def _bytes_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
     # A number between two levels may fall to either for its last digit.
     return found.shape == expected.shape and int((found != expected).sum()) <= max(2, 0.01 * found.numel())
+
+
+def _rows_alike(codec: trellis.TrellisCodec, rows: torch.Tensor, found: torch.Tensor, expected: torch.Tensor) -> bool:
+    # Of two paths that are nearly as close, the last digit of a number may decide, and they differ in many bytes.
+    if found.shape != expected.shape:
+        return False
+    scales = codec.scales.detach()
+    errors, least = (
+        ((codec.unpack(packed) - rows.detach().float()) / scales).square().sum(-1) for packed in (found, expected)
+    )
+    share = (found != expected).float().mean()
+    return bool((errors <= _ERROR_TOLERANCE * least + 1e-6).all()) and bool(share <= _OTHER_BYTES)

@@ -17,7 +17,7 @@ import torch
 from kvsplice_hf.calibration.solve import LayerSolution
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
-from kvsplice_hf.code.levels import BEND
+from kvsplice_hf.code.levels import GRIDS
 from kvsplice_hf.code.widths import row_bytes
 from kvsplice_hf.errors import ConfigError
 
@@ -135,7 +135,7 @@ def fit_scales(unit: torch.Tensor, weight: torch.Tensor, width: int) -> tuple[to
 
 def quantised(unit: torch.Tensor, width: int) -> torch.Tensor:
     """Numbers put on the unit levels of a width, as `RowCodec` does."""
-    bend = BEND[width]
+    bend = GRIDS[width].bend
     grid = torch.asinh(unit * math.sinh(bend)) / bend if bend else unit
     grid = ((grid + 1) * 2 ** (width - 1)).floor().clamp(0, 2**width - 1)
     grid = (2 * grid + 1) / 2**width - 1

@@ -15,7 +15,8 @@ Legend: `T` rows, `n` coordinates, `c` columns of the trellis, `m` columns, `S` 
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,9 +45,11 @@ TRELLIS_GRIDS = {
 }
 # Of the same rows, by width: the mean squared error over that of rounding, and in units of the squared scale.
 _ERROR_RATIOS = (0.806, 0.694, 0.656, 0.637, 0.621, 0.612, 0.604, 1.0)
-_UNIT_ERRORS = (0.114533, 0.020664, 0.003393, 0.000691, 0.000145, 0.000031, 0.000007)
+_UNIT_ERRORS = (1.15e-1, 2.07e-2, 3.39e-3, 6.91e-4, 1.33e-4, 3.1e-5, 6.7e-6)
 # What is not a number, or far out, must not spoil the sums of the search.
-_FARTHEST = 1e6
+FARTHEST = 1e6
+# Tables are as long as a multiple of this.
+_COLUMNS_READ = 64
 # Rows that are searched at once: what this takes in passing should not fill the memory.
 _AT_ONCE = 512
 
@@ -68,22 +71,27 @@ def level_numbers(codes: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class TrellisTables(NamedTuple):
-    """What the search needs of each column of the trellis; all [c].
+    """What the search needs of each column of the trellis, and of up to 63 behind the last one: all [>= c].
 
     Attributes:
-        bends, reaches: see `Grid`.
-        bits: of the grid, int64.
-        first_level: where its levels are in `levels`.
-        weights: of squared errors in units of the scale.
-        levels: of all grids.
+        reaches, slopes, starts: `sinh(slope * number + start) / reach` is the level of that number, float32.
+        weights: of squared errors in units of the scale, float32.
+        widths: uint8.
+        first_level: where its levels are in `levels`, int64.
+        levels: of all grids, float32.
     """
 
-    bends: torch.Tensor
     reaches: torch.Tensor
-    bits: torch.Tensor
-    first_level: torch.Tensor
+    slopes: torch.Tensor
+    starts: torch.Tensor
     weights: torch.Tensor
+    widths: torch.Tensor
+    first_level: torch.Tensor
     levels: torch.Tensor
+
+    def of_columns(self, count: int) -> "TrellisTables":
+        """Without what is behind the last column."""
+        return TrellisTables(*(table[:count] for table in self[:-1]), self.levels)
 
 
 def closest_codes(unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
@@ -93,18 +101,30 @@ def closest_codes(unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
         unit: coordinates over their scales, float32 [T, c].
         tables: of the columns.
     """
-    numbers, errors = _nearest(unit.nan_to_num(nan=-1.0).clamp(-_FARTHEST, _FARTHEST), tables)
+    tables = tables.of_columns(unit.shape[1])
+    parts = unit.nan_to_num(nan=-1.0).clamp(-FARTHEST, FARTHEST).split(_AT_ONCE)
+    return torch.cat([_closest(part, tables) for part in parts])
+
+
+def _closest(unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
+    numbers, errors = _nearest(unit, tables)
     states, subsets = _search(errors)
     chosen = numbers.gather(2, subsets[..., None])[..., 0]
     return (((chosen >> 2) << 1) | (states & 1)).to(torch.uint8)
 
 
+def squared_error(unit: torch.Tensor, codes: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
+    """What the search makes small: the weighted squared errors of codes uint8 [T, c] of rows [T, c], float32 [T]."""
+    tables = tables.of_columns(unit.shape[1])
+    levels = tables.levels[level_numbers(codes, 1).long() + tables.first_level]
+    return (tables.weights * (unit - levels).square()).sum(1)
+
+
 def _nearest(unit: torch.Tensor, tables: TrellisTables) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each of the four subsets the nearest level to each number [T, c]: its number, and its error, [T, c, 4]."""
-    grid = torch.asinh(unit * tables.reaches) / tables.bends
-    place = ((grid + 1) * (2.0 ** (tables.bits - 1)) - 0.5)[..., None]
+    place = ((torch.asinh(unit * tables.reaches) - tables.starts) / tables.slopes)[..., None]
     subset = torch.arange(4, dtype=torch.int64, device=unit.device)
-    last = (2 ** (tables.bits - 2) - 1)[:, None]
+    last = (2 ** (tables.widths.long() - 1) - 1)[:, None]
     below = ((place - subset) / 4).floor().long()
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for upper in (below, below + 1):
@@ -152,6 +172,45 @@ def _subsets(device: torch.device) -> torch.Tensor:
         return (2 * opposite + beside).view(STATES, 2)
 
 
+# What `quantise` calls: backends offer faster ones (`attend.choice`).
+_fastest: Callable[[torch.Tensor, TrellisTables], torch.Tensor] = closest_codes
+
+
+def search_by(search: Callable[[torch.Tensor, TrellisTables], torch.Tensor]) -> None:
+    """Let rows be searched by something that gives what `closest_codes` gives."""
+    global _fastest
+    _fastest = search
+
+
+def _searched(unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
+    if torch.compiler.is_compiling():  # which would unroll the loop over columns
+        return torch.ops.kvsplice_hf.closest_codes(unit, *tables)  # type: ignore[no-any-return]
+    return _fastest(unit, tables)
+
+
+@functools.cache
+def _register_operator() -> None:
+    """Make the search one operator for compilers. Not at import, which registers nothing."""
+
+    def search(  # noqa: PLR0917
+        unit: torch.Tensor,
+        reaches: torch.Tensor,
+        slopes: torch.Tensor,
+        starts: torch.Tensor,
+        weights: torch.Tensor,
+        widths: torch.Tensor,
+        first_level: torch.Tensor,
+        levels: torch.Tensor,
+    ) -> torch.Tensor:
+        return _fastest(unit, TrellisTables(reaches, slopes, starts, weights, widths, first_level, levels))
+
+    def shaped(unit: torch.Tensor, *tables: torch.Tensor) -> torch.Tensor:
+        return unit.new_empty(unit.shape, dtype=torch.uint8)
+
+    operator = torch.library.custom_op("kvsplice_hf::closest_codes", search, mutates_args=())
+    operator.register_fake(shaped)
+
+
 @register_codec
 class TrellisCodec(RowCodec):
     """Packs rows as `RowCodec` does, into as many bytes, of levels that are chosen along a trellis.
@@ -168,31 +227,39 @@ class TrellisCodec(RowCodec):
     kind = TRELLIS_CODEC
     grids = TRELLIS_GRIDS
 
-    _chain: torch.Tensor
+    in_chain: torch.Tensor
     _chain_numbers: torch.Tensor
-    chain_weights: torch.Tensor
 
     def _add_tables(self) -> None:
+        _register_operator()
         super()._add_tables()
         coded = self.column_index[: len(self.column_slopes)]
-        of_columns = self.widths.long()[coded]
-        chain = (of_columns <= LARGEST_WIDTH).nonzero()[:, 0]
-        self.register_buffer("_chain", chain, persistent=False)
-        self.register_buffer("_chain_numbers", coded[chain], persistent=False)
+        chain = (self.widths[coded] <= LARGEST_WIDTH).nonzero()[:, 0]
+        numbers = coded[chain]
+        # Which columns are columns of the trellis, in their order, and which coordinates these are, int64 [c].
+        self.register_buffer("in_chain", chain, persistent=False)
+        self.register_buffer("_chain_numbers", numbers, persistent=False)
         # A coordinate's bits were allotted so that its error costs as much as those of others: so errors count by what
         # is expected of their width.
-        weights = self._of_widths([1 / error for error in (*_UNIT_ERRORS, 1.0)], of_columns)
-        self.register_buffer("chain_weights", weights, persistent=False)
+        weights = [1 / error for error in (*_UNIT_ERRORS, 1.0)]
+        tables = TrellisTables(
+            reaches=self.column_reaches[chain],
+            slopes=self.column_slopes[chain],
+            starts=self.column_starts[chain],
+            weights=self._of_widths(weights, self.widths.long()[numbers]),
+            widths=self.widths[numbers],
+            first_level=self._first_level[numbers],
+            levels=self._levels,
+        )
+        for name, table in zip(TrellisTables._fields[:-1], tables, strict=False):
+            # Filled up, because C++ reads whole vectors.
+            behind = table.new_ones(-len(chain) % _COLUMNS_READ)
+            self.register_buffer(f"chain_{name}", torch.cat([table, behind]), persistent=False)
 
     @classmethod
     def error_ratios(cls) -> torch.Tensor:
         plain = torch.ones(1, dtype=torch.float64, device="cpu")
         return torch.cat([plain, torch.tensor(_ERROR_RATIOS, dtype=torch.float64, device="cpu"), plain])
-
-    @property
-    def in_chain(self) -> torch.Tensor:
-        """Which columns are columns of the trellis, in their order, int64 [c]."""
-        return self._chain
 
     def level_numbers(self, codes: torch.Tensor) -> torch.Tensor:
         numbers = codes.clone()
@@ -200,29 +267,21 @@ class TrellisCodec(RowCodec):
         return numbers
 
     def _numbers_of_lines(self, lines: torch.Tensor) -> torch.Tensor:
-        if len(self._chain) == lines.shape[1]:
+        if len(self.in_chain) == lines.shape[1]:
             return level_numbers(lines, 1)
-        lines[:, self._chain] = level_numbers(lines[:, self._chain], 1)
+        lines[:, self.in_chain] = level_numbers(lines[:, self.in_chain], 1)
         return lines
 
     def quantise(self, rows: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
         codes = super().quantise(rows, gains)  # of the columns that are not in the trellis
-        if len(self._chain) == 0:
+        if len(self.in_chain) == 0 or codes.numel() == 0:
             return codes
         unit = ((rows.float() - self.centres) / self._row_scales(gains))[..., self._chain_numbers]
-        parts = unit.flatten(0, -2).split(_AT_ONCE)
-        tables = self._trellis_tables()
-        found = [closest_codes(part, tables) for part in parts] or [codes.new_empty(0, len(self._chain))]
-        codes[..., self._chain_numbers] = torch.cat(found).view(*codes.shape[:-1], -1)
+        found = _searched(unit.reshape(-1, len(self.in_chain)), self.trellis_tables())
+        codes[..., self._chain_numbers] = found.view(unit.shape)
         return codes
 
-    def _trellis_tables(self) -> TrellisTables:
-        widths = self.widths.long()[self._chain_numbers]
-        return TrellisTables(
-            bends=self._bends[self._chain_numbers],
-            reaches=self.column_reaches[self._chain],
-            bits=widths + 1,
-            first_level=self._first_level[self._chain_numbers],
-            weights=self.chain_weights[self._chain],
-            levels=self._levels,
-        )
+    def trellis_tables(self) -> TrellisTables:
+        """What the search needs."""
+        held = self._buffers
+        return TrellisTables(*(held[f"chain_{name}"] for name in TrellisTables._fields[:-1]), self._levels)  # type: ignore[arg-type]

@@ -34,16 +34,13 @@ from kvsplice_hf.bench.command_line import (
 )
 from kvsplice_hf.bench.comparison import Comparison, Row, loss_text, ours
 from kvsplice_hf.bench.tables import NOT_FINITE, number
-from kvsplice_hf.bench.trellis import GRIDS, trellis_rounded
 from kvsplice_hf.calibration import allocate, calibrator, collect, fit, solve
-from kvsplice_hf.code.codec import RowCodec
-from kvsplice_hf.code.levels import BEND
+from kvsplice_hf.code.levels import GRIDS
 from kvsplice_hf.text import spread_evenly
 
 
 # Least mean squared error of a unit Gaussian on so many bits, and the largest uniform level over its standard deviation
 # (Max, Quantizing for minimum distortion, 1960), by width.
-_GAUSSIAN_ERRORS = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 9.5e-3, 5: 2.5e-3, 6: 6.6e-4, 7: 1.7e-4, 8: 4.3e-5}
 _GAUSSIAN_LOADING = {1: 1.596, 2: 1.991, 3: 2.344, 4: 2.680, 5: 3.010, 6: 3.330, 7: 3.650, 8: 3.960}
 
 
@@ -85,8 +82,8 @@ class Part:
 
 @contextlib.contextmanager
 def uniform_levels() -> Iterator[None]:
-    """Levels at equal distances."""
-    with mock.patch.dict(BEND, dict.fromkeys(BEND, 0.0)):
+    """Levels at equal distances, of rows that are rounded."""
+    with mock.patch.dict(GRIDS, {width: grid._replace(bend=0.0) for width, grid in GRIDS.items()}):
         yield
 
 
@@ -97,11 +94,15 @@ def no_gain() -> Iterator[None]:
     def ones(codes: torch.Tensor) -> torch.Tensor:
         return torch.ones(len(codes), 1, dtype=codes.dtype)
 
-    def without(**values: Any) -> Any:
-        return codec(**{**values, "sigmas": torch.empty(0)})
+    def without(statistics: Any, solution: Any, allocation: Any, kind: Any) -> Any:
+        def make(**values: Any) -> Any:
+            return kind(**{**values, "sigmas": torch.empty(0)})
 
-    codec = fit.RowCodec
-    with mock.patch.object(allocate, "gains_of", ones), mock.patch.object(fit, "RowCodec", without):
+        make.error_ratios = kind.error_ratios  # type: ignore[attr-defined]
+        return fit_widths(statistics, solution, allocation, make)  # type: ignore[arg-type]
+
+    fit_widths = fit.fit_widths
+    with mock.patch.object(allocate, "gains_of", ones), mock.patch.object(calibrator, "fit_widths", without):
         yield
 
 
@@ -131,7 +132,7 @@ def same_bits_everywhere(rot_bits: int | None = None) -> Iterator[None]:
         rot_bits: bits of k_rot; by default as the others.
     """
 
-    def flat(solutions: Any, distortions: Any, budget: float, *, per_layer: bool = False) -> list[Any]:
+    def flat(solutions: Any, distortions: Any, budget: float, **more: Any) -> list[Any]:
         return [allocate.Allocation(_flat_widths(solution, budget, rot_bits)) for solution in solutions]
 
     with mock.patch.object(calibrator, "allocate", flat):
@@ -197,37 +198,6 @@ def narrow_scales() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def trellis() -> Iterator[None]:
-    """Levels chosen along a trellis (`kvsplice_hf.bench.trellis`), simulated: the rows take the same bytes."""
-
-    def round_trip(self: Any, rows: torch.Tensor) -> torch.Tensor:
-        decoded, flat = rounded(self, rows), rows.flatten(0, -2).float()
-        coded = ((self.widths > 0) & (self.widths <= 8)).nonzero()[:, 0]
-        widths = self.widths[coded].tolist()
-        scales = self._row_scales(self.gains(flat)).expand(len(flat), -1)[:, coded]
-        centres = self.centres[coded]
-        # Where bits save as much in one coordinate as in another, a squared error costs as much as there are few.
-        weight = self.scales[coded].square() / torch.tensor([_GAUSSIAN_ERRORS[width] for width in widths])
-        levels = trellis_rounded((flat[:, coded] - centres) / scales, widths, weight)
-        decoded = decoded.flatten(0, -2).clone()
-        decoded[:, coded] = (levels * scales + centres).to(decoded.dtype)
-        return decoded.view(rows.shape)
-
-    def measured(solution: Any) -> Any:
-        found = measure(solution)
-        ratios = torch.tensor([1.0, *(grid.ratio for grid in GRIDS.values()), 1.0], dtype=torch.float64)
-        gained = found.with_key_gain
-        return allocate.Distortion(found.relative * ratios, None if gained is None else gained * ratios)
-
-    rounded, measure = RowCodec.round_trip, allocate.measure_distortion
-    with (
-        mock.patch.object(RowCodec, "round_trip", round_trip),
-        mock.patch.object(calibrator, "measure_distortion", measured),
-    ):
-        yield
-
-
-@contextlib.contextmanager
 def key_blocks(frequencies: int) -> Iterator[None]:
     """A basis of keys for so many neighbouring frequencies at a time; of models that pair halves of a key."""
 
@@ -273,9 +243,11 @@ PARTS = {
     "per-layer": Part("the same bytes for each layer", changes={"allocation": "layer"}),
     "flat": Part("no water-filling: the same bits for all coordinates", while_fitting=same_bits_everywhere),
     "no-gain": Part("no gain per token", while_fitting=no_gain),
-    "trellis": Part("levels chosen along a trellis (simulated)", while_fitting=trellis),
-    "uniform": Part("uniform levels, fitted scales", while_fitting=uniform_levels),
-    "gaussian-steps": Part("uniform steps as for a Gaussian, no gain", while_fitting=gaussian_steps),
+    "rounded": Part("each coordinate rounded, no trellis", changes={"codec": "rows"}),
+    "uniform": Part("rounded, uniform levels, fitted scales", changes={"codec": "rows"}, while_fitting=uniform_levels),
+    "gaussian-steps": Part(
+        "rounded, uniform steps as for a Gaussian, no gain", changes={"codec": "rows"}, while_fitting=gaussian_steps
+    ),
     "rot-8": Part("k_rot on 8 bits", while_fitting=functools.partial(rot_bits, 8)),
     "rot-16": Part("k_rot in bf16", while_fitting=functools.partial(rot_bits, 16)),
     "no-shrinkage": Part("Fisher as measured", while_fitting=functools.partial(shrinkage, 0.0)),

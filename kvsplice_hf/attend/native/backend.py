@@ -6,16 +6,19 @@ import torch
 
 from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, Step
 from kvsplice_hf.attend.native import calls
+from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.keys import KeyWeights
 from kvsplice_hf.code.projection import SpliceWeights
+from kvsplice_hf.code.trellis import TrellisCodec, TrellisTables
 
 
 class NativeBackend(Backend):
-    """C++ on a CPU, for all four operations."""
+    """C++ on a CPU, for all operations."""
 
     name = "C++"
-    operations = frozenset({"attend", "decode", "encode", "pack"})
+    operations = frozenset({"attend", "decode", "encode", "pack", "search"})
+    codecs = frozenset({RowCodec.kind, TrellisCodec.kind})
     reads_coded_keys = True
 
     def claims(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -62,3 +65,6 @@ class NativeBackend(Backend):
 
     def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:
         return calls.encode_pack(rows, calls.row_codec(codec))
+
+    def search(self, unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
+        return calls.search(unit, tables)

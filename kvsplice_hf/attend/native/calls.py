@@ -22,11 +22,14 @@ from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.keys import KeyWeights
 from kvsplice_hf.code.projection import SpliceWeights
+from kvsplice_hf.code.trellis import TrellisTables
 from kvsplice_hf.errors import ConfigError, UnsupportedError
 
 
 # What a number costs that is packed.
 _PRODUCTS_PER_LOGARITHM = 64
+# Of tables of a trellis: `kColumnsRead` of csrc/trellis.h.
+_COLUMNS_READ = 64
 
 
 def kernels_available(device: torch.device | str) -> bool:
@@ -299,6 +302,29 @@ def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
     )
     _run(_require_library().kvsplice_pack, packing)
     return packed
+
+
+def search(unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
+    """`closest_codes(unit, tables)`: uint8 [T, c] of float32 [T, c], nearly always the same.
+
+    Raises:
+        ConfigError: other dtypes, or tables that are not filled up.
+        UnsupportedError: the library is not there.
+    """
+    count, columns = unit.shape
+    if len(tables.widths) < columns or len(tables.widths) % _COLUMNS_READ:
+        raise ConfigError(f"Got tables of {len(tables.widths)} columns for rows of {columns}.")
+    numbers = unit.contiguous()
+    codes = torch.empty(count, columns, dtype=torch.uint8, device="cpu")
+    given = types.Search(
+        count_=count,
+        units=types.address(numbers, torch.float32, count * columns),
+        trellis=types.trellis_of(tables, columns),
+        codes=types.address(codes, torch.uint8, count * columns),
+        threads=threads_for(_PRODUCTS_PER_LOGARITHM * unit.numel()),
+    )
+    _run(_require_library().kvsplice_search, given)
+    return codes
 
 
 def _require_library() -> ctypes.CDLL:

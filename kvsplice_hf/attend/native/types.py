@@ -15,6 +15,7 @@ import torch
 
 from kvsplice_hf.code.codec import RowCodec, gain_factors
 from kvsplice_hf.code.layout import NUMBERS_PER_COLUMN
+from kvsplice_hf.code.trellis import TrellisCodec, TrellisTables
 from kvsplice_hf.errors import ConfigError
 
 
@@ -33,6 +34,7 @@ class Codec(NamedTuple):
     has_gain: int
     has_key_gain: int
     row_bytes: int
+    trellis: int
     fields: int
     slopes: int
     starts: int
@@ -126,6 +128,28 @@ class Decoding(NamedTuple):
     room: int = 0
 
 
+class Trellis(NamedTuple):
+    """`Trellis` of csrc/trellis.h."""
+
+    columns: int
+    reaches: int
+    slopes: int
+    starts: int
+    weights: int
+    widths: int
+
+
+class Search(NamedTuple):
+    """`Search` of csrc/trellis.h."""
+
+    count_: int  # as with `index_`
+    units: int
+    trellis: Trellis
+    codes: int
+    threads: int
+    room: int = 0
+
+
 class Packer(NamedTuple):
     """`Packer` of csrc/pack.h."""
 
@@ -135,6 +159,7 @@ class Packer(NamedTuple):
     key_sized: int
     key_sigmas: int
     bends: int
+    trellis: Trellis
 
 
 class Packing(NamedTuple):
@@ -146,6 +171,7 @@ class Packing(NamedTuple):
     packed: int
     packer: Packer
     threads: int
+    room: int = 0
 
 
 class KeyCoding(NamedTuple):
@@ -179,7 +205,8 @@ class Encoding(NamedTuple):
 
 
 _NO_CODEC = Codec(*[0] * len(Codec._fields))
-_NO_PACKER = Packer(_NO_CODEC, 0, 0, 0, 0, 0)
+_NO_TRELLIS = Trellis(*[0] * len(Trellis._fields))
+_NO_PACKER = Packer(_NO_CODEC, 0, 0, 0, 0, 0, _NO_TRELLIS)
 _NO_NUMBERS = Numbers(0, 0)
 NO_KEYS = Keys(0, 0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0, 0, 0, 0, 0)
 NO_KEY_CODING = KeyCoding(0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0)
@@ -275,6 +302,15 @@ _TABLES = {
     "key_sigmas": torch.float32,
     "_bends": torch.float32,
 }
+# Further ones of a codec with a trellis.
+_CHAIN = {
+    "chain_reaches": torch.float32,
+    "chain_slopes": torch.float32,
+    "chain_starts": torch.float32,
+    "chain_weights": torch.float32,
+    "chain_widths": torch.uint8,
+}
+_ALL_TABLES = _TABLES | _CHAIN
 
 
 def codec_of(codec: RowCodec | None) -> Codec:
@@ -296,11 +332,12 @@ def packer_of(codec: RowCodec | None) -> Packer:
         return _NO_PACKER
     # Past the lookup of attributes in modules, which is slow.
     held = {**codec._buffers, **codec._parameters}
-    tensors: Any = tuple([held[name] for name in _TABLES])
+    names = _ALL_TABLES if isinstance(codec, TrellisCodec) else _TABLES
+    tensors: Any = tuple([held[name] for name in names])
     addresses = tuple([tensor.data_ptr() for tensor in tensors])
     known = _tables.get(codec)
     if known is None or known.addresses != addresses or any(map(operator.is_not, known.tensors, tensors)):
-        known = _tables[codec] = _Tables(tensors, addresses, _look_at(codec, dict(zip(_TABLES, tensors, strict=True))))
+        known = _tables[codec] = _Tables(tensors, addresses, _look_at(codec, dict(zip(names, tensors, strict=True))))
     return known.packer
 
 
@@ -310,8 +347,12 @@ def _look_at(codec: RowCodec, tables: dict[str, torch.Tensor]) -> Packer:
     counts = {"column_fields": coded * NUMBERS_PER_COLUMN, "column_index": columns}
     counts |= {"sigmas": sized, "key_sigmas": key_sized}
     counts |= dict.fromkeys(("column_slopes", "column_starts", "column_reaches"), coded)
+    counts |= {name: len(tables[name]) for name in _CHAIN if name in tables}
     counts |= dict.fromkeys(("scales", "centres", "widths", "_bends"), size)
-    at = {name: address(tensor, _TABLES[name], counts[name]) for name, tensor in tables.items()}
+    at = {name: address(tensor, _ALL_TABLES[name], counts[name]) for name, tensor in tables.items()}
+    trellis = _NO_TRELLIS
+    if isinstance(codec, TrellisCodec):
+        trellis = Trellis(len(codec.in_chain), *(at[name] for name in _CHAIN))
     seen = Codec(
         coded=coded,
         raw=columns - coded,
@@ -321,6 +362,7 @@ def _look_at(codec: RowCodec, tables: dict[str, torch.Tensor]) -> Packer:
         has_gain=sized > 0,
         has_key_gain=key_sized > 0,
         row_bytes=codec.row_bytes,
+        trellis=isinstance(codec, TrellisCodec),
         fields=at["column_fields"],
         slopes=at["column_slopes"],
         starts=at["column_starts"],
@@ -331,7 +373,18 @@ def _look_at(codec: RowCodec, tables: dict[str, torch.Tensor]) -> Packer:
         centres=at["centres"],
         widths=at["widths"],
     )
-    return Packer(seen, sized, at["sigmas"], key_sized, at["key_sigmas"], at["_bends"])
+    return Packer(seen, sized, at["sigmas"], key_sized, at["key_sigmas"], at["_bends"], trellis)
+
+
+def trellis_of(tables: TrellisTables, columns: int) -> Trellis:
+    """What a search reads.
+
+    Raises:
+        ConfigError: the tables are not what a codec makes.
+    """
+    floats = (tables.reaches, tables.slopes, tables.starts, tables.weights)
+    of_floats = (address(table, torch.float32, len(tables.widths)) for table in floats)
+    return Trellis(columns, *of_floats, address(tables.widths, torch.uint8, len(tables.widths)))
 
 
 @functools.cache

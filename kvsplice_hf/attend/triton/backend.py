@@ -9,7 +9,9 @@ from types import ModuleType
 import torch
 
 from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys
+from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.trellis import TrellisCodec, TrellisTables
 
 
 logger = logging.getLogger(__name__)
@@ -19,10 +21,11 @@ _IN_INTERPRETER = "TRITON_INTERPRET" in os.environ
 
 
 class TritonBackend(Backend):
-    """Triton on a GPU, and anywhere in its interpreter. It attends to rows and packs them."""
+    """Triton on a GPU, and anywhere in its interpreter. It attends to rows, packs them, and searches trellises."""
 
     name = "Triton"
-    operations = frozenset({"attend", "pack"})
+    operations = frozenset({"attend", "pack", "search"})
+    codecs = frozenset({RowCodec.kind, TrellisCodec.kind})
     reads_coded_keys = True
 
     def claims(self, tensors: Sequence[torch.Tensor]) -> bool:
@@ -53,6 +56,10 @@ class TritonBackend(Backend):
     def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:
         packed: torch.Tensor = _loaded().encode_pack(rows, codec)
         return packed
+
+    def search(self, unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
+        codes: torch.Tensor = _loaded().search_codes(unit, tables)
+        return codes
 
 
 def _loaded() -> ModuleType:

@@ -19,20 +19,25 @@ from kvsplice_hf.attend.triton.attention import attend_kernel
 from kvsplice_hf.attend.triton.blocks import limits_of
 from kvsplice_hf.attend.triton.checks import check_keys, check_shapes
 from kvsplice_hf.attend.triton.launch import (
-    PACKED_ROWS,
     Problem,
     attend_launch,
     blocks_for,
     merge_launch,
     pack_launch,
+    search_bytes,
+    search_launch,
+    searched_columns,
     splits_for,
 )
 from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.trellis import TrellisTables
 from kvsplice_hf.errors import ConfigError, UnsupportedError
 
 
 # Of the packing kernel in the interpreter, which pays for programs, not for numbers.
 _INTERPRETED_ROWS = 64
+# Memory that the search along a trellis takes in passing.
+_MOST_BYTES = 64 << 20
 
 
 def interpreted() -> bool:
@@ -136,7 +141,8 @@ def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
     """`codec.pack(rows)` in one kernel: uint8 [..., row_bytes] of rows [..., n], of any float type.
 
     Its logarithms are not those of torch to the last bit, so about one code in a million, at the border of two cells,
-    comes out as the other.
+    comes out as the other, and about one gain in as many. Of rows along a trellis all codes may be others then, which
+    err as little.
 
     Raises:
         ConfigError: rows of other than n numbers.
@@ -148,10 +154,37 @@ def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
     flat = rows.detach().reshape(-1, codec.row_dim).contiguous()
     packed = torch.empty(len(flat), codec.row_bytes, dtype=torch.uint8, device=rows.device)
     if packed.numel():
-        at_once = _INTERPRETED_ROWS if interpreted() else PACKED_ROWS
+        at_once = _rows_at_once(searched_columns(codec))
         with _on(rows.device):
-            pack_launch(flat, packed, codec, at_once).run()
+            for part, out in zip(flat.split(at_once), packed.split(at_once), strict=True):
+                pack_launch(part, out, codec, _most_rows()).run()
     return packed.view(*rows.shape[:-1], codec.row_bytes)
+
+
+def search_codes(unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
+    """`closest_codes(unit, tables)` in one kernel: uint8 [T, c] of float32 [T, c].
+
+    Raises:
+        UnsupportedError: a CPU tensor outside the interpreter.
+    """
+    _check_device(unit, gradients=True)
+    unit = unit.detach().float().contiguous()
+    codes = torch.empty(unit.shape, dtype=torch.uint8, device=unit.device)
+    if codes.numel():
+        at_once = _rows_at_once(unit.shape[1])
+        with _on(unit.device):
+            for part, out in zip(unit.split(at_once), codes.split(at_once), strict=True):
+                search_launch(part, tables, out, _most_rows()).run()
+    return codes
+
+
+def _most_rows() -> int | None:
+    return _INTERPRETED_ROWS if interpreted() else None
+
+
+def _rows_at_once(columns: int) -> int:
+    """How many rows of so many columns of a trellis are searched at once; any number without one."""
+    return max(1, _MOST_BYTES // max(1, search_bytes(columns)))
 
 
 def _scaled(query: torch.Tensor, scaling: float | None) -> torch.Tensor:

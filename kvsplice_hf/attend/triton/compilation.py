@@ -77,6 +77,24 @@ KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
     ("gfx1100", "unquantised", 32): 2224,
     ("gfx1100", "packed", 32): 2276,
     ("gfx1100", "coded keys", 32): 2756,
+    # The same two kinds of rows along a trellis, with the bytes that neighbours' lowest bits are in. Rows of 320 numbers
+    # on Blackwell, and otherwise the same shapes.
+    ("sm_80", "trellis", 16): 144,
+    ("sm_100", "trellis", 16): 40,
+    ("sm_80", "trellis", 32): 816,
+    ("sm_90", "trellis", 32): 728,
+    ("sm_100", "trellis", 32): 760,
+    ("sm_80", "trellis, coded keys", 16): 112,
+    ("sm_90", "trellis, coded keys", 16): 24,
+    ("sm_100", "trellis, coded keys", 16): 96,
+    ("gfx942", "trellis, coded keys", 16): 20,
+    ("sm_80", "trellis, coded keys", 32): 1024,
+    ("sm_90", "trellis, coded keys", 32): 832,
+    ("sm_100", "trellis, coded keys", 32): 856,
+    ("gfx1100", "trellis", 16): 920,
+    ("gfx1100", "trellis, coded keys", 16): 1668,
+    ("gfx1100", "trellis", 32): 2672,
+    ("gfx1100", "trellis, coded keys", 32): 3248,
 }
 
 

@@ -8,11 +8,15 @@ import triton
 import triton.language as tl
 
 from kvsplice_hf.attend.triton.tables import (
+    BESIDE2,
+    BESIDE4,
     FIRST_LEVEL,
     IN_PLANE1,
     IN_PLANE2,
     IN_PLANE4,
     IN_PLANE8,
+    OPPOSITE1,
+    OPPOSITE6,
     RAW,
     WIDTH,
 )
@@ -36,6 +40,26 @@ def _field(base, held, coordinates, n, layout, width, FIELD: tl.constexpr, entry
 
 
 @triton.jit
+def _neighbour(base, held, coordinates, n, layout, chained, entry: tl.constexpr):
+    """The lowest bits [BLOCK_S, D] of the codes of columns before these, as the lowest of several bits."""
+    place = of_layout(layout, entry, coordinates, n)
+    has_one = held[:, None] & (chained & (place >= 0))[None, :]
+    return tl.load(base[:, None] + (place >> 3)[None, :], mask=has_one, other=0).to(tl.int32) >> (place & 7)[None, :]
+
+
+@triton.jit
+def _level_numbers(base, held, coordinates, n, layout, width, code):
+    """The levels [BLOCK_S, D] that codes stand for where they are columns of a trellis; see `code.trellis`."""
+    chained = (width > 0) & (width < 8)
+    opposite = code ^ _neighbour(base, held, coordinates, n, layout, chained, OPPOSITE1)
+    opposite ^= _neighbour(base, held, coordinates, n, layout, chained, OPPOSITE6)
+    beside = _neighbour(base, held, coordinates, n, layout, chained, BESIDE2)
+    beside ^= _neighbour(base, held, coordinates, n, layout, chained, BESIDE4)
+    number = ((code >> 1) << 2) | ((opposite & 1) << 1) | (beside & 1)
+    return tl.where(chained[None, :], number, code)
+
+
+@triton.jit
 def units(base, held, coordinates, n, gained, gain, layout, levels, PLANES: tl.constexpr):
     """Packed rows without their scales and centres, float32 [BLOCK_S, D]."""
     stored = of_layout(layout, WIDTH, coordinates, n)
@@ -49,6 +73,8 @@ def units(base, held, coordinates, n, gained, gain, layout, levels, PLANES: tl.c
         code += _field(base, held, coordinates, n, layout, width, 2, IN_PLANE2)
     if PLANES & 1:
         code += _field(base, held, coordinates, n, layout, width, 1, IN_PLANE1)
+    if PLANES & 32:
+        code = _level_numbers(base, held, coordinates, n, layout, width, code)
     unit = tl.load(levels + of_layout(layout, FIRST_LEVEL, coordinates, n)[None, :] + code)
     unit = unit * tl.where((coordinates < gained)[None, :], gain[:, None], 1.0)
     if PLANES & 16:
@@ -74,15 +100,15 @@ def decoded(base, held, start, n, gained, gain, layout, levels, PLANES: tl.const
     WIDE: tl.constexpr = D if D < 128 else 128
     at = start + tl.arange(0, WIDE)
     # In chunks, since a thread holds several addresses and codes for each number while it decodes it.
-    tile = units(base, held, at, n, gained, gain, layout, levels, PLANES & 31).to(DTYPE)
+    tile = units(base, held, at, n, gained, gain, layout, levels, PLANES & 63).to(DTYPE)
     if D == 256:
-        other = units(base, held, at + 128, n, gained, gain, layout, levels, (PLANES >> 5) & 31).to(DTYPE)
+        other = units(base, held, at + 128, n, gained, gain, layout, levels, (PLANES >> 6) & 63).to(DTYPE)
         tile = _join(tile, other)
     if D == 512:
-        third = units(base, held, at + 256, n, gained, gain, layout, levels, (PLANES >> 10) & 31).to(DTYPE)
+        third = units(base, held, at + 256, n, gained, gain, layout, levels, (PLANES >> 12) & 63).to(DTYPE)
         tile = _join(tile, third)
-        second = units(base, held, at + 128, n, gained, gain, layout, levels, (PLANES >> 5) & 31).to(DTYPE)
-        fourth = units(base, held, at + 384, n, gained, gain, layout, levels, (PLANES >> 15) & 31).to(DTYPE)
+        second = units(base, held, at + 128, n, gained, gain, layout, levels, (PLANES >> 6) & 63).to(DTYPE)
+        fourth = units(base, held, at + 384, n, gained, gain, layout, levels, (PLANES >> 18) & 63).to(DTYPE)
         tile = _join(tile, _join(second, fourth))
     return tile
 

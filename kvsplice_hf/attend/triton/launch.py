@@ -18,13 +18,17 @@ from kvsplice_hf.attend.triton.coded_keys import key_arguments, key_settings
 from kvsplice_hf.attend.triton.merging import merge_kernel
 from kvsplice_hf.attend.triton.packing import pack_kernel
 from kvsplice_hf.attend.triton.pieces import PIECES, pieces_of
-from kvsplice_hf.attend.triton.tables import FIELDS, tables_of
+from kvsplice_hf.attend.triton.search import STATES, WORD, search_kernel
+from kvsplice_hf.attend.triton.tables import FIELDS, Tables, tables_of
 from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.trellis import TrellisTables
 
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-# Rows that a program packs, and coordinates that it packs at once.
+# Rows that a program packs, and coordinates that it packs at once. Along a trellis it packs fewer rows, with one warp:
+# a step from column to column has work for no more threads, and waits for those that there are.
 PACKED_ROWS = 8
+_SEARCHED_ROWS = 2
 _PACKED_COORDINATES = 64
 # Numbers that a program of the merging kernel holds in registers.
 _MERGED_AT_ONCE = 4096
@@ -141,10 +145,19 @@ def merge_launch(parts: torch.Tensor, part_lse: torch.Tensor, mixed: torch.Tenso
     return Launch(merge_kernel, grid, arguments, {"BLOCK_SPLITS": shares, "BLOCK_V": block})
 
 
-def pack_launch(rows: torch.Tensor, packed: torch.Tensor, codec: RowCodec, most_rows: int) -> Launch:
-    """The packing kernel, from rows [count, n] to bytes [count, row_bytes], at most `most_rows` rows per program."""
+def pack_launch(rows: torch.Tensor, packed: torch.Tensor, codec: RowCodec, most_rows: int | None = None) -> Launch:
+    """The packing kernel, from rows [count, n] to bytes [count, row_bytes].
+
+    Args:
+        rows, packed: contiguous.
+        codec: of the rows. Along a trellis the launch holds memory as well, `search_bytes` per row.
+        most_rows: per program; or None for as many as suit a device.
+    """
     tables, count = tables_of(codec), len(rows)
     members = [codec._raw, *(codec._plane(field)[0] for field in FIELDS)]
+    is_trellis = tables.trellis is not None
+    if most_rows is None:
+        most_rows = _SEARCHED_ROWS if is_trellis else PACKED_ROWS
     block = min(most_rows, triton.next_power_of_2(count))
     arguments = (
         rows,
@@ -163,14 +176,69 @@ def pack_launch(rows: torch.Tensor, packed: torch.Tensor, codec: RowCodec, most_
         *members,
         *(len(coordinates) for coordinates in members),
         *((codec.key_sigmas, len(codec.key_sigmas)) if len(codec.key_sigmas) else (None, None)),
+        *_search_arguments(tables, count, codec.row_dim, rows.device),
     )
     settings = {
         "HAS_GAIN": len(codec.sigmas) > 0,
         "HAS_KEY_GAIN": len(codec.key_sigmas) > 0,
+        "TRELLIS": is_trellis,
         "BLOCK_R": block,
         "BLOCK": _PACKED_COORDINATES,
+        **({"num_warps": 1} if is_trellis else {}),
     }
     return Launch(pack_kernel, (triton.cdiv(count, block),), arguments, settings)
+
+
+def search_launch(
+    unit: torch.Tensor, tables: TrellisTables, codes: torch.Tensor, most_rows: int | None = None
+) -> Launch:
+    """The search along a trellis, from rows over their scales float32 [count, c] to codes uint8 [count, c].
+
+    Args:
+        unit, codes: contiguous.
+        tables: of the columns.
+        most_rows: see `pack_launch`, and there for what memory it takes.
+    """
+    count, size = unit.shape
+    block = min(_SEARCHED_ROWS if most_rows is None else most_rows, triton.next_power_of_2(count))
+    arguments = (unit, count, size, *_by_column(tables), *_search_memory(count, size, unit.device), codes)
+    settings = {"BLOCK_R": block, "BLOCK": _PACKED_COORDINATES, "num_warps": 1}
+    return Launch(search_kernel, (triton.cdiv(count, block),), arguments, settings)
+
+
+def searched_columns(codec: RowCodec) -> int:
+    """c, how many columns of a row are coded along a trellis."""
+    columns = tables_of(codec).columns
+    return 0 if columns is None else len(columns)
+
+
+def search_bytes(size: int) -> int:
+    """How much memory the search takes in passing, per row of c columns."""
+    return 21 * size + 4 * STATES.value * triton.cdiv(size, WORD.value)
+
+
+def _search_arguments(tables: Tables, count: int, n: int, device: torch.device) -> tuple[Any, ...]:
+    """The packing kernel's arguments from `columns` on, of `count` rows of n numbers."""
+    columns, trellis = tables.columns, tables.trellis
+    if columns is None or trellis is None:
+        return (None,) * 13
+    codes = torch.empty(count, n, dtype=torch.uint8, device=device)
+    return columns, len(columns), *_by_column(trellis), *_search_memory(count, len(columns), device), codes
+
+
+def _by_column(tables: TrellisTables) -> tuple[torch.Tensor, ...]:
+    """In the order of the kernels' arguments."""
+    grids = (tables.reaches, tables.slopes, tables.starts)
+    return *grids, tables.weights, tables.widths, tables.first_level, tables.levels
+
+
+def _search_memory(count: int, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Room for errors, level numbers, and where paths come from; see `search`."""
+    return (
+        torch.empty(count, size, 4, dtype=torch.float32, device=device),
+        torch.empty(count, size, 4, dtype=torch.uint8, device=device),
+        torch.empty(count, triton.cdiv(size, WORD.value), STATES.value, dtype=torch.int32, device=device),
+    )
 
 
 def _codec_arguments(codec: RowCodec | None, read_dim: int) -> tuple[torch.Tensor | None, ...]:

@@ -10,10 +10,12 @@ import triton.language as tl
 from kvsplice_hf.attend.triton.pieces import CHUNK, pieces_of
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.keys import TURN_STEPS, cosines_and_sines
+from kvsplice_hf.code.trellis import BESIDE, OPPOSITE, TrellisCodec, TrellisTables
 
 
 # What the layout table holds of each coordinate: its width, where its bit field is in each plane (8 * byte + bit),
-# where its 16-bit number is, and where the levels of its width start.
+# where its 16-bit number is, and where the levels of its width start; and of a column of a trellis, where the lowest
+# bits of the codes of those before it are (8 * byte + bit, or -1 where there is none).
 WIDTH = tl.constexpr(0)
 IN_PLANE8 = tl.constexpr(1)
 IN_PLANE4 = tl.constexpr(2)
@@ -21,23 +23,36 @@ IN_PLANE2 = tl.constexpr(3)
 IN_PLANE1 = tl.constexpr(4)
 RAW = tl.constexpr(5)
 FIRST_LEVEL = tl.constexpr(6)
-ENTRIES = 7
+OPPOSITE1 = tl.constexpr(7)
+OPPOSITE6 = tl.constexpr(8)
+BESIDE2 = tl.constexpr(9)
+BESIDE4 = tl.constexpr(10)
+ENTRIES = 11
 # Into how many angles a circle is divided.
 STEPS = tl.constexpr(TURN_STEPS)
 # By the bits of a bit field, the largest first, as in a row.
 FIELDS = {8: IN_PLANE8, 4: IN_PLANE4, 2: IN_PLANE2, 1: IN_PLANE1}
+# By how many columns of the trellis it is before.
+NEIGHBOURS = dict(zip((*OPPOSITE, *BESIDE), (OPPOSITE1, OPPOSITE6, BESIDE2, BESIDE4), strict=True))
+# What else may occur in a chunk of coordinates beside bit fields of 1, 2, 4 and 8 bits.
+RAW_NUMBERS, TRELLIS_COLUMNS = 16, 32
+# How many bits those are.
+PLANE_BITS = 6
 
 
 class Tables(NamedTuple):
     """The tables of one codec, on its device.
 
     Attributes:
-        layout: int32 [7, r], see `WIDTH` and the others.
+        layout: int32 [11, r], see `WIDTH` and the others.
         gains: the 256 factors, float32.
         stretches: sinh of the coordinates' bends, [n].
-        planes: of each piece, five bits for each of its chunks: which bit fields (of 1, 2, 4, 8 or 16) occur in it.
-        key_layout: int32 [7, n - r].
-        key_planes: which bit fields occur among those coordinates.
+        planes: of each piece, six bits for each of its chunks: which bit fields (of 1, 2, 4, 8 or 16) occur in it, and
+            whether columns of a trellis do (32).
+        key_layout: int32 [11, n - r].
+        key_planes: the same of those coordinates.
+        columns: which coordinates are the columns of the trellis, int64 [c]; None where there is none, as the next.
+        trellis: tables of the search.
     """
 
     layout: torch.Tensor
@@ -46,6 +61,8 @@ class Tables(NamedTuple):
     planes: tuple[int, ...]
     key_layout: torch.Tensor
     key_planes: int
+    columns: torch.Tensor | None
+    trellis: TrellisTables | None
 
 
 # By codec, and by device and r. Not buffers: these follow from the widths, and a copied or loaded codec makes its own.
@@ -77,10 +94,9 @@ def circle_on(device: torch.device) -> torch.Tensor:
 
 def _make_tables(codec: RowCodec, device: torch.device, rank: int) -> Tables:
     widths = codec.widths.cpu().int()
-    small = torch.where(widths == 16, 0, widths)
     layout = torch.zeros(ENTRIES, codec.row_dim, dtype=torch.int32, device="cpu")
     layout[WIDTH.value] = widths
-    layout[FIRST_LEVEL.value] = torch.where(small > 0, 2**small - 1, 0)
+    layout[FIRST_LEVEL.value] = codec._first_level.cpu()
     start = codec.gain_bytes
     raw = codec._raw.cpu()
     layout[RAW.value, raw] = start + 2 * torch.arange(len(raw), dtype=torch.int32, device="cpu")
@@ -95,22 +111,50 @@ def _make_tables(codec: RowCodec, device: torch.device, rank: int) -> Tables:
         start += size
     gains = torch.exp2((torch.arange(256, dtype=torch.float32, device=device) - 128) / 16)
     stretches = torch.sinh(torch.where(codec._bends > 0, codec._bends, 1.0))
+    columns, trellis, occurring = None, None, widths.clone()
+    # A trellis without columns is none: whole bytes are packed and read as those of other codecs.
+    if isinstance(codec, TrellisCodec) and len(codec.in_chain):
+        columns, trellis = codec._chain_numbers, codec.trellis_tables()
+        _add_neighbours(layout, columns.cpu())
+        occurring[columns.cpu()] |= TRELLIS_COLUMNS
     front, back = (part.contiguous().to(device) for part in (layout[:, :rank], layout[:, rank:]))
     return Tables(
-        front, gains, stretches, _planes(widths[:rank], rank < codec.row_dim), back, _fields_in(widths[rank:])
+        front,
+        gains,
+        stretches,
+        _planes(occurring[:rank], rank < codec.row_dim),
+        back,
+        _occurring_in(occurring[rank:]),
+        columns,
+        trellis,
     )
 
 
-def _fields_in(widths: torch.Tensor) -> int:
-    """Which bit fields occur in these widths, a bit each."""
-    return sum(field for field in (1, 2, 4, 8, 16) if (widths & field).any())
+def _add_neighbours(layout: torch.Tensor, columns: torch.Tensor) -> None:
+    """Write where the lowest bits of the codes before each column of the trellis are, which is in their largest field.
+
+    Args:
+        layout: [11, n], the other entries filled in.
+        columns: which coordinates they are, in their order, int64 [c].
+    """
+    widths, lowest = layout[WIDTH.value, columns], layout[IN_PLANE1.value, columns]
+    for field in (2, 4):
+        lowest = torch.where(widths & field > 0, layout[FIELDS[field].value, columns], lowest)
+    for lag, entry in NEIGHBOURS.items():
+        layout[entry.value] = -1
+        layout[entry.value, columns[lag:]] = lowest[:-lag]
 
 
-def _planes(widths: torch.Tensor, coded_keys: bool) -> tuple[int, ...]:
+def _occurring_in(occurring: torch.Tensor) -> int:
+    """What occurs among these coordinates, a bit each."""
+    return sum(bit for bit in (*FIELDS, RAW_NUMBERS, TRELLIS_COLUMNS) if (occurring & bit).any())
+
+
+def _planes(occurring: torch.Tensor, coded_keys: bool) -> tuple[int, ...]:
     """See `Tables.planes`."""
     found, start = [], 0
-    for piece in pieces_of(len(widths), coded_keys):
-        chunks = widths[start : start + piece].split(CHUNK) if piece else ()
-        found.append(sum(_fields_in(chunk) << (5 * index) for index, chunk in enumerate(chunks)))
+    for piece in pieces_of(len(occurring), coded_keys):
+        chunks = occurring[start : start + piece].split(CHUNK) if piece else ()
+        found.append(sum(_occurring_in(chunk) << (PLANE_BITS * index) for index, chunk in enumerate(chunks)))
         start += piece
     return tuple(found)

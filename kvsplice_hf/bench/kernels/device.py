@@ -14,8 +14,9 @@ from kvsplice_hf.attend.triton.blocks import Blocks, limits_of
 from kvsplice_hf.attend.triton.calls import interpreted as interpreted  # for the programs that use this module
 from kvsplice_hf.attend.triton.compilation import TARGETS
 from kvsplice_hf.attend.triton.launch import Problem, attend_launch, splits_for
-from kvsplice_hf.bench.kernels.shapes import DTYPES, Case, packed_codec
+from kvsplice_hf.bench.kernels.shapes import DTYPES, Case, packed_codec, search_tables
 from kvsplice_hf.bench.rounds import timed
+from kvsplice_hf.code.trellis import TrellisCodec, TrellisTables, closest_codes, squared_error
 
 
 Row = dict[str, Any]
@@ -25,6 +26,9 @@ Row = dict[str, Any]
 TOLERANCE = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-4}
 # Codes at the border of two cells may come out as the other one.
 _CODES_OFF = 1e-3
+# Of two paths along a trellis that are nearly as close, the last digit of a number decides: so errors are compared, the
+# mean squared ones of all rows.
+_ERRORS_OFF = 1e-3
 # Of the rows: the kernel that merges splits has its turn, whatever the device would choose.
 _SPLITS = 3
 # Beside those that are chosen: the ones that spill registers when they are compiled, and may be faster all the same.
@@ -55,9 +59,9 @@ def describe(device: str) -> Row:
 
 
 def agreement_of(case: Case, device: str) -> Row:
-    """How far the kernel is from PyTorch, relative to the largest number, or which share of codes differs."""
-    found = _codes_off(case, device) if case.kernel == "pack" else _attention_off(case, device)
-    return {**case._asdict(), "n": case.shape.row_dim, **found}
+    """How far the kernel is from PyTorch: relative to the largest number, or as a share of codes or of errors."""
+    compare = {"attend": _attention_off, "pack": _codes_off, "search": _search_off}[case.kernel]
+    return {**case._asdict(), "n": case.shape.row_dim, **compare(case, device)}
 
 
 def _attention_off(case: Case, device: str) -> Row:
@@ -91,9 +95,25 @@ def _codes_off(case: Case, device: str) -> Row:
     generator = torch.Generator("cpu").manual_seed(0)
     rows = torch.randn(count, codec.row_dim, generator=generator, dtype=torch.float32, device="cpu")
     rows = rows.to(DTYPES[case.dtype]).to(device)
-    found, expected = (codec.codes(packed).int() for packed in (calls.encode_pack(rows, codec), codec.pack(rows)))
+    both = calls.encode_pack(rows, codec), codec.pack(rows)
+    if isinstance(codec, TrellisCodec):
+        return _errors_off(*((codec.unpack(packed) - rows.float()).square().mean() for packed in both))
+    found, expected = (codec.codes(packed).int() for packed in both)
     off = float((found != expected).float().mean())
     return {"off": off, "allowed": _CODES_OFF, "agrees": off <= _CODES_OFF and int((found - expected).abs().max()) <= 1}
+
+
+def _search_off(case: Case, device: str) -> Row:
+    tables = TrellisTables(*(table.to(device) for table in search_tables(case.shape)))
+    generator = torch.Generator("cpu").manual_seed(0)
+    unit = (torch.randn(case.searched, generator=generator, dtype=torch.float32, device="cpu") / 3).to(device)
+    both = calls.search_codes(unit, tables), closest_codes(unit, tables)
+    return _errors_off(*(squared_error(unit, codes, tables).mean() for codes in both))
+
+
+def _errors_off(found: torch.Tensor, expected: torch.Tensor) -> Row:
+    off = float(found / expected - 1)
+    return {"off": off, "allowed": _ERRORS_OFF, "agrees": abs(off) <= _ERRORS_OFF}
 
 
 def bandwidth_of(case: Case, device: str, copy: float, alternatives: bool = False) -> list[Row]:

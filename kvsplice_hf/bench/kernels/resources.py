@@ -79,7 +79,7 @@ def _line_of(row: Row) -> tuple[str, ...]:
         return "attend", row["kind"], str(row["n"]), bits, row["phase"]
     if row["kernel"] == "merge":
         return "merge", "any", "any", "32 bits", f"{row['rows']:,} rows"
-    return "pack", row["kind"], str(row["n"]), bits, row["phase"]
+    return row["kernel"], row["kind"], str(row["n"]), bits, row["phase"]
 
 
 def _cell(found: Resources | None) -> str:

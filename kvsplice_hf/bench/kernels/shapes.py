@@ -13,28 +13,32 @@ import torch
 from kvsplice_hf.attend.backend import CodedKeys
 from kvsplice_hf.attend.triton.blocks import Limits
 from kvsplice_hf.attend.triton.launch import (
-    PACKED_ROWS,
     Launch,
     Problem,
     attend_launch,
     blocks_for,
     merge_launch,
     pack_launch,
+    search_launch,
+    searched_columns,
     splits_for,
 )
 from kvsplice_hf.bench.geometries import GEOMETRIES
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.keys import half_pairs, turns_of
+from kvsplice_hf.code.trellis import TrellisCodec, TrellisTables
 from kvsplice_hf.code.widths import row_bytes
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-KERNELS = ("attend", "merge", "pack")
+KERNELS = ("attend", "merge", "pack", "search")
 # What a cache holds: rows of R + P numbers, of R / 2 + P, and packed rows of a quarter of the stock bytes in bf16, also
-# with keys that were coded before their rotation.
+# with keys that were coded before their rotation; packed rows of plain levels, and of levels along a trellis.
 CODED_KEYS = "coded keys"
-KINDS = ("full rank", "half rank", "packed", CODED_KEYS)
-PACKED_KINDS = ("packed", CODED_KEYS)
+TRELLIS, TRELLIS_KEYS = "trellis", "trellis, coded keys"
+KINDS = ("full rank", "half rank", "packed", CODED_KEYS, TRELLIS, TRELLIS_KEYS)
+PACKED_KINDS = ("packed", CODED_KEYS, TRELLIS, TRELLIS_KEYS)
+WITH_CODED_KEYS = (CODED_KEYS, TRELLIS_KEYS)
 PHASES = ("decode", "prefill")
 ROWS = 4096
 LONG_CONTEXT = 131072
@@ -104,8 +108,16 @@ def packed_codec(shape: RowShape, kind: str = "packed") -> RowCodec:
     n = shape.row_dim
     scales = torch.full((n,), 3.0, dtype=torch.float32, device="cpu")
     sigmas = torch.ones(shape.latent_dim, dtype=torch.float32, device="cpu")
-    key_sigmas = torch.ones(shape.rope_dim, dtype=torch.float32, device="cpu") if kind == CODED_KEYS else None
-    return RowCodec(calibrated_widths(shape), scales, torch.zeros_like(scales), sigmas, key_sigmas)
+    key_sigmas = torch.ones(shape.rope_dim, dtype=torch.float32, device="cpu") if kind in WITH_CODED_KEYS else None
+    made = TrellisCodec if kind in (TRELLIS, TRELLIS_KEYS) else RowCodec
+    return made(calibrated_widths(shape), scales, torch.zeros_like(scales), sigmas, key_sigmas)
+
+
+def search_tables(shape: RowShape) -> TrellisTables:
+    """What the search along the trellis of such a model's rows needs, on the CPU."""
+    codec = packed_codec(shape, TRELLIS)
+    assert isinstance(codec, TrellisCodec)
+    return codec.trellis_tables()
 
 
 def coded_keys(shape: RowShape, rows: int, device: str) -> CodedKeys:
@@ -154,6 +166,11 @@ class Case(NamedTuple):
         heads, most = self.shape.heads, _TINY_QUERIES if self.geometry == TINY else _MOST_QUERIES
         return heads if self.phase == "decode" else most // heads * heads
 
+    @property
+    def searched(self) -> tuple[int, int]:
+        """How many rows are searched along a trellis, and how many columns it has."""
+        return 1 if self.phase == "decode" else self.rows, searched_columns(packed_codec(self.shape, self.kind))
+
     def problem(self, device: str = "cpu", empty: bool = True) -> Problem:
         """What attention is asked for, of tensors that hold nothing, or random numbers, always the same."""
         n, dtype = self.shape.row_dim, DTYPES[self.dtype]
@@ -171,7 +188,7 @@ class Case(NamedTuple):
             return Problem(query, rows.to(dtype), None, value_dim, bias, None, dtype)
         codec = packed_codec(self.shape, self.kind).to(device)
         packed = rows.new_empty(1, self.rows, codec.row_bytes, dtype=torch.uint8) if empty else codec.pack(rows)
-        keys = coded_keys(self.shape, self.rows, device) if self.kind == CODED_KEYS else None
+        keys = coded_keys(self.shape, self.rows, device) if self.kind in WITH_CODED_KEYS else None
         return Problem(query, packed, codec, value_dim, bias, None, dtype, keys=keys)
 
     def launch(self, limits: Limits) -> Launch:
@@ -180,7 +197,11 @@ class Case(NamedTuple):
             codec = packed_codec(self.shape, self.kind)
             count = 1 if self.phase == "decode" else self.rows
             rows = torch.empty(count, codec.row_dim, dtype=DTYPES[self.dtype], device="cpu")
-            return pack_launch(rows, rows.new_empty(count, codec.row_bytes, dtype=torch.uint8), codec, PACKED_ROWS)
+            return pack_launch(rows, rows.new_empty(count, codec.row_bytes, dtype=torch.uint8), codec)
+        if self.kernel == "search":
+            tables = search_tables(self.shape)
+            codes = torch.empty(self.searched, dtype=torch.uint8, device="cpu")
+            return search_launch(torch.empty_like(codes, dtype=torch.float32), tables, codes)
         problem = self.problem()
         blocks = blocks_for(problem, limits)
         sizes = (1, self.queries, splits_for(problem, blocks, limits))
@@ -204,5 +225,7 @@ def cases(names: Sequence[str], rows: int = ROWS) -> Iterator[Case]:
             yield Case("attend", name, kind, dtype, "prefill", biased=True, rows=rows)
     for name, kind, count in itertools.product(names, ("full rank", "half rank"), (rows, LONG_CONTEXT)):
         yield Case("merge", name, kind, "float32", "decode", rows=count)
+    for name, phase in itertools.product(names, PHASES):
+        yield Case("search", name, TRELLIS, "float32", phase, rows=rows)
     for name, kind, dtype, phase in itertools.product(names, PACKED_KINDS, DTYPES, PHASES):
         yield Case("pack", name, kind, dtype, phase, rows=rows)

@@ -52,7 +52,9 @@ struct EncodingRoom {
   }
 };
 
-inline int64_t room_of(const Encoding& given) { return EncodingRoom(given).rest - given.room; }
+inline int64_t room_of(const Encoding& given) {
+  return EncodingRoom(given).rest - given.room + given.threads * SearchRoom::size(given.packer.trellis.columns);
+}
 
 inline float rounded(float number, bool to_half) { return to_half ? number_of(to_bfloat16(number)) : number; }
 
@@ -114,7 +116,8 @@ inline void store_row(const Encoding& given, const EncodingRoom& room, int64_t t
     row[given.rank + column] = rounded(number, given.latents.is_bfloat16);
   }
   if (given.kind == kPacked) {
-    pack_row(given.packer, row, static_cast<uint8_t*>(given.rows) + token * given.packer.codec.row_bytes);
+    pack_row(given.packer, row, static_cast<uint8_t*>(given.rows) + token * given.packer.codec.row_bytes,
+             own_room(room.rest, given.packer.trellis));
   } else if (given.kind == kBfloat16) {
     Bfloat16* stored = static_cast<Bfloat16*>(given.rows) + token * room.dim;
     for (int64_t column = 0; column < room.dim; ++column) stored[column] = to_bfloat16(row[column]);

@@ -46,8 +46,20 @@ KVSPLICE_EXPORT int kvsplice_encode(const kvsplice::Encoding* handed) {
   return 0;
 }
 
-KVSPLICE_EXPORT int kvsplice_pack(const kvsplice::Packing* packing) {
-#pragma omp parallel num_threads(packing->threads)
-  kvsplice::pack(*packing);
+KVSPLICE_EXPORT int kvsplice_pack(const kvsplice::Packing* handed) {
+  kvsplice::Packing packing = *handed;
+  packing.room = room_for(packing);
+  if (packing.room == nullptr) return 1;
+#pragma omp parallel num_threads(packing.threads)
+  kvsplice::pack(packing);
+  return 0;
+}
+
+KVSPLICE_EXPORT int kvsplice_search(const kvsplice::Search* handed) {
+  kvsplice::Search given = *handed;
+  given.room = room_for(given);
+  if (given.room == nullptr) return 1;
+#pragma omp parallel num_threads(given.threads)
+  kvsplice::search(given);
   return 0;
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "packed.h"
+#include "trellis.h"
 
 namespace kvsplice {
 
@@ -17,6 +18,7 @@ struct Packer {
   int64_t key_sized;        // how many behind them that of its key is taken from
   const float* key_sigmas;  // [key_sized]
   const float* bends;       // [n]; 0 where levels are equally far apart
+  Trellis trellis;
 };
 
 struct Packing {
@@ -25,7 +27,12 @@ struct Packing {
   uint8_t* packed;     // [count, row_bytes]
   Packer packer;
   int64_t threads;
+  float* room;  // as many numbers as `room_of` says
 };
+
+inline int64_t room_of(const Packing& given) {
+  return given.threads * SearchRoom::size(given.packer.trellis.columns);
+}
 
 constexpr float kGainSteps = 16.0f, kGainOne = 128.0f;
 
@@ -40,18 +47,22 @@ inline uint8_t gain_of(const Codec& codec, const float* row, int64_t first, int6
   return std::fmin(std::fmax(std::nearbyint(kGainSteps * std::log2(size) + kGainOne), 0.0f), 255.0f);
 }
 
+// A number over its scale.
+inline float unit_of(const Codec& codec, const float* row, int64_t column, float gain) {
+  const int64_t number = codec.index[column];
+  return (row[number] - codec.centres[number]) / (codec.scales[number] * gain);
+}
+
 inline uint8_t code_of(const Packer& packer, const float* row, int64_t column, float gain) {
-  const int64_t number = packer.codec.index[column];
-  const float scale = packer.codec.scales[number] * gain;
-  const float bend = packer.bends[number];
-  float unit = (row[number] - packer.codec.centres[number]) / scale;
+  const float bend = packer.bends[packer.codec.index[column]];
+  float unit = unit_of(packer.codec, row, column, gain);
   if (bend > 0) unit = std::asinh(unit * packer.codec.reaches[column]) / bend;
-  const float levels = 1 << packer.codec.widths[number];
+  const float levels = 1 << packer.codec.width(column);
   // Written so that what is not a number gets the lowest code.
   return std::fmin(std::fmax(std::floor((unit + 1) * (levels / 2)), 0.0f), levels - 1);
 }
 
-inline void pack_row(const Packer& packer, const float* row, uint8_t* packed) {
+inline void pack_row(const Packer& packer, const float* row, uint8_t* packed, const SearchRoom& room) {
   const Codec& codec = packer.codec;
   std::fill_n(packed, codec.row_bytes, uint8_t{0});
   float gain = 1.0f, key_gain = 1.0f;
@@ -68,10 +79,23 @@ inline void pack_row(const Packer& packer, const float* row, uint8_t* packed) {
     const Bfloat16 half = to_bfloat16(row[codec.index[codec.coded + index]]);
     std::memcpy(packed + codec.gain_bytes() + 2 * index, &half, sizeof half);
   }
-  for (int64_t column = 0; column < codec.coded; ++column) {
+  const auto gain_of_column = [&](int64_t column) {
     const int64_t behind = column - codec.gained;
-    const float of_column = behind < 0 ? gain : behind < codec.key_gained ? key_gain : 1.0f;
-    const uint8_t code = code_of(packer, row, column, of_column);
+    return behind < 0 ? gain : behind < codec.key_gained ? key_gain : 1.0f;
+  };
+  if (packer.trellis.columns) {
+    int64_t next = 0;
+    const auto unit = [&](int64_t) {
+      while (!codec.in_trellis(next)) ++next;
+      const int64_t column = next++;
+      return unit_of(codec, row, column, gain_of_column(column));
+    };
+    search_row(packer.trellis, room, unit, room.codes);
+  }
+  int64_t searched = 0;
+  for (int64_t column = 0; column < codec.coded; ++column) {
+    const uint8_t code = codec.in_trellis(column) ? room.codes[searched++]
+                                                  : code_of(packer, row, column, gain_of_column(column));
     const Field* fields = codec.fields + column * kMostFields;
     for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
       const Field& field = fields[index];
@@ -82,9 +106,11 @@ inline void pack_row(const Packer& packer, const float* row, uint8_t* packed) {
 
 // Called by all threads of a parallel region.
 inline void pack(const Packing& packing) {
+  const SearchRoom room = own_room(packing.room, packing.packer.trellis);
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < packing.count; ++row) {
-    pack_row(packing.packer, packing.rows + row * packing.dim, packing.packed + row * packing.packer.codec.row_bytes);
+    pack_row(packing.packer, packing.rows + row * packing.dim, packing.packed + row * packing.packer.codec.row_bytes,
+             room);
   }
 }
 

@@ -11,6 +11,7 @@ namespace kvsplice {
 // Rows that are unpacked together: bytes at the same place of 64 rows fill a vector of AVX-512.
 constexpr int kStrip = 64;
 constexpr int kMostFields = 4;
+constexpr int kLargestTrellisWidth = 7;
 
 // Where a field of a code is: in which byte of the row, from which bit of it; how many bits; and from which bit of the
 // code.
@@ -18,12 +19,14 @@ struct Field {
   int32_t byte, shift, bits, place;
 };
 
-// The rows of one codec. A column is `sinh(slope * code + start)`, times the gain of the row for the first `gained`
+// The rows of one codec. A column is `sinh(slope * number + start)`, where the number of a level is its code, or follows
+// from it and from the codes before it (`kvsplice_hf.code.trellis`); times the gain of the row for the first `gained`
 // ones, and times that of its key for the next `key_gained`; behind them come `raw` columns of bf16 numbers, the first
 // `gained_raw` of which are of numbers that the gain is taken from. Number `index[i]` of a row is its base and
 // `scale(i)` times column i.
 struct Codec {
   int64_t coded, raw, gained, key_gained, gained_raw, has_gain, has_key_gain, row_bytes;
+  int64_t trellis;                         // whether the levels of narrow columns depend on the columns before them
   const Field* fields;                     // [coded, kMostFields]; 0 bits where a code has fewer
   const float *slopes, *starts, *reaches;  // [coded]; the reach is the sinh at the largest level
   const float* gains;                      // of each byte, [256]
@@ -33,6 +36,8 @@ struct Codec {
 
   float scale(int64_t column) const { return column < coded ? scales[index[column]] / reaches[column] : 1.0f; }
   int64_t gain_bytes() const { return has_gain + has_key_gain; }
+  int width(int64_t column) const { return widths[index[column]]; }
+  bool in_trellis(int64_t column) const { return trellis && width(column) <= kLargestTrellisWidth; }
   float base(int64_t number) const { return widths[number] == 16 ? 0.0f : centres[number]; }
 };
 
@@ -199,12 +204,12 @@ inline Floats sinh_of(Floats x) {
   return x * (sum * square + 1.0000004732391539f);
 }
 
-// The levels of one width. Columns of the same width lie side by side and share them.
+// The 2^bits levels of one width. Columns of the same width lie side by side and share them.
 class Levels {
  public:
-  void prepare(float slope, float start, int width) {
+  void prepare(float slope, float start, int bits) {
     slope_ = slope, start_ = start;
-    vectors_ = 1 << width > kMostLookedUp ? 0 : blocks_of(1 << width, kLanes);
+    vectors_ = 1 << bits > kMostLookedUp ? 0 : blocks_of(1 << bits, kLanes);
     for (int index = 0; index < vectors_; ++index) {
       Ints codes;
       for (int lane = 0; lane < kLanes; ++lane) codes[lane] = index * kLanes + lane;
@@ -252,31 +257,40 @@ class Levels {
 // The same as bf16, for codes that are spread.
 class SpreadLevels {
  public:
-  void prepare(float slope, float start, int width) {
-    levels_.prepare(slope, start, width);
-    is_table_ = 1 << width <= kStrip;
-    if (!is_table_) return;
-    Line every;
-    alignas(64) Bfloat16 levels[kStrip];
-    for (int code = 0; code < kStrip; ++code) every[code] = code & ((1 << width) - 1);
-    levels_.write<Bfloat16>(0, 1, [&](int64_t) { return every; }, [&](int64_t) { return levels; });
-    const __m512i front = load<__m512i>(levels), behind = load<__m512i>(levels + kStrip / 2);
-    const auto bytes = [](__m512i one, __m512i other) {
-      return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(one)), _mm512_cvtepi16_epi8(other), 1);
-    };
-    low_ = bytes(front, behind);
-    high_ = bytes(_mm512_srli_epi16(front, 8), _mm512_srli_epi16(behind, 8));
+  void prepare(float slope, float start, int bits) {
+    Levels every_level;
+    every_level.prepare(slope, start, bits);
+    tables_ = bits <= 6 ? 1 : 1 << (bits - 6);
+    for (int table = 0; table < tables_; ++table) {
+      Line every;
+      alignas(64) Bfloat16 levels[kStrip];
+      for (int code = 0; code < kStrip; ++code) every[code] = (table * kStrip + code) & ((1 << bits) - 1);
+      every_level.write<Bfloat16>(0, 1, [&](int64_t) { return every; }, [&](int64_t) { return levels; });
+      const __m512i front = load<__m512i>(levels), behind = load<__m512i>(levels + kStrip / 2);
+      const auto bytes = [](__m512i one, __m512i other) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi16_epi8(one)), _mm512_cvtepi16_epi8(other), 1);
+      };
+      low_[table] = bytes(front, behind);
+      high_[table] = bytes(_mm512_srli_epi16(front, 8), _mm512_srli_epi16(behind, 8));
+    }
   }
 
   template <class Number, class Codes, class At>
   void write(int64_t first, int64_t last, Codes&& codes, At&& at) const {
-    if (!is_table_) {
-      return levels_.write<Number>(first, last, [&](int64_t column) { return in_order(codes(column)); }, at);
-    }
-    const __m512i low = low_, high = high_;
-    for (int64_t column = first; column < last; ++column) {
-      const __m512i of_column = (__m512i)codes(column);
-      put_together(_mm512_permutexvar_epi8(of_column, low), _mm512_permutexvar_epi8(of_column, high), at(column));
+    const auto look_up = [&](auto of_code) {
+      for (int64_t column = first; column < last; ++column) of_code((__m512i)codes(column), at(column));
+    };
+    const SpreadLevels table = *this;  // in registers
+    if (tables_ == 1) {
+      look_up([&](__m512i code, Bfloat16* to) {
+        put_together(_mm512_permutexvar_epi8(code, table.low_[0]), _mm512_permutexvar_epi8(code, table.high_[0]), to);
+      });
+    } else if (tables_ == 2) {
+      look_up([&](__m512i code, Bfloat16* to) { put_together(of_two(table.low_, code), of_two(table.high_, code), to); });
+    } else {
+      look_up([&](__m512i code, Bfloat16* to) {
+        put_together(of_four(table.low_, code), of_four(table.high_, code), to);
+      });
     }
   }
 
@@ -287,17 +301,43 @@ class SpreadLevels {
   }
 
  private:
-  static Line in_order(Line spread) {
-    Line codes;
-    for (int place = 0; place < kStrip; ++place) codes[row_at<Bfloat16>(place)] = spread[place];
-    return codes;
+  static __m512i of_two(const __m512i* tables, __m512i code) {
+    return _mm512_permutex2var_epi8(tables[0], code, tables[1]);
+  }
+  static __m512i of_four(const __m512i* tables, __m512i code) {
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(code), of_two(tables, code), of_two(tables + 2, code));
   }
 
-  Levels levels_;
-  bool is_table_ = false;
-  __m512i low_, high_;
+  int tables_ = 0;
+  __m512i low_[4] = {}, high_[4] = {};
 };
 #endif
+
+// The lowest bits of the columns of a trellis ahead of the one that is read next, the last one first.
+class Trail {
+ public:
+  Trail(const Codec& codec, const uint8_t* lines, int64_t first) {
+    if (!codec.trellis) return;
+    int known = 0;
+    for (int64_t column = first - 1; column >= 0 && known < kLength; --column) {
+      if (!codec.in_trellis(column)) continue;
+      const Field& lowest = codec.fields[column * kMostFields];
+      bits_[known++] = (Line)(load<Pairs>(lines + lowest.byte * kStrip) >> lowest.shift) & 1;
+    }
+  }
+  // Numbers of levels, of the codes of the next column.
+  Line numbers(Line codes) {
+    const Line lowest = codes & 1, others = codes & 0xFE;
+    const Line opposite = lowest ^ bits_[0] ^ bits_[5], beside = bits_[1] ^ bits_[3];
+    for (int index = kLength - 1; index > 0; --index) bits_[index] = bits_[index - 1];
+    bits_[0] = lowest;
+    return (others + others) | (opposite + opposite) | beside;
+  }
+
+ private:
+  static constexpr int kLength = 6;
+  Line bits_[kLength] = {};
+};
 
 // Columns of levels from `first` up to `last`, each [kStrip] at `at(column)`. Those of one width lie side by side.
 template <class Number, class At>
@@ -307,17 +347,23 @@ void coded_columns(const Codec& codec, const uint8_t* lines, int64_t first, int6
 #else
   Levels levels;
 #endif
+  Trail trail(codec, lines, first);
   for (int64_t column = first, end; column < last; column = end) {
-    const float slope = codec.slopes[column], start = codec.starts[column];
-    for (end = column + 1; end < last && codec.slopes[end] == slope && codec.starts[end] == start;) ++end;
-    const int width = codec.widths[codec.index[column]];
-    levels.prepare(slope, start, width);
+    const int width = codec.width(column);
+    for (end = column + 1; end < last && codec.width(end) == width;) ++end;
+    const bool in_trellis = codec.in_trellis(column);
+    levels.prepare(codec.slopes[column], codec.starts[column], width + in_trellis);
     const auto write = [&]<int count>() {
       const Field* fields = codec.fields + column * kMostFields;
       const CodeReader<count> reader(fields, lines);
-      levels.template write<Number>(
-          0, end - column, [&](int64_t index) { return reader.codes(fields + index * kMostFields); },
-          [&](int64_t index) { return at(column + index); });
+      const auto codes = [&](int64_t index) { return reader.codes(fields + index * kMostFields); };
+      const auto to = [&](int64_t index) { return at(column + index); };
+      if (in_trellis) {
+        levels.template write<Number>(
+            0, end - column, [&](int64_t index) { return trail.numbers(codes(index)); }, to);
+      } else {
+        levels.template write<Number>(0, end - column, codes, to);
+      }
     };
     switch (__builtin_popcount(width)) {
       case 1:

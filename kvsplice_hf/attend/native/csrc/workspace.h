@@ -15,6 +15,7 @@ class Workspace {
  public:
   // Room for so many numbers, or null where there is not enough memory.
   float* take(int64_t numbers) {
+    numbers = numbers > 0 ? numbers : 1;  // lest no room look like too little
     if (numbers > size_) {
       memory_.reset(static_cast<float*>(std::aligned_alloc(64, round_up(numbers * sizeof(float), 64))));
       size_ = memory_ ? numbers : 0;
