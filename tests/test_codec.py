@@ -34,9 +34,7 @@ def kind(request: Any) -> type[RowCodec]:
     return request.param
 
 
-def make(
-    widths: list[int], gained: int | None = None, seed: int = 0, kind: type[RowCodec] = RowCodec
-) -> RowCodec:
+def make(widths: list[int], gained: int | None = None, seed: int = 0, kind: type[RowCodec] = RowCodec) -> RowCodec:
     generator = torch.Generator().manual_seed(seed)
     n = len(widths)
     count = n // 2 if gained is None else gained
@@ -51,7 +49,9 @@ def rows_for(codec: RowCodec, shape: tuple[int, ...]) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("widths", PATTERNS.values(), ids=PATTERNS)
-def test_packing_and_unpacking_are_exact_inverses_on_codes(widths: list[int], shape: tuple[int, ...], kind: type[RowCodec]) -> None:
+def test_packing_and_unpacking_are_exact_inverses_on_codes(
+    widths: list[int], shape: tuple[int, ...], kind: type[RowCodec]
+) -> None:
     codec = make(widths, kind=kind)
     rows = rows_for(codec, shape)
     packed = codec.pack(rows)
@@ -162,7 +162,9 @@ def test_gradients_pass_the_rounding_but_not_the_last_level(kind: type[RowCodec]
 
 
 @pytest.mark.parametrize("gained", [0, None])
-def test_steps_in_training_have_the_gradient_of_the_error_that_they_make(gained: int | None, kind: type[RowCodec]) -> None:
+def test_steps_in_training_have_the_gradient_of_the_error_that_they_make(
+    gained: int | None, kind: type[RowCodec]
+) -> None:
     codec = make(PATTERNS["as calibrated"], gained, kind=kind).train_steps()
     rows = rows_for(codec, (200,))
     codec.round_trip(rows).sum().backward()

@@ -1,18 +1,34 @@
 """`TrellisCodec`: rows obey the code, err as is known of it, and whoever searches for them finds the closest ones."""
 
+import copy
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import build
 
-from kvsplice_hf import RowCodec, TrellisCodec
+from kvsplice_hf import (
+    CheckpointError,
+    KVSpliceCalibrator,
+    KVSpliceConfig,
+    RowCodec,
+    TrellisCodec,
+    load_kvsplice,
+    patch_model_with_kvsplice,
+    save_kvsplice,
+)
 from kvsplice_hf.attend import choice
 from kvsplice_hf.attend.native import calls as native
 from kvsplice_hf.calibration.allocate import fit_scales
 from kvsplice_hf.code import trellis
+from kvsplice_hf.code.codecs import codec_class
+from kvsplice_hf.code.files import CONFIG_NAME
 from kvsplice_hf.code.trellis import TRELLIS_GRIDS, closest_codes, squared_error
+from kvsplice_hf.patch.state import patched_sites
 
 
 WIDTHS = {
@@ -119,7 +135,7 @@ def test_rows_are_read_by_their_own_codec_only() -> None:
     assert type(codec.without(torch.tensor([True] * 5 + [False]))) is TrellisCodec
 
 
-def test_a_search_that_finds_worse_rows_is_given_up(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_a_search_that_finds_worse_rows_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     if not native.kernels_available("cpu"):
         pytest.skip("needs a C++ compiler")
     monkeypatch.setattr(choice, "_verdicts", {})
@@ -128,9 +144,8 @@ def test_a_search_that_finds_worse_rows_is_given_up(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(choice, "_WITHOUT_KERNELS", True)
     expected = codec.quantise(rows, codec.gains(rows))
     monkeypatch.setattr(choice, "_WITHOUT_KERNELS", False)
-    with caplog.at_level("WARNING"):
-        assert torch.equal(codec.quantise(rows, codec.gains(rows)), expected)
-    assert "The kernel for search" in caplog.text
+    assert torch.equal(codec.quantise(rows, codec.gains(rows)), expected)
+    assert list(choice.verdicts().values()) == ["its result differs from that of PyTorch"]
 
 
 def test_a_compiler_takes_the_search_as_one_operator() -> None:
@@ -141,3 +156,56 @@ def test_a_compiler_takes_the_search_as_one_operator() -> None:
     assert sum("closest_codes" in str(node.target) for node in graph.graph.nodes) == 1
     assert len(graph.graph.nodes) < 300
     assert torch.equal(torch.compile(codec.pack, backend="eager", fullgraph=True)(rows), codec.pack(rows))
+
+
+def packed_model(codec: str, seed: int = 0) -> Any:
+    model = build("deepseek_v3")
+    ids = torch.randint(1, 90, (16, 16), generator=torch.Generator().manual_seed(seed))
+    settings = KVSpliceConfig(bits=5, codec=codec, sink_tokens=2)
+    known = KVSpliceCalibrator(model, sink_tokens=2).collect(list(ids), progress=False)
+    return patch_model_with_kvsplice(model, settings, calibration=known)
+
+
+def test_trellis_rows_are_the_default_and_the_model_loses_less_by_them() -> None:
+    assert KVSpliceConfig(bits=5).codec == KVSpliceConfig().codec == "trellis"
+    stock, ids = build("deepseek_v3"), torch.arange(1, 25)[None]
+    with torch.no_grad():
+        expected = stock(ids).logits
+        losses = [(packed_model(codec)(ids).logits - expected).square().mean() for codec in ("rows", "trellis")]
+    assert losses[1] < 0.85 * losses[0]
+
+
+@pytest.mark.parametrize("codec", ["rows", "trellis"])
+def test_a_saved_splice_says_its_codec_and_files_without_one_are_of_rounded_rows(codec: str, tmp_path: Path) -> None:
+    model, ids = packed_model(codec), torch.arange(1, 25)[None]
+    save_kvsplice(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())["config"]
+    assert config.get("codec") == (None if codec == "rows" else codec)  # releases up to 0.2 know no other
+    loaded = load_kvsplice(build("deepseek_v3"), tmp_path)
+    assert {patched.splice.codec.kind for _, patched in patched_sites(loaded)} == {codec}
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(("saved", "held"), [("rows", "trellis"), ("trellis", "rows")])
+def test_a_splice_of_the_other_codec_is_not_loaded_into_a_patched_model(saved: str, held: str, tmp_path: Path) -> None:
+    model = packed_model(saved)
+    save_kvsplice(model, tmp_path)
+    for _, patched in patched_sites(model):  # nothing else tells them apart
+        codec = patched.splice.codec
+        patched.splice.codec = codec_class(held)(*(getattr(codec, name) for name in codec.saved))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=f"by the codec '{saved}', the patched model by '{held}'"):
+        load_kvsplice(model, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert {patched.splice.codec.kind for _, patched in patched_sites(model)} == {held}
+
+
+def test_rows_of_the_same_numbers_and_another_codec_are_of_another_identity() -> None:
+    splice = next(patched.splice for _, patched in patched_sites(packed_model("trellis")))
+    held = splice.codec
+    identity = splice.identity
+    splice.codec = RowCodec(*(getattr(held, name) for name in RowCodec.saved))
+    assert splice.identity != identity
+    splice.codec = held
+    assert splice.identity == identity

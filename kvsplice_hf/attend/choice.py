@@ -134,9 +134,7 @@ def encode(
     backend = _backend_for("encode", given, codec, coded_keys=keys is not None)
     if backend is None:
         return by_torch()
-    alike = _numbers_alike
-    if codec is not None:
-        alike = _packed_alike(codec, lambda: splice.numbers_to_store(latent, k_rot, turns))
+    alike = _packed_alike(codec, lambda: splice.numbers_to_store(latent, k_rot, turns))
     of_weights = (weights.offset is None, latent.dtype, weights.compress.dtype, _coded(keys is not None))
     kind = ("encode", codec is None, *of_weights, _along(codec), backend.name)
     more = () if keys is None else (keys, turns)  # which only some backends take
@@ -301,8 +299,12 @@ def _numbers_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found - expected).abs().amax() <= _TOLERANCE * expected.abs().amax())
 
 
-def _packed_alike(codec: Codec, rows: Callable[[], torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], bool]:
-    """What compares packed rows; `rows` gives what was packed, which is only asked for along a trellis."""
+def _packed_alike(
+    codec: Codec | None, rows: Callable[[], torch.Tensor]
+) -> Callable[[torch.Tensor, torch.Tensor], bool]:
+    """What compares rows; `rows` gives what was packed, which is only asked for along a trellis."""
+    if codec is None:
+        return _numbers_alike
     if not isinstance(codec, trellis.TrellisCodec):
         return _bytes_alike
     return lambda found, expected: _rows_alike(codec, rows(), found, expected)

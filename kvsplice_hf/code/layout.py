@@ -62,7 +62,9 @@ class RowLayout(Codec):
             self.register_buffer(f"_coordinates{field}", coordinates, persistent=False)
             self.register_buffer(f"_shifts{field}", shifts.to(torch.uint8), persistent=False)
         self.register_buffer("_raw", (widths == 16).nonzero()[:, 0], persistent=False)
-        self.register_buffer("_bends", self._of_widths([grid.bend for grid in self.grids.values()], widths), persistent=False)
+        self.register_buffer(
+            "_bends", self._of_widths([grid.bend for grid in self.grids.values()], widths), persistent=False
+        )
         nothing = torch.zeros(1, dtype=torch.float32, device="cpu")
         levels = [nothing, *(grid.levels() for grid in self.grids.values())]
         self.register_buffer("_levels", torch.cat(levels).to(widths.device), persistent=False)
@@ -98,7 +100,9 @@ class RowLayout(Codec):
         slopes = [2 * grid.last / (2**grid.bits - 1) for grid in grids]
         self.register_buffer("column_slopes", self._of_widths(slopes, widths), persistent=False)
         self.register_buffer("column_starts", self._of_widths([-grid.last for grid in grids], widths), persistent=False)
-        self.register_buffer("column_reaches", self._of_widths([grid.reach for grid in grids], widths), persistent=False)
+        self.register_buffer(
+            "column_reaches", self._of_widths([grid.reach for grid in grids], widths), persistent=False
+        )
         self.register_buffer("column_index", torch.cat([order, self._raw]), persistent=False)
         groups = self._gain_groups()[order]
         self.gained_columns = int((groups == 0).sum())

@@ -21,6 +21,7 @@ from torch import nn
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.keys import KeyProjection
 from kvsplice_hf.code.matrix import SpliceMatrix
+from kvsplice_hf.config import ROWS_CODEC
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, TrainingError, UnsupportedError
 from kvsplice_hf.weights.offload import read_all, read_parameter
 
@@ -103,7 +104,8 @@ class LearnedKVSplice(nn.Module):
         It is a digest of what is in the parameters, so it is the same in another process and after a round trip through
         a file. It is computed again only when a parameter was written to, replaced or moved.
         """
-        stamp = _stamp(self._meaning())
+        # The kind as well: a codec of another one may hold the very tensors of this one.
+        stamp = (*_stamp(self._meaning()), self._kind_of_codec())
         if self._known_identity[0] != stamp:
             self._known_identity = stamp, self._digest()
         return self._known_identity[1]
@@ -135,7 +137,14 @@ class LearnedKVSplice(nn.Module):
             values = local.detach().cpu().contiguous()
             digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
             digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+        kind = self._kind_of_codec()
+        if kind not in (None, ROWS_CODEC):  # whose digests are those of before there were others
+            digest.update(f"codec {kind}".encode())
         return digest.hexdigest()
+
+    def _kind_of_codec(self) -> str | None:
+        codec: Any = self._modules.get("codec")
+        return None if codec is None else codec.kind
 
     def _transform(self) -> tuple[torch.Tensor, torch.Tensor]:
         # In fp32: a scale rounded to bf16 on one way and not on the other would not cancel.

@@ -16,7 +16,7 @@ Legend: `T` rows, `n` coordinates, `c` columns of the trellis, `m` columns, `S` 
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -91,7 +91,7 @@ class TrellisTables(NamedTuple):
 
     def of_columns(self, count: int) -> "TrellisTables":
         """Without what is behind the last column."""
-        return TrellisTables(*(table[:count] for table in self[:-1]), self.levels)
+        return TrellisTables._make([*(table[:count] for table in self[:-1]), self.levels])
 
 
 def closest_codes(unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
@@ -184,7 +184,7 @@ def search_by(search: Callable[[torch.Tensor, TrellisTables], torch.Tensor]) -> 
 
 def _searched(unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
     if torch.compiler.is_compiling():  # which would unroll the loop over columns
-        return torch.ops.kvsplice_hf.closest_codes(unit, *tables)  # type: ignore[no-any-return]
+        return torch.ops.kvsplice_hf.closest_codes(unit, *tables)
     return _fastest(unit, tables)
 
 
@@ -221,7 +221,7 @@ class TrellisCodec(RowCodec):
     Examples:
         >>> codec = TrellisCodec(torch.tensor([4, 4, 3, 0]), torch.ones(4), torch.zeros(4), torch.ones(2))
         >>> codec.pack(torch.randn(2, 1, 7, 4)).shape
-        torch.Size([2, 1, 7, 3])
+        torch.Size([2, 1, 7, 4])
     """
 
     kind = TRELLIS_CODEC
@@ -283,5 +283,5 @@ class TrellisCodec(RowCodec):
 
     def trellis_tables(self) -> TrellisTables:
         """What the search needs."""
-        held = self._buffers
-        return TrellisTables(*(held[f"chain_{name}"] for name in TrellisTables._fields[:-1]), self._levels)  # type: ignore[arg-type]
+        names = TrellisTables._fields[:-1]
+        return TrellisTables._make([*(getattr(self, f"chain_{name}") for name in names), self._levels])

@@ -141,6 +141,12 @@ def _require_same_rows(model: nn.Module, codecs: dict[int, Codec | None], direct
     for site, patched in patched_sites(model):
         codec = codecs[site.layer_idx]
         found = None if codec is None else codec.row_bytes
+        held = patched.splice.codec
+        if codec is not None and held is not None and codec.kind != held.kind:
+            raise CheckpointError(
+                f"The splice in {directory} packs rows by the codec {codec.kind!r}, the patched model by "
+                f"{held.kind!r}. Call unpatch_model(model) first, then load."
+            )
         if found != patched.geometry.packed_bytes:
             raise CheckpointError(
                 f"The splice in {directory} stores rows of {found} bytes in layer {site.layer_idx}, the patched model "

@@ -352,7 +352,7 @@ def _look_at(codec: RowCodec, tables: dict[str, torch.Tensor]) -> Packer:
     at = {name: address(tensor, _ALL_TABLES[name], counts[name]) for name, tensor in tables.items()}
     trellis = _NO_TRELLIS
     if isinstance(codec, TrellisCodec):
-        trellis = Trellis(len(codec.in_chain), *(at[name] for name in _CHAIN))
+        trellis = Trellis._make([len(codec.in_chain), *(at[name] for name in _CHAIN)])
     seen = Codec(
         coded=coded,
         raw=columns - coded,
@@ -383,8 +383,8 @@ def trellis_of(tables: TrellisTables, columns: int) -> Trellis:
         ConfigError: the tables are not what a codec makes.
     """
     floats = (tables.reaches, tables.slopes, tables.starts, tables.weights)
-    of_floats = (address(table, torch.float32, len(tables.widths)) for table in floats)
-    return Trellis(columns, *of_floats, address(tables.widths, torch.uint8, len(tables.widths)))
+    at = [address(table, torch.float32, len(tables.widths)) for table in floats]
+    return Trellis._make([columns, *at, address(tables.widths, torch.uint8, len(tables.widths))])
 
 
 @functools.cache

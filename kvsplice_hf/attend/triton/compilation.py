@@ -77,8 +77,8 @@ KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
     ("gfx1100", "unquantised", 32): 2224,
     ("gfx1100", "packed", 32): 2276,
     ("gfx1100", "coded keys", 32): 2756,
-    # The same two kinds of rows along a trellis, with the bytes that neighbours' lowest bits are in. Rows of 320 numbers
-    # on Blackwell, and otherwise the same shapes.
+    # The same two kinds of rows along a trellis, with the bytes that the lowest bits of neighbours are in. On Blackwell
+    # in 16 bits rows of 320 numbers, otherwise the same shapes.
     ("sm_80", "trellis", 16): 144,
     ("sm_100", "trellis", 16): 40,
     ("sm_80", "trellis", 32): 816,

@@ -30,9 +30,7 @@ struct Packing {
   float* room;  // as many numbers as `room_of` says
 };
 
-inline int64_t room_of(const Packing& given) {
-  return given.threads * SearchRoom::size(given.packer.trellis.columns);
-}
+inline int64_t room_of(const Packing& given) { return given.threads * SearchRoom::size(given.packer.trellis.columns); }
 
 constexpr float kGainSteps = 16.0f, kGainOne = 128.0f;
 
@@ -94,8 +92,8 @@ inline void pack_row(const Packer& packer, const float* row, uint8_t* packed, co
   }
   int64_t searched = 0;
   for (int64_t column = 0; column < codec.coded; ++column) {
-    const uint8_t code = codec.in_trellis(column) ? room.codes[searched++]
-                                                  : code_of(packer, row, column, gain_of_column(column));
+    const uint8_t code =
+        codec.in_trellis(column) ? room.codes[searched++] : code_of(packer, row, column, gain_of_column(column));
     const Field* fields = codec.fields + column * kMostFields;
     for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
       const Field& field = fields[index];

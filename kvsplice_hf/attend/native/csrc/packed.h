@@ -19,11 +19,11 @@ struct Field {
   int32_t byte, shift, bits, place;
 };
 
-// The rows of one codec. A column is `sinh(slope * number + start)`, where the number of a level is its code, or follows
-// from it and from the codes before it (`kvsplice_hf.code.trellis`); times the gain of the row for the first `gained`
-// ones, and times that of its key for the next `key_gained`; behind them come `raw` columns of bf16 numbers, the first
-// `gained_raw` of which are of numbers that the gain is taken from. Number `index[i]` of a row is its base and
-// `scale(i)` times column i.
+// The rows of one codec. A column is `sinh(slope * number + start)`, where the number of a level is its code, or
+// follows from it and from the codes before it (`kvsplice_hf.code.trellis`); times the gain of the row for the first
+// `gained` ones, and times that of its key for the next `key_gained`; behind them come `raw` columns of bf16 numbers,
+// the first `gained_raw` of which are of numbers that the gain is taken from. Number `index[i]` of a row is its base
+// and `scale(i)` times column i.
 struct Codec {
   int64_t coded, raw, gained, key_gained, gained_raw, has_gain, has_key_gain, row_bytes;
   int64_t trellis;                         // whether the levels of narrow columns depend on the columns before them
@@ -286,11 +286,11 @@ class SpreadLevels {
         put_together(_mm512_permutexvar_epi8(code, table.low_[0]), _mm512_permutexvar_epi8(code, table.high_[0]), to);
       });
     } else if (tables_ == 2) {
-      look_up([&](__m512i code, Bfloat16* to) { put_together(of_two(table.low_, code), of_two(table.high_, code), to); });
+      look_up(
+          [&](__m512i code, Bfloat16* to) { put_together(of_two(table.low_, code), of_two(table.high_, code), to); });
     } else {
-      look_up([&](__m512i code, Bfloat16* to) {
-        put_together(of_four(table.low_, code), of_four(table.high_, code), to);
-      });
+      look_up(
+          [&](__m512i code, Bfloat16* to) { put_together(of_four(table.low_, code), of_four(table.high_, code), to); });
     }
   }
 
@@ -359,8 +359,7 @@ void coded_columns(const Codec& codec, const uint8_t* lines, int64_t first, int6
       const auto codes = [&](int64_t index) { return reader.codes(fields + index * kMostFields); };
       const auto to = [&](int64_t index) { return at(column + index); };
       if (in_trellis) {
-        levels.template write<Number>(
-            0, end - column, [&](int64_t index) { return trail.numbers(codes(index)); }, to);
+        levels.template write<Number>(0, end - column, [&](int64_t index) { return trail.numbers(codes(index)); }, to);
       } else {
         levels.template write<Number>(0, end - column, codes, to);
       }
