@@ -160,7 +160,7 @@ def search(unit: torch.Tensor, tables: trellis.TrellisTables) -> torch.Tensor:
 
     def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
         errors, least = (trellis.squared_error(unit, codes, tables) for codes in (found, expected))
-        return found.shape == expected.shape and bool((errors <= _ERROR_TOLERANCE * least).all())
+        return found.shape == expected.shape and _as_close(errors, least)
 
     return _either(("search", unit.device, backend.name), lambda: backend.search(unit, tables), by_torch, alike)
 
@@ -324,4 +324,9 @@ def _rows_alike(codec: trellis.TrellisCodec, rows: torch.Tensor, found: torch.Te
         ((codec.unpack(packed) - rows.detach().float()) / scales).square().sum(-1) for packed in (found, expected)
     )
     share = (found != expected).float().mean()
-    return bool((errors <= _ERROR_TOLERANCE * least + 1e-6).all()) and bool(share <= _OTHER_BYTES)
+    return _as_close(errors, least) and bool(share <= _OTHER_BYTES)
+
+
+def _as_close(errors: torch.Tensor, least: torch.Tensor) -> bool:
+    """Whether rows err no more than others, but for those that hold what is not a number."""
+    return bool((errors <= _ERROR_TOLERANCE * least + 1e-6)[least.isfinite()].all())

@@ -8,10 +8,11 @@ states). Reading stays parallel. With `u_i` the lowest bit of the code of column
 
     4 * (code_i >> 1) + 2 * (u_i ^ u_(i-1) ^ u_(i-6)) + (u_(i-2) ^ u_(i-4))
 
-where columns ahead of the first count as 0. Columns of 8 bits are rounded by themselves, as `RowCodec` does, and are
-left out of the count. Bytes of a row, gains, scales and centres are those of `RowCodec`.
+where columns ahead of the first count as 0. The count begins anew behind the columns that share the gain, so that the
+code of a key does not depend on that of its latent. Columns of 8 bits are rounded by themselves, as `RowCodec` does,
+and are left out of the count. Bytes of a row, gains, scales and centres are those of `RowCodec`.
 
-Legend: `T` rows, `n` coordinates, `c` columns of the trellis, `m` columns, `S` = 64 states.
+Legend: `T` rows, `n` coordinates, `c` columns of a trellis, `m` columns, `S` = 64 states.
 """
 
 import functools
@@ -235,26 +236,31 @@ class TrellisCodec(RowCodec):
         super()._add_tables()
         coded = self.column_index[: len(self.column_slopes)]
         chain = (self.widths[coded] <= LARGEST_WIDTH).nonzero()[:, 0]
-        numbers = coded[chain]
-        # Which columns are columns of the trellis, in their order, and which coordinates these are, int64 [c].
+        # Which columns are columns of a trellis, in their order, and which coordinates these are, int64 [c].
         self.register_buffer("in_chain", chain, persistent=False)
-        self.register_buffer("_chain_numbers", numbers, persistent=False)
+        self.register_buffer("_chain_numbers", coded[chain], persistent=False)
+        first = int((chain < self.gained_columns).sum())
+        self.chains = [slice(0, first), slice(first, len(chain))]
+        tables = [self._tables_of(chain[part], coded[chain[part]]) for part in self.chains]
+        self._chain_places = [slice(0, len(tables[0].widths)), slice(len(tables[0].widths), None)]
+        for name, *parts in zip(TrellisTables._fields[:-1], *(table[:-1] for table in tables), strict=True):
+            self.register_buffer(f"chain_{name}", torch.cat(parts), persistent=False)
+
+    def _tables_of(self, columns: torch.Tensor, numbers: torch.Tensor) -> TrellisTables:
+        """What the search needs of these columns, which are these coordinates."""
         # A coordinate's bits were allotted so that its error costs as much as those of others: so errors count by what
         # is expected of their width.
         weights = [1 / error for error in (*_UNIT_ERRORS, 1.0)]
-        tables = TrellisTables(
-            reaches=self.column_reaches[chain],
-            slopes=self.column_slopes[chain],
-            starts=self.column_starts[chain],
-            weights=self._of_widths(weights, self.widths.long()[numbers]),
-            widths=self.widths[numbers],
-            first_level=self._first_level[numbers],
-            levels=self._levels,
+        tables = (
+            self.column_reaches[columns],
+            self.column_slopes[columns],
+            self.column_starts[columns],
+            self._of_widths(weights, self.widths.long()[numbers]),
+            self.widths[numbers],
+            self._first_level[numbers],
         )
-        for name, table in zip(TrellisTables._fields[:-1], tables, strict=False):
-            # Filled up, because C++ reads whole vectors.
-            behind = table.new_ones(-len(chain) % _COLUMNS_READ)
-            self.register_buffer(f"chain_{name}", torch.cat([table, behind]), persistent=False)
+        more = -len(columns) % _COLUMNS_READ  # because C++ reads whole vectors
+        return TrellisTables._make([*(torch.cat([table, table.new_ones(more)]) for table in tables), self._levels])
 
     @classmethod
     def error_ratios(cls) -> torch.Tensor:
@@ -263,25 +269,32 @@ class TrellisCodec(RowCodec):
 
     def level_numbers(self, codes: torch.Tensor) -> torch.Tensor:
         numbers = codes.clone()
-        numbers[..., self._chain_numbers] = level_numbers(codes[..., self._chain_numbers], codes.dim() - 1)
+        for part in self.chains:
+            chain = self._chain_numbers[part]
+            numbers[..., chain] = level_numbers(codes[..., chain], codes.dim() - 1)
         return numbers
 
     def _numbers_of_lines(self, lines: torch.Tensor) -> torch.Tensor:
-        if len(self.in_chain) == lines.shape[1]:
-            return level_numbers(lines, 1)
-        lines[:, self.in_chain] = level_numbers(lines[:, self.in_chain], 1)
+        if len(self.in_chain) == lines.shape[1]:  # without gathering them
+            return torch.cat([level_numbers(lines[:, part], 1) for part in self.chains], dim=1)
+        for part in self.chains:
+            chain = self.in_chain[part]
+            lines[:, chain] = level_numbers(lines[:, chain], 1)
         return lines
 
     def quantise(self, rows: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-        codes = super().quantise(rows, gains)  # of the columns that are not in the trellis
-        if len(self.in_chain) == 0 or codes.numel() == 0:
-            return codes
-        unit = ((rows.float() - self.centres) / self._row_scales(gains))[..., self._chain_numbers]
-        found = _searched(unit.reshape(-1, len(self.in_chain)), self.trellis_tables())
-        codes[..., self._chain_numbers] = found.view(unit.shape)
+        codes = super().quantise(rows, gains)  # of the columns that are not in a trellis
+        unit = (rows.float() - self.centres) / self._row_scales(gains)
+        for chain, part in enumerate(self.chains):
+            numbers = self._chain_numbers[part]
+            if len(numbers) and codes.numel():
+                of_chain = unit[..., numbers]
+                found = _searched(of_chain.reshape(-1, len(numbers)), self.trellis_tables(chain))
+                codes[..., numbers] = found.view(of_chain.shape)
         return codes
 
-    def trellis_tables(self) -> TrellisTables:
-        """What the search needs."""
-        names = TrellisTables._fields[:-1]
-        return TrellisTables._make([*(getattr(self, f"chain_{name}") for name in names), self._levels])
+    def trellis_tables(self, chain: int) -> TrellisTables:
+        """What the search needs of one of `chains`: of the columns that share the gain, or of those behind."""
+        part = self._chain_places[chain]
+        held = [getattr(self, f"chain_{name}")[part] for name in TrellisTables._fields[:-1]]
+        return TrellisTables._make([*held, self._levels])

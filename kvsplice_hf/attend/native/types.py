@@ -159,7 +159,8 @@ class Packer(NamedTuple):
     key_sized: int
     key_sigmas: int
     bends: int
-    trellis: Trellis
+    first_chain: Trellis
+    second_chain: Trellis
 
 
 class Packing(NamedTuple):
@@ -206,7 +207,7 @@ class Encoding(NamedTuple):
 
 _NO_CODEC = Codec(*[0] * len(Codec._fields))
 _NO_TRELLIS = Trellis(*[0] * len(Trellis._fields))
-_NO_PACKER = Packer(_NO_CODEC, 0, 0, 0, 0, 0, _NO_TRELLIS)
+_NO_PACKER = Packer(_NO_CODEC, 0, 0, 0, 0, 0, _NO_TRELLIS, _NO_TRELLIS)
 _NO_NUMBERS = Numbers(0, 0)
 NO_KEYS = Keys(0, 0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0, 0, 0, 0, 0)
 NO_KEY_CODING = KeyCoding(0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0)
@@ -350,9 +351,10 @@ def _look_at(codec: RowCodec, tables: dict[str, torch.Tensor]) -> Packer:
     counts |= {name: len(tables[name]) for name in _CHAIN if name in tables}
     counts |= dict.fromkeys(("scales", "centres", "widths", "_bends"), size)
     at = {name: address(tensor, _ALL_TABLES[name], counts[name]) for name, tensor in tables.items()}
-    trellis = _NO_TRELLIS
+    chains = [_NO_TRELLIS] * 2
     if isinstance(codec, TrellisCodec):
-        trellis = Trellis._make([len(codec.in_chain), *(at[name] for name in _CHAIN)])
+        sizes = [part.stop - part.start for part in codec.chains]
+        chains = [trellis_of(codec.trellis_tables(chain), size) for chain, size in enumerate(sizes)]
     seen = Codec(
         coded=coded,
         raw=columns - coded,
@@ -373,7 +375,7 @@ def _look_at(codec: RowCodec, tables: dict[str, torch.Tensor]) -> Packer:
         centres=at["centres"],
         widths=at["widths"],
     )
-    return Packer(seen, sized, at["sigmas"], key_sized, at["key_sigmas"], at["_bends"], trellis)
+    return Packer(seen, sized, at["sigmas"], key_sized, at["key_sigmas"], at["_bends"], *chains)
 
 
 def trellis_of(tables: TrellisTables, columns: int) -> Trellis:

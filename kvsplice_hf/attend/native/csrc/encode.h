@@ -53,7 +53,7 @@ struct EncodingRoom {
 };
 
 inline int64_t room_of(const Encoding& given) {
-  return EncodingRoom(given).rest - given.room + given.threads * SearchRoom::size(given.packer.trellis.columns);
+  return EncodingRoom(given).rest - given.room + given.threads * SearchRoom::size(given.packer.longest().columns);
 }
 
 inline float rounded(float number, bool to_half) { return to_half ? number_of(to_bfloat16(number)) : number; }
@@ -117,7 +117,7 @@ inline void store_row(const Encoding& given, const EncodingRoom& room, int64_t t
   }
   if (given.kind == kPacked) {
     pack_row(given.packer, row, static_cast<uint8_t*>(given.rows) + token * given.packer.codec.row_bytes,
-             own_room(room.rest, given.packer.trellis));
+             own_room(room.rest, given.packer.longest()));
   } else if (given.kind == kBfloat16) {
     Bfloat16* stored = static_cast<Bfloat16*>(given.rows) + token * room.dim;
     for (int64_t column = 0; column < room.dim; ++column) stored[column] = to_bfloat16(row[column]);

@@ -18,7 +18,10 @@ struct Packer {
   int64_t key_sized;        // how many behind them that of its key is taken from
   const float* key_sigmas;  // [key_sized]
   const float* bends;       // [n]; 0 where levels are equally far apart
-  Trellis trellis;
+  Trellis chains[2];        // of the columns that share the gain, and of those behind
+
+  // Of the longer one, which working memory is for.
+  const Trellis& longest() const { return chains[0].columns > chains[1].columns ? chains[0] : chains[1]; }
 };
 
 struct Packing {
@@ -30,7 +33,9 @@ struct Packing {
   float* room;  // as many numbers as `room_of` says
 };
 
-inline int64_t room_of(const Packing& given) { return given.threads * SearchRoom::size(given.packer.trellis.columns); }
+inline int64_t room_of(const Packing& given) {
+  return given.threads * SearchRoom::size(given.packer.longest().columns);
+}
 
 constexpr float kGainSteps = 16.0f, kGainOne = 128.0f;
 
@@ -60,6 +65,14 @@ inline uint8_t code_of(const Packer& packer, const float* row, int64_t column, f
   return std::fmin(std::fmax(std::floor((unit + 1) * (levels / 2)), 0.0f), levels - 1);
 }
 
+inline void write_code(const Codec& codec, int64_t column, uint8_t code, uint8_t* packed) {
+  const Field* fields = codec.fields + column * kMostFields;
+  for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
+    const Field& field = fields[index];
+    packed[field.byte] |= (code >> field.place & ((1 << field.bits) - 1)) << field.shift;
+  }
+}
+
 inline void pack_row(const Packer& packer, const float* row, uint8_t* packed, const SearchRoom& room) {
   const Codec& codec = packer.codec;
   std::fill_n(packed, codec.row_bytes, uint8_t{0});
@@ -81,30 +94,27 @@ inline void pack_row(const Packer& packer, const float* row, uint8_t* packed, co
     const int64_t behind = column - codec.gained;
     return behind < 0 ? gain : behind < codec.key_gained ? key_gain : 1.0f;
   };
-  if (packer.trellis.columns) {
-    int64_t next = 0;
-    const auto unit = [&](int64_t) {
-      while (!codec.in_trellis(next)) ++next;
-      const int64_t column = next++;
-      return unit_of(codec, row, column, gain_of_column(column));
-    };
-    search_row(packer.trellis, room, unit, room.codes);
-  }
-  int64_t searched = 0;
-  for (int64_t column = 0; column < codec.coded; ++column) {
-    const uint8_t code =
-        codec.in_trellis(column) ? room.codes[searched++] : code_of(packer, row, column, gain_of_column(column));
-    const Field* fields = codec.fields + column * kMostFields;
-    for (int index = 0; index < kMostFields && fields[index].bits; ++index) {
-      const Field& field = fields[index];
-      packed[field.byte] |= (code >> field.place & ((1 << field.bits) - 1)) << field.shift;
+  int64_t next = 0;
+  const auto unit = [&](int64_t) {
+    while (!codec.in_trellis(next)) ++next;
+    const int64_t column = next++;
+    return unit_of(codec, row, column, gain_of_column(column));
+  };
+  for (int chain = 0; chain < 2; ++chain) {
+    const Trellis& trellis = packer.chains[chain];
+    if (trellis.columns) search_row(trellis, room, unit, room.codes);
+    int64_t searched = 0;
+    for (int64_t column = chain ? codec.gained : 0; column < (chain ? codec.coded : codec.gained); ++column) {
+      const uint8_t code =
+          codec.in_trellis(column) ? room.codes[searched++] : code_of(packer, row, column, gain_of_column(column));
+      write_code(codec, column, code, packed);
     }
   }
 }
 
 // Called by all threads of a parallel region.
 inline void pack(const Packing& packing) {
-  const SearchRoom room = own_room(packing.room, packing.packer.trellis);
+  const SearchRoom room = own_room(packing.room, packing.packer.longest());
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < packing.count; ++row) {
     pack_row(packing.packer, packing.rows + row * packing.dim, packing.packed + row * packing.packer.codec.row_bytes,

@@ -313,13 +313,15 @@ class SpreadLevels {
 };
 #endif
 
-// The lowest bits of the columns of a trellis ahead of the one that is read next, the last one first.
+// The lowest bits of the columns of a trellis ahead of the one that is read next, the last one first. A trellis begins
+// anew behind the columns that share the gain.
 class Trail {
  public:
   Trail(const Codec& codec, const uint8_t* lines, int64_t first) {
     if (!codec.trellis) return;
     int known = 0;
-    for (int64_t column = first - 1; column >= 0 && known < kLength; --column) {
+    const int64_t start = first < codec.gained ? 0 : codec.gained;
+    for (int64_t column = first - 1; column >= start && known < kLength; --column) {
       if (!codec.in_trellis(column)) continue;
       const Field& lowest = codec.fields[column * kMostFields];
       bits_[known++] = (Line)(load<Pairs>(lines + lowest.byte * kStrip) >> lowest.shift) & 1;
@@ -342,6 +344,10 @@ class Trail {
 // Columns of levels from `first` up to `last`, each [kStrip] at `at(column)`. Those of one width lie side by side.
 template <class Number, class At>
 void coded_columns(const Codec& codec, const uint8_t* lines, int64_t first, int64_t last, At&& at) {
+  if (first < codec.gained && codec.gained < last) {
+    coded_columns<Number>(codec, lines, first, codec.gained, at);
+    return coded_columns<Number>(codec, lines, codec.gained, last, at);
+  }
 #if KVSPLICE_BYTE_TABLES
   std::conditional_t<kSpread<Number>, SpreadLevels, Levels> levels;
 #else
