@@ -53,6 +53,10 @@ class CodedKeys(NamedTuple):
     table: torch.Tensor
     slots: torch.Tensor
 
+    def start(self, codec: Codec) -> int:
+        """r, where in a row the code of its key begins."""
+        return codec.row_dim - self.expand.shape[1]
+
     def turns(self, block: slice = slice(None)) -> torch.Tensor:
         """The angles of some rows, line by line: uint8 [F, B, s]."""
         return self.table[:, self.slots[:, block].long()]

@@ -90,7 +90,7 @@ def attend(
     if codec is None:
         return attend_rows(query, rows, value_dim, bias, scaling=scaling, dropout=dropout)
     if isinstance(codec, RowCodec):
-        if keys is not None and len(codec.sigmas) == value_dim:
+        if keys is not None and len(codec.sigmas) == keys.start(codec):
             return attend_packed_keys(query, rows, codec, value_dim, bias, keys, scaling=scaling, dropout=dropout)
         if keys is None:
             return attend_packed(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout)
@@ -246,18 +246,18 @@ def attend_packed_keys(
     """Attention over packed rows `[code | key code]`, whose keys were coded before their rotation.
 
     Args:
-        query: [B, M, r + P], the last P numbers rotated.
+        query: [B, M, value_dim + P], the last P numbers rotated.
         packed: uint8 [B, S, row_bytes], of `codec`, whose first r coordinates all have its gain.
-        codec, value_dim: see `attend_rows`; the first r numbers of a row.
+        codec, value_dim: see `attend_rows`; the first r numbers of a row, or all of them, the key's code as well.
         bias, scaling, dropout: as in `attend_rows`.
         keys: how the keys are read.
     """
     query = query.float() * scaling
-    on_keys = _KeyScores(query[..., value_dim:], keys, codec, value_dim)
-    gained, coded = codec.gained_columns, len(codec.column_slopes)
-    raw = slice(coded, coded + codec.gained_raw)
-    index = torch.cat([codec.column_index[:gained], codec.column_index[raw]])
-    scales = torch.cat([codec.column_scales[:gained], codec.column_scales[raw]])
+    on_keys = _KeyScores(query[..., value_dim:], keys, codec, keys.start(codec))
+    gained = codec.gained_columns
+    behind = _value_columns_behind(codec, value_dim)
+    index = torch.cat([codec.column_index[:gained], codec.column_index[behind]])
+    scales = torch.cat([codec.column_scales[:gained], codec.column_scales[behind]])
     scaled = query[..., index] * scales
     base = (query[..., :value_dim] @ codec.base[:value_dim])[..., None]
     running = _Running(dropout)
@@ -268,7 +268,9 @@ def attend_packed_keys(
     for block in _blocks(rows, size):
         columns, gains, key_gains = codec.read_columns(packed[:, block])
         assert gains is not None
-        front, back = columns[:, :gained], columns[:, raw]
+        front, back = columns[:, :gained], columns[:, behind]
+        if key_gains is not None and value_dim == codec.row_dim:
+            back[:, : codec.key_gained_columns] *= key_gains
         others = base + on_keys.of(columns, key_gains, block)
         if back.shape[1]:
             others = others + scaled[..., gained:] @ back
@@ -277,6 +279,13 @@ def attend_packed_keys(
     sums, lse = running.result()
     mixed = codec.base[:value_dim].expand(*sums.shape[:2], -1).index_add(-1, index, sums * scales)
     return Attended(mixed, lse)
+
+
+def _value_columns_behind(codec: RowCodec, value_dim: int) -> torch.Tensor:
+    """Which columns without the gain hold numbers of the value, int64: those of raw numbers, or all of the rest."""
+    gained, coded = codec.gained_columns, len(codec.column_slopes)
+    first, last = (gained, len(codec.column_index)) if value_dim == codec.row_dim else (coded, coded + codec.gained_raw)
+    return torch.arange(first, last, dtype=torch.int64, device=codec.widths.device)
 
 
 def attend_unpacked(
@@ -298,7 +307,7 @@ def attend_unpacked(
         numbers = codec.unpack(packed[:, block])
         if keys is None:
             return numbers
-        key = numbers[..., value_dim:] @ keys.expand.float().T + keys.mean.float()
+        key = numbers[..., keys.start(codec) :] @ keys.expand.float().T + keys.mean.float()
         key = redo_turns(key, keys.turns(block).permute(1, 2, 0), Pairs(*keys.pairs))
         return torch.cat([numbers[..., :value_dim], key], dim=-1)
 

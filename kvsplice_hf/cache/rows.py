@@ -79,7 +79,7 @@ class CompressedLatent:
         turns: Turns | None = None,
     ) -> None:
         self.dtype = rows.dtype if dtype is None else dtype
-        self._numbers: torch.Tensor | None = None
+        self._numbers: tuple[torch.Tensor, torch.Tensor] | None = None
         self.rows = rows
         self.splice = splice
         self.exact = exact
@@ -88,9 +88,8 @@ class CompressedLatent:
         self.fresh = fresh
         self.turns = turns
 
-    @property
-    def numbers(self) -> torch.Tensor:
-        """`[code | k_rot]`, [B, 1, S, r + P]; unpacked once where rows are packed."""
+    def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What latents are decoded from, [B, 1, S, r + q], and rotated keys [B, 1, S, P]; rows are unpacked once."""
         if self._numbers is None:
             turns = None if self.turns is None else self.turns.by_token()[:, None]
             self._numbers = self.splice.read(self.rows, self.dtype, turns)
@@ -117,12 +116,12 @@ class CompressedLatent:
     @property
     def codes(self) -> torch.Tensor:
         """[B, 1, S, r]."""
-        return self.numbers[..., : self.splice.rank]
+        return self._read()[0][..., : self.splice.rank]
 
     @property
     def k_rot(self) -> torch.Tensor:
         """[B, 1, S, P], the exact ones in their places."""
-        k_rot = self.numbers[..., self.splice.rank :]
+        k_rot = self._read()[1]
         if self.exact is None or not self.is_packed:
             return k_rot
         return overlay_exact(k_rot.clone(), self._exact_part(slice(self.splice.latent_dim, None)))
@@ -134,7 +133,7 @@ class CompressedLatent:
 
     def latent(self) -> torch.Tensor:
         """Decoded latents [B, 1, S, R], the exact ones in their places."""
-        latent = self.splice.decode(self.codes)
+        latent = self.splice.decode(self._read()[0])
         if self.exact is None:
             return latent
         return overlay_exact(latent, self._exact_part(slice(self.splice.latent_dim)))
@@ -146,8 +145,9 @@ class CompressedLatent:
             latent, k_rot: of the new tokens, after their round trip: [B, 1, T, R] and [B, 1, T, P].
         """
         past = slice(self.rows.shape[2] - self.new_tokens)
-        latent = torch.cat([self.splice.decode(self.codes[:, :, past]), latent], dim=2)
-        k_rot = torch.cat([self.numbers[:, :, past, self.splice.rank :], k_rot], dim=2)
+        values, keys = self._read()
+        latent = torch.cat([self.splice.decode(values[:, :, past]), latent], dim=2)
+        k_rot = torch.cat([keys[:, :, past], k_rot], dim=2)
         if self.exact is None:
             return latent, k_rot
         latent = overlay_exact(latent, self._exact_part(slice(self.splice.latent_dim)))

@@ -27,7 +27,8 @@ class LayerFit:
 
     Attributes:
         transform_scale, transform_shift: as applied to the latent (the softplus already taken), [R].
-        compress, expand: [r, R] and [R, r].
+        compress, expand: [r, R] and [R, r + q].
+        predicted_from: q, the numbers of a key's code that latents are predicted from.
         codec: packs the rows, or None where codes are stored as numbers.
         keys: codes keys before their rotation, or None where rows hold rotated ones.
         predicted_loss: nats per token by the metric, before any interaction between layers.
@@ -40,6 +41,7 @@ class LayerFit:
     codec: Codec | None
     keys: KeyProjection | None
     predicted_loss: float
+    predicted_from: int = 0
 
     @property
     def rank(self) -> int:
@@ -84,7 +86,7 @@ def fit_widths(
         key_sigmas=unit_sigmas[rank:] if allocation.key_gain else None,
     )
     loss = float((errors.double() * sigmas.double().square()).sum() / 2)
-    return _layer_fit(statistics, solution, kept[:R], codec, _fit_keys(solution, kept[R:]), loss)
+    return _layer_fit(statistics, solution, kept, codec, _fit_keys(solution, kept[R:]), loss)
 
 
 def _fit_keys(solution: LayerSolution, kept: torch.Tensor) -> KeyProjection | None:
@@ -133,7 +135,7 @@ def fit_codec(
     loss = ((codec.round_trip(rows) - rows) * units).square().sum(-1).mean() / 2
     everything = torch.ones(len(solution.cost), dtype=torch.bool, device="cpu")
     keys = _fit_keys(solution, everything[R:])
-    return _layer_fit(statistics, solution, everything[:R], codec, keys, float(loss))
+    return _layer_fit(statistics, solution, everything, codec, keys, float(loss))
 
 
 def _layer_fit(
@@ -146,15 +148,20 @@ def _layer_fit(
 ) -> LayerFit:
     std = statistics.covariance.diagonal().clamp(min=0).sqrt()
     std = torch.maximum(std, _SMALLEST_STD * std.max()).clamp(min=1e-30)
-    sigmas = sigmas_of(solution)[: solution.latent_dim][kept]
+    sigmas, R = sigmas_of(solution), solution.latent_dim
+    of_latent, of_key = kept[:R].nonzero()[:, 0], kept[R:].nonzero()[:, 0]
+    expand = solution.decode[:, of_latent] * sigmas[of_latent]
+    if solution.predict is not None:
+        expand = torch.cat([expand, solution.predict[:, of_key] * sigmas[R + of_key]], dim=1)
     return LayerFit(
         transform_scale=1 / std,
         transform_shift=-solution.mean / std,
-        compress=solution.encode[kept] * std / sigmas[:, None],
-        expand=solution.decode[:, kept] * sigmas / std[:, None],
+        compress=solution.encode[of_latent] * std / sigmas[of_latent, None],
+        expand=expand / std[:, None],
         codec=codec,
         keys=keys,
         predicted_loss=loss,
+        predicted_from=0 if solution.predict is None else len(of_key),
     )
 
 

@@ -50,8 +50,9 @@ class LayerSolution:
 
     Attributes:
         mean: mu, [R].
-        encode: C, [R, R], rows by descending cost: z = C (c - mu).
+        encode: C, [R, R], rows by descending cost: z = C (c - mu - predict y), where y is the code of its key.
         decode: D = C^-1, [R, R].
+        predict: what of a latent follows from the code of its key, [R, P]; None where it is coded by itself.
         cost: nats per token if a coordinate is dropped, [R + P]; those of the key last, in the order of `key_encode`.
         key_mean: [P].
         key_encode: the same as `encode` for keys, [P, P]: before their rotation, where there are `pairs`.
@@ -64,6 +65,7 @@ class LayerSolution:
     mean: torch.Tensor
     encode: torch.Tensor
     decode: torch.Tensor
+    predict: torch.Tensor | None
     cost: torch.Tensor
     key_mean: torch.Tensor
     key_encode: torch.Tensor
@@ -81,7 +83,12 @@ class LayerSolution:
 
 
 def solve_layer(
-    statistics: LayerStatistics, metric: str, shrinkage: float = SHRINKAGE, *, unrotated: bool = True
+    statistics: LayerStatistics,
+    metric: str,
+    shrinkage: float = SHRINKAGE,
+    *,
+    unrotated: bool = True,
+    predicted: bool = False,
 ) -> LayerSolution:
     """The solution of one layer.
 
@@ -90,25 +97,44 @@ def solve_layer(
         metric: "fisher", "readers" or "pca".
         shrinkage: see `SHRINKAGE`.
         unrotated: whether keys may be coded before their rotation.
+        predicted: whether latents are to be predicted from the codes of such keys.
     """
     matrix = _latent_metric(statistics, metric, shrinkage)
-    basis = _basis_of(_shrunk(statistics.covariance, statistics.count), matrix)
     pairing, keys = _key_basis(statistics, metric, shrinkage, unrotated)
     key_mean = statistics.rot_sum[pairing] / statistics.count
-    latents = statistics.rows[:, : statistics.latent_dim].double()
-    codes = (latents - statistics.mean) @ basis.encode.T
     key_codes = (statistics.sampled_keys(pairing) - key_mean) @ keys.encode.T
+    latents = statistics.rows[:, : statistics.latent_dim].double() - statistics.mean
+    covariance, predict = statistics.covariance, None
+    if predicted and pairing:
+        predict, explained = _prediction(statistics, pairing, keys)
+        covariance, latents = covariance - explained, latents - key_codes @ predict.T
+    basis = _basis_of(_shrunk(covariance, statistics.count), matrix)
     return LayerSolution(
         mean=statistics.mean,
         encode=basis.encode,
         decode=basis.decode,
+        predict=predict,
         cost=torch.cat([basis.variance, keys.variance]) / 2,
         key_mean=key_mean,
         key_encode=keys.encode,
         key_decode=keys.decode,
         pairs=torch.stack(statistics.pairs(pairing)) if pairing else None,
-        codes=torch.cat([codes, key_codes], dim=-1),
+        codes=torch.cat([latents @ basis.encode.T, key_codes], dim=-1),
     )
+
+
+def _prediction(statistics: LayerStatistics, pairing: int, keys: Basis) -> tuple[torch.Tensor, torch.Tensor]:
+    """The linear map from codes of keys to latents that errs least, [R, P], and what it explains of them, [R, R]."""
+    key_mean = statistics.rot_sum[pairing] / statistics.count
+    cross = statistics.cross[pairing] / statistics.count - torch.outer(statistics.mean, key_mean)
+    covariance = statistics.rot_outer[pairing] / statistics.count - torch.outer(key_mean, key_mean)
+    cross, of_codes = cross @ keys.encode.T, keys.encode @ covariance @ keys.encode.T
+    floor = _FLOOR * of_codes.diagonal().mean() + 1e-30
+    ridge = of_codes + floor * torch.eye(len(of_codes), dtype=torch.float64, device="cpu")
+    predict = torch.linalg.solve(ridge, cross.T).T
+    # Of the covariance of what is left, all that is not that of the latents.
+    explained = predict @ cross.T + cross @ predict.T - predict @ of_codes @ predict.T
+    return predict, explained
 
 
 def _basis_of(covariance: torch.Tensor, metric: torch.Tensor) -> Basis:

@@ -118,7 +118,12 @@ def _make_splice(site: AttentionSite, config: KVSpliceConfig, fits: dict[int, La
     # what a seeded program draws next.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         splice = LearnedKVSplice(
-            site.kv_lora_rank, rank, use_layernorm=config.use_layernorm, device=device, dtype=site.dtype
+            site.kv_lora_rank,
+            rank,
+            use_layernorm=config.use_layernorm,
+            predicted_from=0 if fit is None else fit.predicted_from,
+            device=device,
+            dtype=site.dtype,
         )
     if fit is None:
         weight = effective_weight(site, device) if config.init == "svd" else None

@@ -29,7 +29,7 @@ from kvsplice_hf.errors import CalibrationError
 SAMPLED_ROWS = 2048
 # How the numbers of a key may be paired: not at all (keys as they come), half by half, neighbour by neighbour.
 PAIRINGS = (lambda columns: torch.stack([columns[:0]] * 3), half_pairs, neighbour_pairs)
-_FORMAT = "kvsplice_hf.statistics.2"
+_FORMAT = "kvsplice_hf.statistics.3"
 _HOLDOUT = "holdout"
 _CHECKSUM = "sha256"
 
@@ -43,6 +43,7 @@ class LayerStatistics:
         latent_sum: [R].
         latent_outer: sum of c c^T, [R, R].
         rot_sum, rot_outer: the same of keys, by `PAIRINGS`: [3, P] and [3, P, P].
+        cross: sum of c k^T, by `PAIRINGS`: [3, R, P].
         fisher: sum of g g^T, g being the gradient of the log-likelihood of sampled labels at the latent, [R, R].
         rot_fisher: the same for keys, by `PAIRINGS`: [3, P, P].
         readers, rot_readers: the same from forward passes only (see `readers.py`), [R, R], and for the rotated keys the
@@ -58,6 +59,7 @@ class LayerStatistics:
     latent_outer: torch.Tensor
     rot_sum: torch.Tensor
     rot_outer: torch.Tensor
+    cross: torch.Tensor
     fisher: torch.Tensor
     rot_fisher: torch.Tensor
     readers: torch.Tensor
@@ -82,6 +84,7 @@ class LayerStatistics:
             latent_outer=zeros(R, R),
             rot_sum=zeros(len(PAIRINGS), P),
             rot_outer=zeros(len(PAIRINGS), P, P),
+            cross=zeros(len(PAIRINGS), R, P),
             fisher=zeros(R, R),
             rot_fisher=zeros(len(PAIRINGS), P, P),
             readers=zeros(R, R),
@@ -146,6 +149,7 @@ class LayerStatistics:
         for pairing, keys in enumerate(self._in_all_pairings(k_rot, turns)):
             self.rot_sum[pairing] += _sum(keys)
             self.rot_outer[pairing] += _outer(keys)
+            self.cross[pairing] += _outer(latents, keys)
         draws = torch.rand(len(latents), generator=generator, dtype=torch.float64, device="cpu")
         # Only rows that can be among the M smallest draws are of use.
         bound = float(self.draws.max()) if len(self.draws) == SAMPLED_ROWS else torch.inf
@@ -211,7 +215,7 @@ class LayerStatistics:
         """
         if self.count < 2:
             raise CalibrationError(f"{where} was given {int(self.count)} calibration tokens. Give it more text.")
-        sums = torch.cat([part.flatten() for part in (self.latent_outer, self.fisher, self.rot_outer, self.rot_fisher)])
+        sums = torch.cat([part.flatten() for part in (self.latent_outer, self.fisher, self.rot_outer, self.cross, self.rot_fisher)])
         if not torch.isfinite(sums).all():
             raise CalibrationError(
                 f"{where} computed latents or gradients that are not finite on the calibration text. Load the model in "
@@ -229,10 +233,10 @@ def _sum(vectors: torch.Tensor) -> torch.Tensor:
     return vectors.sum(0, dtype=torch.float64)
 
 
-def _outer(vectors: torch.Tensor) -> torch.Tensor:
-    """Sum of v v^T over vectors [T, n]: fp32 products on their device, fp64 sum on the CPU."""
+def _outer(vectors: torch.Tensor, others: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum of v w^T, or v v^T, over vectors [T, n] and [T, m]: fp32 products on their device, fp64 sum on the CPU."""
     with torch.autocast(vectors.device.type, enabled=False):  # it would round the products
-        return (vectors.T @ vectors).cpu().double()
+        return (vectors.T @ (vectors if others is None else others)).cpu().double()
 
 
 Statistics = dict[int, LayerStatistics]

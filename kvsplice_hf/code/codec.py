@@ -76,6 +76,7 @@ class RowCodec(RowLayout):
     saved = ("widths", "scales", "centres", "sigmas")
     saved_if_any = ("key_sigmas",)
     fitted_together = True
+    keys_apart = True
 
     scales: torch.Tensor
     centres: torch.Tensor
@@ -227,8 +228,11 @@ class RowCodec(RowLayout):
             start = last
         return torch.cat([*parts, self.scales[start:].expand(*gains.shape[:-1], -1)], dim=-1)
 
-    def quantise(self, rows: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-        """Codes uint8 [..., n] of rows [..., n]: the level each is put on, 0 where the width is 0 or 16."""
+    def quantise(self, rows: torch.Tensor, gains: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Codes uint8 [..., n] of rows [..., n]: the level each is put on, 0 where the width is 0 or 16.
+
+        Those ahead of `start` may be any, if that is not less than r.
+        """
         unit = (rows.float() - self.centres) / self._row_scales(gains)
         bent = self._bends > 0
         bends = torch.where(bent, self._bends, 1.0)
@@ -253,8 +257,14 @@ class RowCodec(RowLayout):
         """The same of lines of codes [B, m, S], in the order of columns."""
         return lines
 
-    def round_trip(self, rows: torch.Tensor) -> torch.Tensor:
+    def behind(self, numbers: torch.Tensor, start: int) -> torch.Tensor:
+        ahead = numbers.new_zeros(*numbers.shape[:-1], start)
+        return self.round_trip(torch.cat([ahead, numbers], dim=-1), start)[..., start:]
+
+    def round_trip(self, rows: torch.Tensor, start: int = 0) -> torch.Tensor:
         """What packing and unpacking leaves of rows [..., n], in their dtype, without the bytes in between.
+
+        Of numbers ahead of `start` something else, if that is not less than r.
 
         Gradients are those of learned step sizes (Esser et al., arXiv 1902.08153): rounding passes them on as they are
         (straight-through: Bengio et al., arXiv 1308.3432), beyond the outermost levels they reach scales and centres
@@ -263,7 +273,7 @@ class RowCodec(RowLayout):
         trained = torch.is_grad_enabled() and (rows.requires_grad or self.scales.requires_grad)
         with torch.no_grad():
             gains = self.gains(rows)
-            codes = self.quantise(rows, gains)
+            codes = self.quantise(rows, gains, start)
         decoded = self._straight_through(rows, codes, gains) if trained else self.dequantise(codes, gains)
         raw = rows[..., self._raw]
         stored = raw.to(torch.bfloat16).float()

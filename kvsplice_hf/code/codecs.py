@@ -26,6 +26,8 @@ class Codec(nn.Module, ABC):
         saved_if_any: names of further ones, which a splice may lack.
         fitted_together: whether calibration fits all layers at once, which then compete for bytes; otherwise `fit` is
             called for each layer.
+        keys_apart: whether the numbers of a key come back the same whatever those of its latent are: `behind` gives
+            them. Latents can then be predicted from their keys.
         row_bytes: bytes of a row, the same for all rows.
     """
 
@@ -33,6 +35,7 @@ class Codec(nn.Module, ABC):
     saved: ClassVar[tuple[str, ...]]
     saved_if_any: ClassVar[tuple[str, ...]] = ()
     fitted_together: ClassVar[bool] = False
+    keys_apart: ClassVar[bool] = False
     row_bytes: int
 
     @property
@@ -56,6 +59,10 @@ class Codec(nn.Module, ABC):
         """What packing and unpacking leaves of rows [..., n], in their dtype; gradients pass straight through."""
         kept = self.unpack(self.pack(rows.detach())).to(rows.dtype)
         return rows + (kept - rows).detach() if rows.requires_grad else kept
+
+    def behind(self, numbers: torch.Tensor, start: int) -> torch.Tensor:
+        """What packing and unpacking leaves of the numbers from `start` on, [..., n - start]; see `keys_apart`."""
+        raise NotImplementedError(f"{type(self).__name__} has no `behind` of its own.")
 
     @property
     def steps(self) -> tuple[torch.Tensor, ...]:

@@ -50,14 +50,16 @@ class LearnedKVSplice(nn.Module):
     """A per-dimension monotone transform followed by a low-rank pair of projections, and its inverse.
 
     Parameters: `transform_scale` and `transform_shift` of shape [R] (1 and 0 at the start; the scale in use is
-    `softplus(transform_scale)`, so it is always positive), `compress.weight` [r, R], `expand.weight` [R, r], and
+    `softplus(transform_scale)`, so it is always positive), `compress.weight` [r, R], `expand.weight` [R, r + q], and
     `code_norm` (LayerNorm over r) if asked for. `codec` packs rows into bytes, `keys` codes rotated keys before their
-    rotation; calibration sets them, at first there are none.
+    rotation; calibration sets them, at first there are none. Where latents are predicted from the codes of their keys,
+    as these come back from packing, the last q columns of `expand` do that, and `compress` sees what is left.
 
     Args:
         latent_dim: R, the size of the latent.
         rank: r, the size of the code, from 1 to R.
         use_layernorm: normalise the code before it is stored.
+        predicted_from: q, the numbers of a key's code that a latent is predicted from; 0: it is not.
         device, dtype: of the parameters.
 
     Raises:
@@ -79,6 +81,7 @@ class LearnedKVSplice(nn.Module):
         rank: int,
         *,
         use_layernorm: bool = False,
+        predicted_from: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -90,7 +93,8 @@ class LearnedKVSplice(nn.Module):
         self.transform_scale = nn.Parameter(torch.ones(latent_dim, **factory))
         self.transform_shift = nn.Parameter(torch.zeros(latent_dim, **factory))
         self.compress = SpliceMatrix(rank, latent_dim, **factory)
-        self.expand = SpliceMatrix(latent_dim, rank, **factory)
+        self.predicted_from = predicted_from
+        self.expand = SpliceMatrix(latent_dim, rank + predicted_from, **factory)
         self.code_norm = nn.LayerNorm(rank, **factory) if use_layernorm else None
         self.keys: KeyProjection | None = None
         self.codec: Codec | None = None
@@ -199,33 +203,53 @@ class LearnedKVSplice(nn.Module):
             self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def encode(self, latent: torch.Tensor) -> torch.Tensor:
+    @property
+    def value_dim(self) -> int:
+        """r + q, the numbers of a row, from the first, that a latent is decoded from."""
+        return self.rank + self.predicted_from
+
+    def encode(self, latent: torch.Tensor, key_code: torch.Tensor | None = None) -> torch.Tensor:
         """Codes [..., r] of latents [..., R], in the latents' dtype.
+
+        Args:
+            latent: of the tokens.
+            key_code: what packing leaves of the codes of their keys, [..., q], where latents are predicted from that.
 
         Raises:
             TrainingError: the splice is merged, and this is training.
         """
-        codes = self._compress_merged(latent) if self.is_merged else self._compress(latent)
+        assert (key_code is None) == (self.predicted_from == 0)
+        codes = self._compress_merged(latent, key_code) if self.is_merged else self._compress(latent, key_code)
         if self.code_norm is not None:
             codes = self.code_norm(codes)
         return codes.to(latent.dtype)
 
-    def _compress(self, latent: torch.Tensor) -> torch.Tensor:
+    def _compress(self, latent: torch.Tensor, key_code: torch.Tensor | None) -> torch.Tensor:
         scale, shift = self._transform()
         weight = read_parameter(self.compress, "weight")
-        return F.linear((latent * scale + shift).to(weight.dtype), weight)
+        transformed = latent * scale + shift
+        if key_code is not None:
+            transformed = transformed - self._predicted(read_parameter(self.expand, "weight"), key_code)
+        return F.linear(transformed.to(weight.dtype), weight)
 
-    def _compress_merged(self, latent: torch.Tensor) -> torch.Tensor:
+    def _predicted(self, expand: torch.Tensor, key_code: torch.Tensor) -> torch.Tensor:
+        """What of transformed latents, or with what is folded of latents, follows from their keys; float32 [..., R]."""
+        with torch.autocast(key_code.device.type, enabled=False):
+            return key_code.float() @ expand[:, self.rank :].float().T
+
+    def _compress_merged(self, latent: torch.Tensor, key_code: torch.Tensor | None) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
             raise TrainingError(
                 "The splice is merged, so its parameters would not be trained. Call unmerge_kvsplice(model) first."
             )
         # The offset comes off first: a mean many times the spread would drown in the rounding of `A c`.
-        weight = self._folded_compress
-        return F.linear((latent - self._folded_offset).to(weight.dtype), weight)
+        weight, rest = self._folded_compress, latent - self._folded_offset
+        if key_code is not None:
+            rest = rest - self._predicted(self._folded_expand, key_code)
+        return F.linear(rest.to(weight.dtype), weight)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Latents [..., R] of codes [..., r], in the codes' dtype."""
+        """Latents [..., R] of the first r + q numbers of rows, in their dtype."""
         matrix, offset = self.fold()
         return F.linear(codes.to(matrix.dtype), matrix, offset).to(codes.dtype)
 
@@ -249,7 +273,15 @@ class LearnedKVSplice(nn.Module):
         self, latent: torch.Tensor, k_rot: torch.Tensor, turns: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`[code | key]` [..., r + p] of latents [..., R] and rotated keys [..., P], in the latents' dtype."""
-        return torch.cat([self.encode(latent), self._keys_to_store(k_rot, turns).to(latent.dtype)], dim=-1)
+        key = self._keys_to_store(k_rot, turns).to(latent.dtype)
+        return torch.cat([self.encode(latent, self._as_read(key)), key], dim=-1)
+
+    def _as_read(self, key_code: torch.Tensor) -> torch.Tensor | None:
+        """What packing leaves of codes of keys [..., q], where latents are predicted from that."""
+        if not self.predicted_from:
+            return None
+        assert self.codec is not None
+        return self.codec.behind(key_code, self.rank)
 
     def _keys_to_store(self, k_rot: torch.Tensor, turns: torch.Tensor | None) -> torch.Tensor:
         if self.keys is None:
@@ -273,8 +305,10 @@ class LearnedKVSplice(nn.Module):
         """`[code | key]` [..., r + p] of stored rows; in `dtype` where they were packed."""
         return rows if self.codec is None else self.codec.unpack(rows).to(dtype)
 
-    def read(self, rows: torch.Tensor, dtype: torch.dtype, turns: torch.Tensor | None = None) -> torch.Tensor:
-        """`[code | k_rot]` [..., r + P] of stored rows; in `dtype` where they were packed.
+    def read(
+        self, rows: torch.Tensor, dtype: torch.dtype, turns: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What latents are decoded from [..., r + q], and rotated keys [..., P]; in `dtype` where rows were packed.
 
         Args:
             rows: as stored.
@@ -282,11 +316,12 @@ class LearnedKVSplice(nn.Module):
             turns: as in `rows`, of the rows' tokens.
         """
         if self.keys is None or self.codec is None:
-            return self.numbers(rows, dtype)
+            numbers = self.numbers(rows, dtype)
+            return numbers[..., : self.rank], numbers[..., self.rank :]
         assert turns is not None
         numbers = self.codec.unpack(rows)
         k_rot = self.keys.decode(numbers[..., self.rank :], turns)
-        return torch.cat([numbers[..., : self.rank], k_rot], dim=-1).to(dtype)
+        return numbers[..., : self.value_dim].to(dtype), k_rot.to(dtype)
 
     def round_trip(
         self, latent: torch.Tensor, k_rot: torch.Tensor, turns: torch.Tensor | None = None
@@ -295,20 +330,18 @@ class LearnedKVSplice(nn.Module):
 
         `turns` as in `rows`.
         """
-        codes = self.encode(latent)
         if self.codec is None:
-            return self.decode(codes), k_rot
+            return self.decode(self.encode(latent)), k_rot
         self.require_codec_here()
-        key = self._keys_to_store(k_rot, turns).to(codes.dtype)
-        rows = self.codec.round_trip(torch.cat([codes, key], dim=-1))
-        codes, key = rows[..., : self.rank], rows[..., self.rank :]
+        rows = self.codec.round_trip(self.numbers_to_store(latent, k_rot, turns))
+        key = rows[..., self.rank :]
         if self.keys is not None:
             assert turns is not None
-            key = self.keys.decode(key, turns).to(codes.dtype)
-        return self.decode(codes), key
+            key = self.keys.decode(key, turns).to(rows.dtype)
+        return self.decode(rows[..., : self.value_dim]), key
 
     def fold(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(D, mu)` of shapes [R, r] and [R], in the dtype of the weights, with `decode(z) == D z + mu`.
+        """`(D, mu)` of shapes [R, r + q] and [R], in the dtype of the weights, with `decode(z) == D z + mu`.
 
         Computed anew from the parameters at every call: R x r products cost nothing beside one read of the codes, and a
         result that is never kept can never be stale. A merged splice returns what `merge` kept.
@@ -331,7 +364,7 @@ class LearnedKVSplice(nn.Module):
         )
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """What is left of latents [..., R] after the round trip through their codes."""
+        """What is left of latents [..., R] after the round trip through their codes, where these are all they need."""
         return self.decode(self.encode(latent))
 
     def extra_repr(self) -> str:

@@ -282,10 +282,11 @@ class TrellisCodec(RowCodec):
             lines[:, chain] = level_numbers(lines[:, chain], 1)
         return lines
 
-    def quantise(self, rows: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    def quantise(self, rows: torch.Tensor, gains: torch.Tensor, start: int = 0) -> torch.Tensor:
         codes = super().quantise(rows, gains)  # of the columns that are not in a trellis
         unit = (rows.float() - self.centres) / self._row_scales(gains)
-        for chain, part in enumerate(self.chains):
+        asked = self.chains[1:] if 0 < len(self.sigmas) <= start else self.chains
+        for chain, part in enumerate(asked, start=len(self.chains) - len(asked)):
             numbers = self._chain_numbers[part]
             if len(numbers) and codes.numel():
                 of_chain = unit[..., numbers]

@@ -108,10 +108,15 @@ def read_splices(directory: str | Path) -> dict[int, LearnedKVSplice]:
         try:
             dtype = tensors[key_of(layer_idx, "compress.weight")].dtype
             with torch.random.fork_rng(devices=[]):  # constructors draw random numbers
+                keys = _empty_keys(saved, layer_idx, None, dtype=dtype, device="cpu")
                 splice = LearnedKVSplice(
-                    sizes["kv_lora_rank"], sizes["rank"], use_layernorm=config.use_layernorm, dtype=dtype
+                    sizes["kv_lora_rank"],
+                    sizes["rank"],
+                    use_layernorm=config.use_layernorm,
+                    predicted_from=_predicted_from(saved, layer_idx, sizes["rank"], keys),
+                    dtype=dtype,
                 )
-                splice.keys = _empty_keys(saved, layer_idx, None, dtype=dtype, device="cpu")
+                splice.keys = keys
             _set_parameters(splice, tensors, layer_idx, codec)
         except (ConfigError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"The splice of layer {layer_idx} in {directory} is damaged: {error}") from error
@@ -192,9 +197,24 @@ def _empty_splice(
     device = execution_device(site.module.kv_b_proj) if device is None else device
     rank, use_layernorm = _rank(site, saved), saved.config.use_layernorm
     with torch.random.fork_rng(devices=[]), torch.device(device):  # constructors draw random numbers
-        splice = LearnedKVSplice(site.kv_lora_rank, rank, use_layernorm=use_layernorm, device=device, dtype=site.dtype)
-        splice.keys = _empty_keys(saved, site.layer_idx, site.qk_rope_head_dim, dtype=site.dtype, device=device)
+        keys = _empty_keys(saved, site.layer_idx, site.qk_rope_head_dim, dtype=site.dtype, device=device)
+        splice = LearnedKVSplice(
+            site.kv_lora_rank,
+            rank,
+            use_layernorm=use_layernorm,
+            predicted_from=_predicted_from(saved, site.layer_idx, rank, keys),
+            device=device,
+            dtype=site.dtype,
+        )
+        splice.keys = keys
     return splice
+
+
+def _predicted_from(saved: SavedSplices, layer_idx: int, rank: int, keys: KeyProjection | None) -> int:
+    """How many numbers of a key's code latents are predicted from: all of them, or none."""
+    weight = saved.tensors.get(key_of(layer_idx, "expand.weight"))
+    predicts = keys is not None and weight is not None and weight.dim() == 2 and weight.shape[1] == rank + keys.rank
+    return keys.rank if keys is not None and predicts else 0
 
 
 def _empty_keys(

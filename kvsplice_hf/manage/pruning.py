@@ -125,7 +125,7 @@ def effective_scales(splice: LearnedKVSplice, reader_weight: torch.Tensor | None
             "The code has a LayerNorm: without one coordinate the norm of all others would change, so none can be "
             "pruned. Patch with use_layernorm=False."
         )
-    seen = splice.fold()[0].float()
+    seen = splice.fold()[0][:, : splice.rank].float()
     if reader_weight is not None:
         seen = reader_weight.float() @ seen
     return seen.norm(dim=0) * read_parameter(splice.compress, "weight").float().norm(dim=1)
@@ -178,7 +178,8 @@ def _remove(splice: LearnedKVSplice, coordinates: tuple[int, ...]) -> None:
         splice.codec = splice.codec.without(kept)
     # The modules stay: hooks hang on them.
     splice.compress.weight = nn.Parameter(compress[kept], compress.requires_grad)
-    splice.expand.weight = nn.Parameter(expand[:, kept].contiguous(), expand.requires_grad)
+    read = torch.cat([kept, kept.new_ones(splice.predicted_from)])
+    splice.expand.weight = nn.Parameter(expand[:, read].contiguous(), expand.requires_grad)
     splice.rank = int(kept.sum())
 
 

@@ -169,7 +169,7 @@ def _attention_in_torch(
         queries.flat(),
         keys.rows,
         splice.codec,
-        splice.rank,
+        splice.value_dim,
         keys.bias,
         scaling=scaling,
         dropout=dropout,
@@ -356,7 +356,7 @@ def _weights(
 ) -> torch.Tensor:
     """Attention weights [B, H, T, S] over the stored tokens, for callers that ask to see them."""
     turns = None if keys.coded is None else keys.coded.turns().permute(1, 2, 0)
-    rows = latent.splice.read(keys.rows, queries.latent.dtype, turns)
+    rows = torch.cat(latent.splice.read(keys.rows, queries.latent.dtype, turns), dim=-1)
     scores = (queries.flat() @ rows.transpose(1, 2)).float().view(*shares.shape[:3], -1) * queries.scaling
     if keys.bias is not None:
         scores = scores + keys.bias

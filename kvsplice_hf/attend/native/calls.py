@@ -249,8 +249,10 @@ def encode(
     coding = key_coding_of(keys, turns, k_rot.shape, latent.shape[:-1])
     rotated = k_rot.shape[-1]
     dim, tokens = rank + (coding.rank or rotated), latent.numel() // latent_dim
+    predicted = projection.expand.shape[1] - rank
     found, needed = (latent.shape[-1], latent.shape[:-1]), (latent_dim, k_rot.shape[:-1])
-    if found != needed or (codec is not None and codec.row_dim != dim):
+    fits = predicted == 0 or (codec is not None and predicted == coding.rank and len(codec.sigmas) == rank)
+    if found != needed or (codec is not None and codec.row_dim != dim) or not fits:
         raise ConfigError(
             f"Got latents {list(latent.shape)} and rotated keys {list(k_rot.shape)} for a projection of "
             f"{latent_dim} numbers to {rank}"
@@ -267,6 +269,8 @@ def encode(
         rotations=types.numbers_of(k_rot, tokens * rotated),
         transform=_transform_of(projection),
         compress=types.numbers_of(projection.compress, rank * latent_dim),
+        expand=types.numbers_of(projection.expand, latent_dim * (rank + predicted)),
+        predicted=predicted,
         keys=coding,
         kind=types.KINDS[dtype],
         packer=types.packer_of(codec),

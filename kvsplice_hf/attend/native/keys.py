@@ -34,11 +34,14 @@ def keys_of(
         if codec is not None and len(codec.key_sigmas):
             raise ConfigError("Got rows with a gain for their keys, and nothing that says how those are read.")
         return types.NO_KEYS
-    rope_dim, rank = dim - value_dim, 0 if codec is None else codec.row_dim - value_dim
+    rope_dim, rank = dim - value_dim, keys.expand.shape[1]
+    start = 0 if codec is None else codec.row_dim - rank
     slots, table = keys.slots, keys.table
     fits = (
         codec is not None
-        and len(codec.sigmas) == value_dim
+        and len(codec.sigmas) == start
+        # Codes of keys that are values as well have no gain.
+        and (value_dim == start or (value_dim == codec.row_dim and len(codec.key_sigmas) == 0))
         and rank > 0
         and rope_dim > 0
         and rope_dim % 2 == 0
@@ -53,12 +56,13 @@ def keys_of(
         sizes = {name: [tensor.dtype, *tensor.shape] for name, tensor in keys._asdict().items()}
         raise ConfigError(
             f"Got keys by {sizes}, for {rows} rows of {batch} sequences and queries of {dim} numbers with values of "
-            f"{value_dim}; the library reads tables of which each line lies side by side, of rows of which all of the "
-            "value, and nothing else, shares a gain."
+            f"{value_dim}; the library reads tables of which each line lies side by side, of rows of which all that is "
+            "ahead of the key, and nothing else, shares a gain."
         )
     return types.Keys(
         dim=rope_dim,
         rank=rank,
+        start=start,
         expand=types.numbers_of(keys.expand, rope_dim * rank),
         mean=types.numbers_of(keys.mean, rope_dim),
         pairs=types.address(keys.pairs, torch.int64, 3 * (rope_dim // 2)),
@@ -81,6 +85,8 @@ def columns_of(codec: RowCodec, keys: CodedKeys | None, value_dim: int) -> tuple
     if keys is None:
         return len(codec.column_index), codec.value_columns(value_dim)
     latents = codec.gained_columns + codec.gained_raw
+    if value_dim == codec.row_dim:  # the code of a key is among them
+        latents = len(codec.column_index)
     return latents + keys.expand.shape[0], latents
 
 

@@ -58,6 +58,7 @@ class Keys(NamedTuple):
 
     dim: int
     rank: int
+    start: int
     expand: Numbers
     mean: Numbers
     pairs: int
@@ -159,6 +160,7 @@ class Packer(NamedTuple):
     key_sized: int
     key_sigmas: int
     bends: int
+    numbers: int
     first_chain: Trellis
     second_chain: Trellis
 
@@ -197,6 +199,8 @@ class Encoding(NamedTuple):
     rotations: Numbers
     transform: Transform
     compress: Numbers
+    expand: Numbers
+    predicted: int
     keys: KeyCoding
     kind: int
     packer: Packer
@@ -207,9 +211,9 @@ class Encoding(NamedTuple):
 
 _NO_CODEC = Codec(*[0] * len(Codec._fields))
 _NO_TRELLIS = Trellis(*[0] * len(Trellis._fields))
-_NO_PACKER = Packer(_NO_CODEC, 0, 0, 0, 0, 0, _NO_TRELLIS, _NO_TRELLIS)
+_NO_PACKER = Packer(_NO_CODEC, 0, 0, 0, 0, 0, 0, _NO_TRELLIS, _NO_TRELLIS)
 _NO_NUMBERS = Numbers(0, 0)
-NO_KEYS = Keys(0, 0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0, 0, 0, 0, 0)
+NO_KEYS = Keys(0, 0, 0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0, 0, 0, 0, 0)
 NO_KEY_CODING = KeyCoding(0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0)
 
 
@@ -375,7 +379,7 @@ def _look_at(codec: RowCodec, tables: dict[str, torch.Tensor]) -> Packer:
         centres=at["centres"],
         widths=at["widths"],
     )
-    return Packer(seen, sized, at["sigmas"], key_sized, at["key_sigmas"], at["_bends"], *chains)
+    return Packer(seen, sized, at["sigmas"], key_sized, at["key_sigmas"], at["_bends"], size, *chains)
 
 
 def trellis_of(tables: TrellisTables, columns: int) -> Trellis:

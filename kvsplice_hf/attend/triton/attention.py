@@ -13,7 +13,7 @@ rows, and the weighted mean of the rows is that of the units, scaled and shifted
 A row of n numbers is read in up to three pieces, since a block's sides are powers of two: 576 = 512 + 64.
 
 Where keys were coded before their rotation, these pieces are the value alone, n = v, and what queries score on the key
-behind it comes from `turning`.
+comes from `turning`. Its code is behind the value, or the last part of it, and is then decoded once more there.
 
 Legend: `B` batch, `M` queries, heads and tokens together, `S` stored rows, `n` numbers of a row, `v` of a value,
 `F` pairs of numbers of a key that are turned together.
@@ -59,18 +59,18 @@ def _row_tile(
     held,
     start,
     n,
-    gained,
-    gain,
+    gains,
     layout,
     levels,
     PACKED: tl.constexpr,
     PLANES: tl.constexpr,
+    HAS_SECOND_GAIN: tl.constexpr,
     D: tl.constexpr,
     DTYPE,
 ):
     """Stored rows, or the units of packed ones, [BLOCK_S, D]; finite at rows that are not `held`."""
     if PACKED:
-        tile = decoded(base, held, start, n, gained, gain, layout, levels, PLANES, D, DTYPE)
+        tile = decoded(base, held, start, n, gains, layout, levels, PLANES, HAS_SECOND_GAIN, D, DTYPE)
     else:
         at = start + tl.arange(0, D)
         tile = tl.load(base[:, None] + at[None, :], mask=held[:, None] & (at < n)[None, :], other=0.0).to(DTYPE)
@@ -158,6 +158,9 @@ def attend_kernel(
     PAIRS: tl.constexpr,
     KEY_PLANES: tl.constexpr,
     HAS_KEY_GAIN: tl.constexpr,
+    KEY_GAINS0: tl.constexpr,
+    KEY_GAINS1: tl.constexpr,
+    KEY_GAINS2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -165,8 +168,8 @@ def attend_kernel(
 ):
     """One block of queries [BLOCK_M, n] over one split of the rows of one batch entry.
 
-    Writes `mixed` [B, M, splits, v], normalised over the split, and `lse` [B, M, splits]. With KEY > 0 a row holds
-    the code of a key behind the value, read with room for KEY numbers and PAIRS pairs; queries are [BLOCK_M, n + 2 F].
+    Writes `mixed` [B, M, splits, v], normalised over the split, and `lse` [B, M, splits]. With KEY > 0 a row ends
+    with the code of a key, read with room for KEY numbers and PAIRS pairs; queries are [BLOCK_M, n + 2 F].
     """
     batch = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -218,27 +221,34 @@ def attend_kernel(
         gain = tl.full([BLOCK_S], 1.0, tl.float32)
         if HAS_GAIN:
             gain = tl.load(gains + tl.load(base, mask=held, other=0).to(tl.int32))
-        tile0 = _row_tile(base, held, 0, n, gained, gain, layout_here, levels, PACKED, PLANES0, D0, DTYPE)
+        of_row = (gained, gain, gained, gain)
+        if KEY_GAINS0 or KEY_GAINS1 or KEY_GAINS2:
+            second_gain = tl.load(gains + tl.load(base + 1, mask=held, other=0).to(tl.int32))
+            of_row = (gained, gain, gained + key_gained, second_gain)
+        tile0 = _row_tile(base, held, 0, n, of_row, layout_here, levels, PACKED, PLANES0, KEY_GAINS0, D0, DTYPE)
         score = tl.dot(query0, tl.trans(tile0), input_precision=PRECISION)
-        if D1 > 0:
-            tile1 = _row_tile(base, held, D0, n, gained, gain, layout_here, levels, PACKED, PLANES1, D1, DTYPE)
-            score = tl.dot(query1, tl.trans(tile1), acc=score, input_precision=PRECISION)
-        if D2 > 0:
-            tile2 = _row_tile(base, held, D0 + D1, n, gained, gain, layout_here, levels, PACKED, PLANES2, D2, DTYPE)
-            score = tl.dot(query2, tl.trans(tile2), acc=score, input_precision=PRECISION)
         if KEY > 0:
             # Behind the product with the value: ahead of it, float32 queries are held in registers and spilled.
             slot = tl.load(slots + batch * slots_batch + row_index.to(tl.int64) * slots_row, mask=held, other=0)
             key_gain = tl.full([BLOCK_S], 1.0, tl.float32)
             if HAS_KEY_GAIN:  # behind that of the value, which such rows have
                 key_gain = tl.load(gains + tl.load(base + 1, mask=held, other=0).to(tl.int32))
-            code = (base, held, key_numbers, key_gained, key_gain, key_layout + (start >> 30), levels)
+            of_key = (key_gained, key_gain, key_gained, key_gain)
+            code = (base, held, key_numbers, of_key, key_layout + (start >> 30), levels)
             turned = (table, table_stride, table_slots, circle, slot)
             keys = turned_keys(
                 code, key_weights, key_mean, pair_count, turned, KEY_PLANES, KEY, KEY_CHUNK, PAIRS, DTYPE, PRECISION
             )
             score = tl.dot(first_query, tl.trans(keys[0]), acc=score, input_precision=PRECISION)
             score = tl.dot(second_query, tl.trans(keys[1]), acc=score, input_precision=PRECISION)
+        if D1 > 0:
+            tile1 = _row_tile(base, held, D0, n, of_row, layout_here, levels, PACKED, PLANES1, KEY_GAINS1, D1, DTYPE)
+            score = tl.dot(query1, tl.trans(tile1), acc=score, input_precision=PRECISION)
+        if D2 > 0:
+            tile2 = _row_tile(
+                base, held, D0 + D1, n, of_row, layout_here, levels, PACKED, PLANES2, KEY_GAINS2, D2, DTYPE
+            )
+            score = tl.dot(query2, tl.trans(tile2), acc=score, input_precision=PRECISION)
         if HAS_BIAS:
             place = bias + batch * bias_batch + row_index.to(tl.int64)[None, :] * bias_key
             place += (query_index % bias_period).to(tl.int64)[:, None] * bias_query

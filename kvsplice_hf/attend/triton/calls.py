@@ -109,13 +109,14 @@ def attend_packed(
     """`attend_rows` on rows that `codec` packed, without unpacking them in memory.
 
     Args:
-        query: [B, M, n]; [B, M, r + P] with `keys`, the last P numbers rotated. Products are taken in its type.
+        query: [B, M, n]; [B, M, v + P] with `keys`, the last P numbers rotated. Products are taken in its type.
         packed: uint8 [B, S, row_bytes], the last dimension contiguous. The others may have any strides.
         codec: the codec of the rows, on the same device.
         value_dim, bias, splits, scaling, lengths, input_precision: see `attend_rows`.
-        keys: how the keys of rows `[code | key code]` are read, where they were coded before their rotation; value_dim
-            is the r numbers of the code. At most 128 numbers of a key; the table's lines are contiguous, slots may have
-            any strides. A slot beside the table reads its first or last one.
+        keys: how the keys of rows `[code | key code]` are read, where they were coded before their rotation. value_dim
+            is the numbers of the code, or n: the key's code is then part of the values as well. At most 128 numbers of
+            a key; the table's lines are contiguous, slots may have any strides. A slot beside the table reads its first
+            or last one.
 
     Returns:
         As `attend_rows`, of `codec.unpack(packed)`.
@@ -125,11 +126,13 @@ def attend_packed(
         UnsupportedError: a CPU tensor outside the interpreter, or one that needs gradients.
     """
     _check_device(query)
-    row_dim = codec.row_dim if keys is None else codec.row_dim - keys.expand.shape[-1] + keys.expand.shape[0]
-    if packed.dtype != torch.uint8 or query.shape[-1] != row_dim:
+    query_dim = codec.row_dim
+    if keys is not None:
+        query_dim += keys.expand.shape[0] - (keys.expand.shape[-1] if value_dim < codec.row_dim else 0)
+    if packed.dtype != torch.uint8 or query.shape[-1] != query_dim:
         raise ConfigError(
             f"Got packed rows of {packed.dtype} and queries of {query.shape[-1]} numbers; this codec needs torch.uint8 "
-            f"and {row_dim}."
+            f"and {query_dim}."
         )
     check_shapes(query, packed, codec.row_bytes, value_dim, bias, splits, lengths, input_precision)
     check_keys(keys, packed, codec, value_dim)

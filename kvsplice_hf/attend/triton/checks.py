@@ -92,13 +92,17 @@ def check_keys(keys: CodedKeys | None, rows: torch.Tensor, codec: RowCodec, valu
 
 
 def _check_gains(codec: RowCodec, value_dim: int, numbers: int) -> None:
-    if codec.row_dim != value_dim + numbers:
-        raise ConfigError(f"Got rows of {codec.row_dim} numbers; needed {value_dim} of a value and {numbers} of a key.")
-    gained, key_gained = len(codec.sigmas), len(codec.key_sigmas)
-    if gained > value_dim or (key_gained and gained != value_dim):
+    start = codec.row_dim - numbers
+    if value_dim not in (start, codec.row_dim):
         raise ConfigError(
-            f"Got gains of {gained} and {key_gained} coordinates; the first must not reach behind the {value_dim} of "
-            "the value, and must reach over all of them where keys have a gain of their own."
+            f"Got rows of {codec.row_dim} numbers; needed {value_dim} of a value and {numbers} of a key, or values of "
+            f"all {codec.row_dim}."
+        )
+    gained, key_gained = len(codec.sigmas), len(codec.key_sigmas)
+    if gained > start or (key_gained and gained != start):
+        raise ConfigError(
+            f"Got gains of {gained} and {key_gained} coordinates; the first must not reach behind the {start} ahead of "
+            "the key, and must reach over all of them where keys have a gain of their own."
         )
 
 

@@ -60,8 +60,13 @@ def _level_numbers(base, held, coordinates, n, layout, width, code):
 
 
 @triton.jit
-def units(base, held, coordinates, n, gained, gain, layout, levels, PLANES: tl.constexpr):
-    """Packed rows without their scales and centres, float32 [BLOCK_S, D]."""
+def units(base, held, coordinates, n, gains, layout, levels, PLANES: tl.constexpr, HAS_SECOND_GAIN: tl.constexpr):
+    """Packed rows without their scales and centres, float32 [BLOCK_S, D].
+
+    `gains` are how many coordinates share a gain, that gain of each row, up to where the next share a second one, and
+    that one.
+    """
+    gained, gain, last, second_gain = gains
     stored = of_layout(layout, WIDTH, coordinates, n)
     width = tl.where(stored == 16, 0, stored)
     code = tl.zeros([held.shape[0], coordinates.shape[0]], tl.int32)
@@ -76,7 +81,10 @@ def units(base, held, coordinates, n, gained, gain, layout, levels, PLANES: tl.c
     if PLANES & 32:
         code = _level_numbers(base, held, coordinates, n, layout, width, code)
     unit = tl.load(levels + of_layout(layout, FIRST_LEVEL, coordinates, n)[None, :] + code)
-    unit = unit * tl.where((coordinates < gained)[None, :], gain[:, None], 1.0)
+    behind = 1.0
+    if HAS_SECOND_GAIN:
+        behind = tl.where((coordinates < last)[None, :], second_gain[:, None], 1.0)
+    unit = unit * tl.where((coordinates < gained)[None, :], gain[:, None], behind)
     if PLANES & 16:
         raw = held[:, None] & (stored == 16)[None, :]
         place = base[:, None] + of_layout(layout, RAW, coordinates, n)[None, :]
@@ -95,20 +103,32 @@ def _join(left, right):
 
 
 @triton.jit
-def decoded(base, held, start, n, gained, gain, layout, levels, PLANES: tl.constexpr, D: tl.constexpr, DTYPE):
+def decoded(
+    base,
+    held,
+    start,
+    n,
+    gains,
+    layout,
+    levels,
+    PLANES: tl.constexpr,
+    HAS_SECOND_GAIN: tl.constexpr,
+    D: tl.constexpr,
+    DTYPE,
+):
     """The units of D coordinates of packed rows, in the order of `columns`, [BLOCK_S, D]."""
     WIDE: tl.constexpr = D if D < 128 else 128
     at = start + tl.arange(0, WIDE)
     # In chunks, since a thread holds several addresses and codes for each number while it decodes it.
-    tile = units(base, held, at, n, gained, gain, layout, levels, PLANES & 63).to(DTYPE)
+    tile = units(base, held, at, n, gains, layout, levels, PLANES & 63, HAS_SECOND_GAIN).to(DTYPE)
     if D == 256:
-        other = units(base, held, at + 128, n, gained, gain, layout, levels, (PLANES >> 6) & 63).to(DTYPE)
+        other = units(base, held, at + 128, n, gains, layout, levels, (PLANES >> 6) & 63, HAS_SECOND_GAIN).to(DTYPE)
         tile = _join(tile, other)
     if D == 512:
-        third = units(base, held, at + 256, n, gained, gain, layout, levels, (PLANES >> 12) & 63).to(DTYPE)
+        third = units(base, held, at + 256, n, gains, layout, levels, (PLANES >> 12) & 63, HAS_SECOND_GAIN).to(DTYPE)
         tile = _join(tile, third)
-        second = units(base, held, at + 128, n, gained, gain, layout, levels, (PLANES >> 6) & 63).to(DTYPE)
-        fourth = units(base, held, at + 384, n, gained, gain, layout, levels, (PLANES >> 18) & 63).to(DTYPE)
+        second = units(base, held, at + 128, n, gains, layout, levels, (PLANES >> 6) & 63, HAS_SECOND_GAIN).to(DTYPE)
+        fourth = units(base, held, at + 384, n, gains, layout, levels, (PLANES >> 18) & 63, HAS_SECOND_GAIN).to(DTYPE)
         tile = _join(tile, _join(second, fourth))
     return tile
 

@@ -5,6 +5,7 @@ Calls and compilation without a device (`compilation`) make their launches here,
 Legend: as in `attention`.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -58,12 +59,12 @@ class Problem(NamedTuple):
     """What attention is asked for.
 
     Attributes:
-        query: [B, M, n], contiguous, its factor applied; [B, M, r + P] with `keys`.
+        query: [B, M, n], contiguous, its factor applied; [B, M, v + P] with `keys`.
         rows: [B, S, n], or packed uint8 [B, S, row_bytes] of `codec`.
         codec: None where rows are numbers.
         value_dim, bias, lengths, input_precision: see `calls.attend_rows`.
         dtype: of products.
-        keys: how the keys of packed rows `[code of r numbers | key code]` are read, coded before their rotation.
+        keys: how the keys of packed rows `[code | key code]` are read, coded before their rotation.
     """
 
     query: torch.Tensor
@@ -78,8 +79,16 @@ class Problem(NamedTuple):
 
     @property
     def read_dim(self) -> int:
-        """The numbers of a row that are read as they are: n, or r with `keys`."""
+        """The numbers of a row that are read as they are: n, or v with `keys`."""
         return self.query.shape[-1] if self.keys is None else self.value_dim
+
+    @property
+    def tables(self) -> Tables | None:
+        """Those of the codec, for what is read of its rows."""
+        if self.codec is None:
+            return None
+        start = None if self.keys is None else self.keys.start(self.codec)
+        return tables_of(self.codec, self.read_dim, start)
 
 
 def blocks_for(problem: Problem, limits: Limits) -> Blocks:
@@ -98,7 +107,7 @@ def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: to
     """The attention kernel, writing means [B, M, splits, v] and log-sum-exp [B, M, splits]."""
     query, rows, codec, value_dim, bias, lengths, dtype, input_precision, keys = problem
     batch, queries, n = *query.shape[:2], problem.read_dim
-    gained = 0 if codec is None else len(codec.sigmas)
+    gained, tables = 0 if codec is None else len(codec.sigmas), problem.tables
     arguments = (
         query,
         rows,
@@ -106,7 +115,7 @@ def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: to
         lengths,
         mixed,
         lse,
-        *_codec_arguments(codec, n),
+        *_codec_arguments(codec, tables),
         queries,
         rows.shape[1],
         n,
@@ -115,15 +124,15 @@ def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: to
         rows.stride(0),
         rows.stride(1),
         *_bias_strides(bias),
-        *key_arguments(keys, codec, n, dtype),
+        *key_arguments(keys, codec, tables, dtype),
     )
     settings = {
         "HAS_BIAS": bias is not None,
         "HAS_LENGTHS": lengths is not None,
         "PACKED": codec is not None,
         "HAS_GAIN": gained > 0,
-        **_piece_settings(pieces_of(n, keys is not None), value_dim, codec, n),
-        **key_settings(keys, codec, n),
+        **_piece_settings(pieces_of(n, keys is not None), value_dim, codec, tables),
+        **key_settings(keys, codec, tables),
         "BLOCK_M": blocks.queries,
         "BLOCK_S": blocks.rows,
         "DTYPE": _DTYPES[dtype],
@@ -221,9 +230,9 @@ def _search_arguments(tables: Tables, count: int, n: int, device: torch.device) 
     """The packing kernel's arguments from `columns` on, of `count` rows of n numbers."""
     columns, trellis = tables.columns, tables.trellis
     if columns is None or trellis is None:
-        return (None,) * 13
+        return (None,) * 14
     codes = torch.empty(count, n, dtype=torch.uint8, device=device)
-    return columns, len(columns), *_by_column(trellis), *_search_memory(count, len(columns), device), codes
+    return columns, *tables.chains, *_by_column(trellis), *_search_memory(count, len(columns), device), codes
 
 
 def _by_column(tables: TrellisTables) -> tuple[torch.Tensor, ...]:
@@ -241,17 +250,21 @@ def _search_memory(count: int, size: int, device: torch.device) -> tuple[torch.T
     )
 
 
-def _codec_arguments(codec: RowCodec | None, read_dim: int) -> tuple[torch.Tensor | None, ...]:
-    if codec is None:
+def _codec_arguments(codec: RowCodec | None, tables: Tables | None) -> tuple[torch.Tensor | None, ...]:
+    if codec is None or tables is None:
         return (None,) * 5
-    tables = tables_of(codec, read_dim)
     return tables.layout, codec.scales, codec.centres, codec._levels, tables.gains
 
 
-def _piece_settings(pieces: tuple[int, ...], value_dim: int, codec: RowCodec | None, read_dim: int) -> dict[str, Any]:
-    planes = (0,) * PIECES if codec is None else tables_of(codec, read_dim).planes
+def _piece_settings(
+    pieces: tuple[int, ...], value_dim: int, codec: RowCodec | None, tables: Tables | None
+) -> dict[str, Any]:
+    planes = (0,) * PIECES if tables is None else tables.planes
     settings: dict[str, Any] = {f"D{index}": piece for index, piece in enumerate(pieces)}
     settings |= {f"PLANES{index}": plane for index, plane in enumerate(planes)}
+    key_gained = range(0) if codec is None else range(len(codec.sigmas), value_dim if len(codec.key_sigmas) else 0)
+    ends = itertools.accumulate(pieces)
+    settings |= {f"KEY_GAINS{i}": len(key_gained) > 0 and end > key_gained.start for i, end in enumerate(ends)}
     # What only scores (the rotated key) needs no mean.
     return settings | {f"VALUES{i}": pieces[i] > 0 and sum(pieces[:i]) < value_dim for i in range(1, PIECES)}
 

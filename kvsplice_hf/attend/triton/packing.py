@@ -112,7 +112,8 @@ def pack_kernel(
     key_sigmas,
     key_gained,
     columns,
-    size,
+    first_chain,
+    second_chain,
     reaches,
     slopes,
     starts,
@@ -154,7 +155,8 @@ def pack_kernel(
     if TRELLIS:
         trellis = (reaches, slopes, starts, weights, widths, first_levels, levels)
         steps, scratch = (of_row, scales, centres), (errors, numbers, ways, codes)
-        search(base, held, row, columns, steps, trellis, scratch, size, n, HAS_KEY_GAIN, BLOCK)
+        chains = (first_chain, second_chain)
+        search(base, held, row, columns, steps, trellis, scratch, chains, n, HAS_KEY_GAIN, BLOCK)
         tl.debug_barrier()  # what follows reads what other threads wrote
         found = codes + row.to(tl.int64) * n
     # Columns of whole bytes are in no trellis.

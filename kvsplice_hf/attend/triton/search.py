@@ -6,10 +6,13 @@ A program takes its rows through three steps, each of which finds in memory what
     paths            the least error up to each state, and from where it came: column by column
     codes            back along the path of least error: column by column
 
+The last two go through the chains of columns one after the other, since the trellis begins anew with each.
+
 State 2 q + b, with b the lowest bit of the last code, is reached from states q and 32 + q alone. These two choose
 opposite subsets, and so do the bits 0 and 1: four paths of two different errors end in two states (a butterfly).
 
-Legend: as in `packing`, and `c` columns of the trellis, 64 states, G = ceil(c / 32).
+Legend: as in `packing`, and `c` columns of the trellis, from `begin` to `end` those of a chain, 64 states,
+G = ceil(c / 32).
 """
 # mypy: allow-untyped-defs
 
@@ -87,29 +90,31 @@ def _subset(register):
 
 
 @triton.jit
-def least_paths(held, row, scratch, size):
-    """The last state of the path of least error, int32 [BLOCK_R].
+def least_paths(held, row, scratch, size, begin, end):
+    """The last state of the path of least error through a chain, int32 [BLOCK_R].
 
     Writes where the best path to each state came from, a bit per column, int32 [BLOCK_R, G, 2, 32]: that of column
-    32 g + k is bit k, and that of state 2 q + b is at [g, b, q].
+    32 g + k of the chain is bit k, and that of state 2 q + b is at [g, b, q].
     """
     errors, _, ways, _ = scratch
     state = tl.arange(0, STATES)
     behind = tl.arange(0, HALF)
     mine = held[:, None] & (behind >= 0)[None, :]
     rows = row.to(tl.int64)[:, None]
-    same = errors + 4 * rows * size + _subset(2 * behind)[None, :]
-    other = errors + 4 * rows * size + (_subset(2 * behind) ^ 2)[None, :]
+    first_error = errors + 4 * (rows * size + begin)
+    same = first_error + _subset(2 * behind)[None, :]
+    other = first_error + (_subset(2 * behind) ^ 2)[None, :]
     out = ways + rows * (tl.cdiv(size, WORD) * STATES) + behind[None, :]
     cost = tl.where((state == 0)[None, :] & (row >= 0)[:, None], 0.0, float("inf"))
     # Errors are read a column ahead: they do not have to wait for the costs.
-    same_error = tl.load(same, mask=mine, other=0.0)
-    other_error = tl.load(other, mask=mine, other=0.0)
-    for first in range(0, size, WORD):
+    columns = end - begin
+    same_error = tl.load(same, mask=mine & (columns > 0), other=0.0)
+    other_error = tl.load(other, mask=mine & (columns > 0), other=0.0)
+    for first in range(0, columns, WORD):
         from_high0 = tl.zeros([held.shape[0], HALF], tl.int32)
         from_high1 = tl.zeros([held.shape[0], HALF], tl.int32)
-        for column in range(first, tl.minimum(first + WORD, size)):
-            ahead = mine & (column + 1 < size)
+        for column in range(first, tl.minimum(first + WORD, columns)):
+            ahead = mine & (column + 1 < columns)
             next_same = tl.load(same + 4 * (column + 1), mask=ahead, other=0.0)
             next_other = tl.load(other + 4 * (column + 1), mask=ahead, other=0.0)
             halves = tl.permute(tl.reshape(cost, [held.shape[0], 2, HALF]), (0, 2, 1))
@@ -128,16 +133,16 @@ def least_paths(held, row, scratch, size):
 
 
 @triton.jit
-def write_codes(held, row, state, columns, scratch, size, n):
-    """Write the codes uint8 [BLOCK_R, n] of the columns, or coordinates `columns`, on the paths that end in `state`."""
+def write_codes(held, row, state, columns, scratch, size, begin, end, n):
+    """Write the codes uint8 [BLOCK_R, n] of a chain of columns, or of coordinates `columns`, on paths to `state`."""
     _, numbers, ways, codes = scratch
     rows = row.to(tl.int64)
     words = ways + rows * (tl.cdiv(size, WORD) * STATES)
-    for back in range(0, size):
-        column = size - 1 - back
-        bit = state & 1
-        word = tl.load(words + column // WORD * STATES + bit * HALF + (state >> 1), mask=held, other=0)
-        before = (state >> 1) + HALF * ((word >> (column % WORD)) & 1)
+    for back in range(0, end - begin):
+        column = end - 1 - back
+        bit, step = state & 1, column - begin
+        word = tl.load(words + step // WORD * STATES + bit * HALF + (state >> 1), mask=held, other=0)
+        before = (state >> 1) + HALF * ((word >> (step % WORD)) & 1)
         subset = _subset(2 * before + bit)
         number = tl.load(numbers + 4 * (rows * size + column) + subset, mask=held, other=0).to(tl.int32)
         code = ((number >> 2) << 1) | bit
@@ -149,13 +154,21 @@ def write_codes(held, row, state, columns, scratch, size, n):
 
 
 @triton.jit
-def search(base, held, row, columns, steps, trellis, scratch, size, n, HAS_KEY_GAIN: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the codes uint8 [BLOCK_R, n] of some rows; arguments as in `nearest_levels`."""
+def search(
+    base, held, row, columns, steps, trellis, scratch, sizes, n, HAS_KEY_GAIN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write the codes uint8 [BLOCK_R, n] of some rows; arguments as in `nearest_levels`.
+
+    `sizes` are those of the chains that the columns are, one behind the other; any may be 0.
+    """
+    size = sizes[0] + sizes[1]
     nearest_levels(base, held, row, columns, steps, trellis, scratch, size, HAS_KEY_GAIN, BLOCK)
-    tl.debug_barrier()  # what follows reads what other threads wrote
-    state = least_paths(held, row, scratch, size)
-    tl.debug_barrier()
-    write_codes(held, row, state, columns, scratch, size, n)
+    for chain in range(0, 2):
+        begin, end = chain * sizes[0], sizes[0] + chain * sizes[1]
+        tl.debug_barrier()  # what follows reads what other threads wrote, and writes where they have read
+        state = least_paths(held, row, scratch, size, begin, end)
+        tl.debug_barrier()
+        write_codes(held, row, state, columns, scratch, size, begin, end, n)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -181,4 +194,5 @@ def search_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     trellis = (reaches, slopes, starts, weights, widths, first_levels, levels)
     scratch = (errors, numbers, ways, codes)
-    search(unit + row.to(tl.int64) * size, row < count, row, None, None, trellis, scratch, size, size, False, BLOCK)
+    base = unit + row.to(tl.int64) * size
+    search(base, row < count, row, None, None, trellis, scratch, (size, 0), size, False, BLOCK)

@@ -1,4 +1,7 @@
-"""What the kernels look up in a codec: where each coordinate is in a row, and the factors of gains."""
+"""What the kernels look up in a codec: where each coordinate is in a row, and the factors of gains.
+
+Legend: `n` numbers of a row, of which the first `v` are read as they are, and the last `p` may be the code of a key.
+"""
 
 import functools
 from typing import NamedTuple
@@ -44,15 +47,16 @@ class Tables(NamedTuple):
     """The tables of one codec, on its device.
 
     Attributes:
-        layout: int32 [11, r], see `WIDTH` and the others.
+        layout: int32 [11, v], see `WIDTH` and the others.
         gains: the 256 factors, float32.
         stretches: sinh of the coordinates' bends, [n].
         planes: of each piece, six bits for each of its chunks: which bit fields (of 1, 2, 4, 8 or 16) occur in it, and
             whether columns of a trellis do (32).
-        key_layout: int32 [11, n - r].
+        key_layout: int32 [11, p], of the coordinates of a key's code.
         key_planes: the same of those coordinates.
         columns: which coordinates are the columns of the trellis, int64 [c]; None where there is none, as the next.
-        trellis: tables of the search.
+        trellis: tables of the search, [c].
+        chains: how many of the columns are the trellis's first chain, and how many its second one.
     """
 
     layout: torch.Tensor
@@ -63,20 +67,24 @@ class Tables(NamedTuple):
     key_planes: int
     columns: torch.Tensor | None
     trellis: TrellisTables | None
+    chains: tuple[int, int]
 
 
-# By codec, and by device and r. Not buffers: these follow from the widths, and a copied or loaded codec makes its own.
-_tables: WeakKeyDictionary[RowCodec, dict[tuple[torch.device, int], Tables]] = WeakKeyDictionary()
+# By codec, and by device, v and where the code of a key begins. Not buffers: these follow from the widths, and a copied
+# or loaded codec makes its own.
+_tables: WeakKeyDictionary[RowCodec, dict[tuple[torch.device, int, int], Tables]] = WeakKeyDictionary()
 
 
-def tables_of(codec: RowCodec, rank: int | None = None) -> Tables:
+def tables_of(codec: RowCodec, read_dim: int | None = None, key_start: int | None = None) -> Tables:
     """The tables of a codec, made once for each device that it is on.
 
     Args:
         codec: of rows of n numbers.
-        rank: r, the numbers ahead of the code of a key; or None for n, where rows hold no such code.
+        read_dim: v, how many numbers of a row are read as they are; or None for n.
+        key_start: which number is the first of a key's code; or None for n, where rows hold no such code.
     """
-    key = codec.widths.device, codec.row_dim if rank is None else rank
+    n = codec.row_dim
+    key = codec.widths.device, n if read_dim is None else read_dim, n if key_start is None else key_start
     found = _tables.setdefault(codec, {})
     if key not in found:
         with torch.inference_mode(False):
@@ -92,7 +100,7 @@ def circle_on(device: torch.device) -> torch.Tensor:
         return torch.stack(cosines_and_sines(angles))
 
 
-def _make_tables(codec: RowCodec, device: torch.device, rank: int) -> Tables:
+def _make_tables(codec: RowCodec, device: torch.device, read_dim: int, key_start: int) -> Tables:
     widths = codec.widths.cpu().int()
     layout = torch.zeros(ENTRIES, codec.row_dim, dtype=torch.int32, device="cpu")
     layout[WIDTH.value] = widths
@@ -111,37 +119,48 @@ def _make_tables(codec: RowCodec, device: torch.device, rank: int) -> Tables:
         start += size
     gains = torch.exp2((torch.arange(256, dtype=torch.float32, device=device) - 128) / 16)
     stretches = torch.sinh(torch.where(codec._bends > 0, codec._bends, 1.0))
-    columns, trellis, occurring = None, None, widths.clone()
+    columns, trellis, chains, occurring = None, None, (0, 0), widths.clone()
     # A trellis without columns is none: whole bytes are packed and read as those of other codecs.
     if isinstance(codec, TrellisCodec) and len(codec.in_chain):
-        columns, trellis = codec._chain_numbers, codec.trellis_tables()
-        _add_neighbours(layout, columns.cpu())
+        columns, trellis = codec._chain_numbers, _joined(codec)
+        first = codec.chains[0].stop
+        chains = (first, len(columns) - first)
+        layout[[entry.value for entry in NEIGHBOURS.values()]] = -1
+        for part in columns.cpu().split(chains):
+            _add_neighbours(layout, part)
         occurring[columns.cpu()] |= TRELLIS_COLUMNS
-    front, back = (part.contiguous().to(device) for part in (layout[:, :rank], layout[:, rank:]))
+    read, of_key = (part.contiguous().to(device) for part in (layout[:, :read_dim], layout[:, key_start:]))
     return Tables(
-        front,
+        read,
         gains,
         stretches,
-        _planes(occurring[:rank], rank < codec.row_dim),
-        back,
-        _occurring_in(occurring[rank:]),
+        _planes(occurring[:read_dim], key_start < codec.row_dim),
+        of_key,
+        _occurring_in(occurring[key_start:]),
         columns,
         trellis,
+        chains,
     )
 
 
+def _joined(codec: TrellisCodec) -> TrellisTables:
+    """What the search needs of the columns of both chains, without room between them."""
+    parts = [codec.trellis_tables(chain).of_columns(part.stop - part.start) for chain, part in enumerate(codec.chains)]
+    of_columns = [torch.cat(tables) for tables in zip(*(part[:-1] for part in parts), strict=True)]
+    return TrellisTables._make([*of_columns, parts[0].levels])
+
+
 def _add_neighbours(layout: torch.Tensor, columns: torch.Tensor) -> None:
-    """Write where the lowest bits of the codes before each column of the trellis are, which is in their largest field.
+    """Write where the lowest bits of the codes before each column of a chain are, which is in their largest field.
 
     Args:
-        layout: [11, n], the other entries filled in.
+        layout: [11, n], the other entries filled in, and -1 where no column is before another.
         columns: which coordinates they are, in their order, int64 [c].
     """
     widths, lowest = layout[WIDTH.value, columns], layout[IN_PLANE1.value, columns]
     for field in (2, 4):
         lowest = torch.where(widths & field > 0, layout[FIELDS[field].value, columns], lowest)
     for lag, entry in NEIGHBOURS.items():
-        layout[entry.value] = -1
         layout[entry.value, columns[lag:]] = lowest[:-lag]
 
 

@@ -74,14 +74,14 @@ def turned_keys(
 
     `code` and `turned` are what is taken apart here: where key codes are, and how; and where the angles are.
     """
-    base, held, key_numbers, key_gained, key_gain, layout, levels = code
+    base, held, key_numbers, gains, layout, levels = code
     table, table_stride, table_slots, circle, slot = turned
     first = tl.zeros([held.shape[0], F], tl.float32)
     second = tl.zeros([held.shape[0], F], tl.float32)
     # A few numbers at a time: each of them takes registers for its address, its code and its weights.
     for part in tl.static_range(D // CHUNK):
         number = part * CHUNK + tl.arange(0, CHUNK)
-        unit = units(base, held, number, key_numbers, key_gained, key_gain, layout, levels, PLANES).to(DTYPE)
+        unit = units(base, held, number, key_numbers, gains, layout, levels, PLANES, False).to(DTYPE)
         weight = _weights(weights, number, key_numbers, pair_count, 0, F)
         first = tl.dot(unit, weight, acc=first, input_precision=PRECISION)
         weight = _weights(weights, number, key_numbers, pair_count, 1, F)

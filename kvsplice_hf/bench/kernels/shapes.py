@@ -20,7 +20,6 @@ from kvsplice_hf.attend.triton.launch import (
     merge_launch,
     pack_launch,
     search_launch,
-    searched_columns,
     splits_for,
 )
 from kvsplice_hf.bench.geometries import GEOMETRIES
@@ -114,10 +113,10 @@ def packed_codec(shape: RowShape, kind: str = "packed") -> RowCodec:
 
 
 def search_tables(shape: RowShape) -> TrellisTables:
-    """What the search along the trellis of such a model's rows needs, on the CPU."""
+    """What the search of the first chain along the trellis of such a model's rows needs, on the CPU."""
     codec = packed_codec(shape, TRELLIS)
     assert isinstance(codec, TrellisCodec)
-    return codec.trellis_tables()
+    return codec.trellis_tables(0)
 
 
 def coded_keys(shape: RowShape, rows: int, device: str) -> CodedKeys:
@@ -144,6 +143,7 @@ class Case(NamedTuple):
         phase: one of `PHASES`.
         biased: whether scores get a bias, as those of padded batches and of prompts do.
         rows: S.
+        whole_values: whether the code of a key is part of the value as well.
     """
 
     kernel: str
@@ -153,6 +153,7 @@ class Case(NamedTuple):
     phase: str
     biased: bool = False
     rows: int = ROWS
+    whole_values: bool = False
 
     @property
     def shape(self) -> RowShape:
@@ -168,8 +169,10 @@ class Case(NamedTuple):
 
     @property
     def searched(self) -> tuple[int, int]:
-        """How many rows are searched along a trellis, and how many columns it has."""
-        return 1 if self.phase == "decode" else self.rows, searched_columns(packed_codec(self.shape, self.kind))
+        """How many rows are searched along a trellis, and how many columns its first chain has."""
+        codec = packed_codec(self.shape, self.kind)
+        assert isinstance(codec, TrellisCodec)
+        return 1 if self.phase == "decode" else self.rows, codec.chains[0].stop
 
     def problem(self, device: str = "cpu", empty: bool = True) -> Problem:
         """What attention is asked for, of tensors that hold nothing, or random numbers, always the same."""
@@ -181,9 +184,10 @@ class Case(NamedTuple):
                 return torch.empty(sizes, dtype=torch.float32, device=device)
             return torch.randn(sizes, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
-        query, rows = (numbers(1, self.queries, n) / n**0.5).to(dtype), numbers(1, self.rows, n)
+        query_dim = n + self.shape.rope_dim if self.whole_values else n
+        query, rows = (numbers(1, self.queries, query_dim) / query_dim**0.5).to(dtype), numbers(1, self.rows, n)
         bias = numbers(1, self.queries // self.shape.heads, self.rows) if self.biased else None
-        value_dim = self.shape.latent_dim
+        value_dim = n if self.whole_values else self.shape.latent_dim
         if self.kind not in PACKED_KINDS:
             return Problem(query, rows.to(dtype), None, value_dim, bias, None, dtype)
         codec = packed_codec(self.shape, self.kind).to(device)

@@ -200,7 +200,7 @@ inline void merge(const Problem& problem, int64_t sequence, int64_t query) {
 template <class Rows>
 bool attend(const Problem& problem) {
   bool done = true;
-  if (problem.keys.dim) fold_keys<typename Rows::Kind>(problem.keys, problem.codec, problem.values);
+  if (problem.keys.dim) fold_keys<typename Rows::Kind>(problem.keys, problem.codec, problem.keys.start);
 #pragma omp for schedule(static)
   for (int64_t row = 0; row < problem.batch * problem.queries; ++row) {
     turn_query<Rows>(problem, row / problem.queries, row % problem.queries);

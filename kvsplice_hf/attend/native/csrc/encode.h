@@ -26,7 +26,9 @@ struct Encoding {
   int64_t tokens, latent, rank, rotated;  // how many; R, r, P
   Numbers latents, rotations;             // [tokens, R] and [tokens, P]
   Transform transform;
-  Numbers compress;  // [r, R]
+  Numbers compress;   // [r, R]
+  Numbers expand;     // [R, r + predicted]
+  int64_t predicted;  // p where latents are predicted from what packing leaves of codes of keys, by the last p columns
   KeyCoding keys;
   int64_t kind;   // of the rows, a `RowKind`
   Packer packer;  // where they are packed
@@ -38,8 +40,10 @@ struct Encoding {
 // What goes from step to step: transformed latents and keys before their rotation, both filled up with 0 to whole
 // vectors, and rows as numbers.
 struct EncodingRoom {
-  int64_t latent, key, dim;  // numbers from one token to the next
-  float *latents, *keys, *rows, *rest;
+  int64_t latent, key, dim, kept;  // numbers from one token to the next
+  float *latents, *keys, *rows;
+  float* key_codes;  // as they will be read, where latents are predicted from that
+  float* rest;
 
   explicit EncodingRoom(const Encoding& given) {
     latent = round_up(given.latent, kLanes);
@@ -48,7 +52,9 @@ struct EncodingRoom {
     latents = given.room;
     keys = latents + given.tokens * latent;
     rows = keys + given.tokens * key;
-    rest = rows + given.tokens * dim;
+    kept = round_up(given.predicted, kLanes);
+    key_codes = rows + given.tokens * dim;
+    rest = key_codes + given.tokens * kept;
   }
 };
 
@@ -64,8 +70,26 @@ inline void transform_column(const Encoding& given, const EncodingRoom& room, in
   read(given.transform, column, scale, shift);
   for (int64_t token = 0; token < given.tokens; ++token) {
     const float number = number_at(given.latents, token * given.latent + column) * scale + shift;
-    room.latents[token * room.latent + column] = rounded(number, given.compress.is_bfloat16);
+    room.latents[token * room.latent + column] = rounded(number, given.compress.is_bfloat16 && !given.predicted);
   }
+}
+
+// What is left of a block of numbers of the latents of all tokens where they are predicted.
+inline void subtract_predicted(const Encoding& given, const EncodingRoom& room, int64_t block) {
+  const int64_t first = block * kRowsAtOnce, last = smaller(first + kRowsAtOnce, given.latent);
+  with_type(given.expand, [&](const auto* expand) {
+    dot(expand + given.rank, given.rank + given.predicted, first, last, given.predicted, room.key_codes, room.kept,
+        given.tokens, [&](int64_t token, int64_t number, float product) {
+          float& left = room.latents[token * room.latent + number];
+          left = rounded(left - product, given.compress.is_bfloat16);
+        });
+  });
+}
+
+inline void read_key_back(const Encoding& given, const EncodingRoom& room, int64_t token) {
+  float* kept = room.key_codes + token * room.kept;
+  read_back(given.packer, room.rows + token * room.dim, given.rank, kept, own_room(room.rest, given.packer.longest()));
+  for (int64_t number = given.predicted; number < room.kept; ++number) kept[number] = 0;
 }
 
 // A block of the codes of all tokens.
@@ -135,14 +159,22 @@ inline void encode(const Encoding& given) {
   }
 #pragma omp for schedule(static)
   for (int64_t column = 0; column < given.latent; ++column) transform_column(given, room, column);
-#pragma omp for schedule(static)
-  for (int64_t block = 0; block < blocks_of(given.rank, kRowsAtOnce); ++block) compress_latents(given, room, block);
   if (given.keys.rank) {
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < given.tokens; ++token) undo_turns(given, room, token);
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks_of(given.keys.rank, kRowsAtOnce); ++block) compress_keys(given, room, block);
   }
+  if (given.predicted) {
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < given.tokens; ++token) read_key_back(given, room, token);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks_of(given.latent, kRowsAtOnce); ++block) {
+      subtract_predicted(given, room, block);
+    }
+  }
+#pragma omp for schedule(static)
+  for (int64_t block = 0; block < blocks_of(given.rank, kRowsAtOnce); ++block) compress_latents(given, room, block);
 #pragma omp for schedule(static)
   for (int64_t token = 0; token < given.tokens; ++token) store_row(given, room, token);
 }

@@ -18,6 +18,7 @@ namespace kvsplice {
 // A key is R(slot) (expand key_code + mean), where R turns the two numbers of each pair.
 struct Keys {
   int64_t dim, rank;     // P and p; 0 where rows hold rotated keys
+  int64_t start;         // where in a row the code of its key begins
   Numbers expand, mean;  // [P, p] and [P]
   const int64_t* pairs;  // which numbers are turned together, [2, F]
   const uint8_t* table;  // the angles of each slot, in steps: [F, slots]

@@ -18,6 +18,7 @@ struct Packer {
   int64_t key_sized;        // how many behind them that of its key is taken from
   const float* key_sigmas;  // [key_sized]
   const float* bends;       // [n]; 0 where levels are equally far apart
+  int64_t numbers;          // n
   Trellis chains[2];        // of the columns that share the gain, and of those behind
 
   // Of the longer one, which working memory is for.
@@ -109,6 +110,44 @@ inline void pack_row(const Packer& packer, const float* row, uint8_t* packed, co
           codec.in_trellis(column) ? room.codes[searched++] : code_of(packer, row, column, gain_of_column(column));
       write_code(codec, column, code, packed);
     }
+  }
+}
+
+// What packing leaves of the numbers of a row from `start` on, which do not share the gain: see `RowCodec.behind`.
+inline void read_back(const Packer& packer, const float* row, int64_t start, float* kept, const SearchRoom& room) {
+  const Codec& codec = packer.codec;
+  float key_gain = 1.0f;
+  if (codec.has_key_gain)
+    key_gain = codec.gains[gain_of(codec, row, packer.sized, packer.key_sized, packer.key_sigmas)];
+  const auto gain_of_column = [&](int64_t column) {
+    return column < codec.gained + codec.key_gained ? key_gain : 1.0f;
+  };
+  int64_t next = codec.gained;
+  const auto unit = [&](int64_t) {
+    while (!codec.in_trellis(next)) ++next;
+    const int64_t column = next++;
+    return unit_of(codec, row, column, gain_of_column(column));
+  };
+  if (packer.chains[1].columns) search_row(packer.chains[1], room, unit, room.codes);
+  const int64_t numbers = packer.numbers - start;
+  for (int64_t number = 0; number < numbers; ++number) kept[number] = codec.base(start + number);
+  for (int64_t index = codec.gained_raw; index < codec.raw; ++index) {
+    const int64_t number = codec.index[codec.coded + index];
+    kept[number - start] = number_of(to_bfloat16(row[number]));
+  }
+  uint32_t lowest = 0;  // bits of the columns before, the last one first
+  int64_t searched = 0;
+  for (int64_t column = codec.gained; column < codec.coded; ++column) {
+    int level;
+    if (codec.in_trellis(column)) {
+      const int code = room.codes[searched++];
+      lowest = lowest << 1 | (code & 1);
+      level = (code >> 1) << 2 | ((lowest ^ lowest >> 1 ^ lowest >> 6) & 1) << 1 | ((lowest >> 2 ^ lowest >> 4) & 1);
+    } else {
+      level = code_of(packer, row, column, gain_of_column(column));
+    }
+    const float bent = sinh_of(all(codec.slopes[column] * level + codec.starts[column]))[0];
+    kept[codec.index[column] - start] += gain_of_column(column) * codec.scale(column) * bent;
   }
 }
 

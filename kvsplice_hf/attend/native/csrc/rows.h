@@ -40,10 +40,12 @@ struct Problem {
   float* sizes;   // logarithms of sums of exponentiated scores, [B, M]
   float* room;    // as many numbers as `room_of` says
 
-  // Where keys were coded before their rotation, columns are those of latents with a gain, of the other latents, and
-  // of turned keys. Which column of the codec one of the first two kinds is.
+  // Whether latents are predicted from their keys, so that codes of keys are values as well.
+  bool mixes_keys() const { return keys.dim > 0 && values > keys.start; }
+  // Where keys were coded before their rotation, columns are those of latents with a gain, of the other latents (or all
+  // of the codec), and of turned keys. Which column of the codec one of the first two kinds is.
   int64_t codec_column(int64_t column) const {
-    return keys.dim == 0 || column < codec.gained ? column : codec.coded + column - codec.gained;
+    return keys.dim == 0 || mixes_keys() || column < codec.gained ? column : codec.coded + column - codec.gained;
   }
 };
 
@@ -214,7 +216,8 @@ class PackedRows {
   void read() const {
     const Codec& codec = problem_.codec;
     const bool has_keys = problem_.keys.dim > 0;
-    const int64_t coded = has_keys ? codec.gained : codec.coded, raw = has_keys ? codec.gained_raw : codec.raw;
+    const bool apart = has_keys && !problem_.mixes_keys();
+    const int64_t coded = apart ? codec.gained : codec.coded, raw = apart ? codec.gained_raw : codec.raw;
     const KeyReader<In> keys(problem_.keys, codec, key_memory_);
     if (has_keys) keys.prepare(tile_.sequence, tile_.first, tile_.count);
     for (int64_t row = 0; row < tile_.count; row += kStrip) {
