@@ -54,15 +54,30 @@ PACK_CODED = Case("pack", "v3", CODED_KEYS, "bfloat16", "prefill")
 ALONG = Case("attend", "v2-lite", TRELLIS, "bfloat16", "decode")
 ALONG_FLOATS = Case("attend", "smollm2-mla", TRELLIS, "float32", "decode")
 ALONG_CODED = Case("attend", "v2-lite", TRELLIS_KEYS, "bfloat16", "prefill", biased=True)
+# The code of a key is part of the value.
+ALONG_WHOLE = Case("attend", "v2-lite", TRELLIS_KEYS, "bfloat16", "decode", whole_values=True)
 PACK_ALONG = Case("pack", "v3", TRELLIS_KEYS, "bfloat16", "prefill")
 PACK_ONE = Case("pack", "minicpm3", TRELLIS, "float32", "decode")
 SEARCH = Case("search", "v2-lite", TRELLIS, "float32", "prefill")
 WIDEST = Case("attend", WIDE, "full rank", "bfloat16", "prefill", biased=True)
 REPRESENTATIVES = {
     "sm_80": (PACKED, PROMPT, ODD, WIDEST, CODED, CODED_FLOATS, ALONG_FLOATS, PACK_ALONG),
-    "sm_90": (NARROW, PROMPT, MERGE, PACK, CODED_ODD, PACK_CODED, ALONG, ALONG_CODED, PACK_ALONG, PACK_ONE, SEARCH),
+    "sm_90": (
+        NARROW,
+        PROMPT,
+        MERGE,
+        PACK,
+        CODED_ODD,
+        PACK_CODED,
+        ALONG,
+        ALONG_CODED,
+        ALONG_WHOLE,
+        PACK_ALONG,
+        PACK_ONE,
+        SEARCH,
+    ),
     "sm_100": (NARROW, PROMPT, CODED_ODD, ALONG_CODED, PACK_ALONG),
-    "gfx942": (PACKED, FLOATS, CODED, PACK_CODED, ALONG_CODED, PACK_ALONG, SEARCH),
+    "gfx942": (PACKED, FLOATS, CODED, PACK_CODED, ALONG_CODED, ALONG_WHOLE, PACK_ALONG, SEARCH),
     "gfx1100": (NARROW, ODD, MERGE, PACK, ALONG, PACK_ONE, SEARCH),
 }
 
@@ -96,6 +111,16 @@ def test_rows_without_coded_keys_bring_nothing_of_them_into_a_kernel() -> None:
     assert not any((*packed, *pack))
     assert all(coded)
     assert pack_coded[0]
+
+
+def test_a_gain_of_keys_is_read_only_for_pieces_of_the_value_that_hold_their_code() -> None:
+    target = TARGETS["sm_80"]
+    flags = [
+        [case.launch(target.limits).settings[f"KEY_GAINS{piece}"] for piece in range(3)]
+        for case in (ALONG_WHOLE, ALONG_CODED, ALONG)
+    ]
+    assert flags[0][:2] == [False, True]
+    assert not any((*flags[1], *flags[2]))
 
 
 def test_rows_of_plain_levels_bring_nothing_of_a_trellis_into_a_kernel() -> None:

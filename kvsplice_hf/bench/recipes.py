@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, Quanti
 from transformers.cache_utils import Cache
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvsplice
+from kvsplice_hf.config import DEFAULT_CODEC, ROWS_CODEC
 
 
 # The recipe that all others are compared with.
@@ -40,13 +41,14 @@ class Recipe:
     Args:
         config: of the splice.
         is_packed: packed codes of a quarter of the stock bytes in bf16; they need calibration.
-        keys: of those, see `KVSpliceConfig`.
+        keys, codec: of those, see `KVSpliceConfig`.
         make_cache: from the model's config and the greatest length; each cache layer is spliced when it is used.
     """
 
     config: KVSpliceConfig | None = None
     is_packed: bool = False
     keys: str = "unrotated"
+    codec: str = DEFAULT_CODEC
     make_cache: Callable[[PreTrainedConfig, int], Cache] = _dynamic_cache
 
     @property
@@ -67,6 +69,7 @@ RECIPES: Mapping[str, Recipe] = {
     "rank R/2": Recipe(KVSpliceConfig(compression_ratio=0.5, init="orthogonal")),
     "packed 4x": Recipe(is_packed=True),
     "packed 4x, rotated keys": Recipe(is_packed=True, keys="rotated"),
+    "packed 4x, as in 0.2": Recipe(is_packed=True, keys="rotated", codec=ROWS_CODEC),
 }
 
 
@@ -97,7 +100,9 @@ def apply_recipe(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
         count = -(-tokens // (_CALIBRATION_WINDOW - KVSpliceConfig(bytes_per_token=bytes_per_token).sink_tokens))
         windows = random_tokens(model, count, _CALIBRATION_WINDOW)
         calibrator.collect(list(windows.split(1)), max_tokens=windows.numel(), progress=False)
-        splice = KVSpliceConfig(bytes_per_token=bytes_per_token, allocation="layer", keys=recipe.keys)
+        splice = KVSpliceConfig(
+            bytes_per_token=bytes_per_token, allocation="layer", keys=recipe.keys, codec=recipe.codec
+        )
         patch_model_with_kvsplice(model, splice, calibration=calibrator)
     return model
 

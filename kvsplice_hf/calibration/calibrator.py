@@ -4,7 +4,7 @@ import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from kvsplice_hf.calibration.data import as_batches, share_of_process
 from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model
 from kvsplice_hf.calibration.fit import LayerFit, fit_codec, fit_rank, fit_widths
 from kvsplice_hf.calibration.holdout import split_holdout
-from kvsplice_hf.calibration.solve import LayerSolution, solve_layer
+from kvsplice_hf.calibration.solve import KindOfRows, LayerSolution, solve_layer
 from kvsplice_hf.calibration.statistics import (
     Statistics,
     load_statistics,
@@ -93,18 +93,6 @@ class CalibrationReport:
         figure.savefig(path, dpi=120)
 
 
-class _KindOfRows(NamedTuple):
-    """What of the settings a layer's solution depends on; see `solve_layer`."""
-
-    unrotated: bool
-    predicted: bool
-
-    @classmethod
-    def of(cls, config: KVSpliceConfig) -> "_KindOfRows":
-        unrotated = config.keys == "unrotated"
-        return cls(unrotated, unrotated and config.is_packed and codec_class(config.codec).keys_apart)
-
-
 class KVSpliceCalibrator:
     """Collects what calibration needs to know of a model, and fits splices of any budget to it.
 
@@ -144,8 +132,8 @@ class KVSpliceCalibrator:
         # Sequences that nothing is fitted to.
         self.holdout: list[Batch] = []
         # By layer, and whether keys may be coded before their rotation.
-        self._solutions: dict[tuple[int, _KindOfRows], LayerSolution] = {}
-        self._distortions: dict[tuple[int, _KindOfRows], Distortion] = {}
+        self._solutions: dict[tuple[int, KindOfRows], LayerSolution] = {}
+        self._distortions: dict[tuple[int, KindOfRows], Distortion] = {}
 
     def collect(
         self,
@@ -298,7 +286,7 @@ class KVSpliceCalibrator:
             )
         for layer_idx in chosen:
             self.statistics[layer_idx].check(f"layer {layer_idx}")
-        of_rows = _KindOfRows.of(config)
+        of_rows = KindOfRows.of(config)
         solutions = [self._solution(layer_idx, of_rows) for layer_idx in chosen]
         fit = self._fit_ranks
         if config.is_packed:
@@ -306,13 +294,13 @@ class KVSpliceCalibrator:
         fits = fit(config, chosen, solutions)
         return dict(zip(chosen, fits, strict=True)), _report(chosen, solutions, fits)
 
-    def _solution(self, layer_idx: int, of_rows: _KindOfRows) -> LayerSolution:
+    def _solution(self, layer_idx: int, of_rows: KindOfRows) -> LayerSolution:
         key = layer_idx, of_rows
         if key not in self._solutions:
-            self._solutions[key] = solve_layer(self.statistics[layer_idx], self.metric, **of_rows._asdict())
+            self._solutions[key] = solve_layer(self.statistics[layer_idx], self.metric, rows=of_rows)
         return self._solutions[key]
 
-    def _distortion(self, layer_idx: int, of_rows: _KindOfRows) -> Distortion:
+    def _distortion(self, layer_idx: int, of_rows: KindOfRows) -> Distortion:
         key = layer_idx, of_rows
         if key not in self._distortions:
             self._distortions[key] = measure_distortion(self._solution(layer_idx, of_rows))
@@ -329,7 +317,7 @@ class KVSpliceCalibrator:
     def _fit_bytes(self, config: KVSpliceConfig, chosen: list[int], solutions: list[LayerSolution]) -> list[LayerFit]:
         self._require_tokens(max(solution.latent_dim for solution in solutions))
         progress = tqdm(chosen, desc="measuring codes", file=sys.stderr, disable=len(chosen) < 8)
-        distortions = [self._distortion(layer_idx, _KindOfRows.of(config)) for layer_idx in progress]
+        distortions = [self._distortion(layer_idx, KindOfRows.of(config)) for layer_idx in progress]
         budget = config.row_budget(max(len(solution.cost) for solution in solutions), _shared_bytes(solutions))
         kind: Any = codec_class(config.codec)
         found = allocate(solutions, distortions, budget, kind=kind, per_layer=config.allocation == "layer")

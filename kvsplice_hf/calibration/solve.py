@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 
 from kvsplice_hf.calibration.statistics import PAIRINGS, LayerStatistics
+from kvsplice_hf.code.codecs import codec_class
+from kvsplice_hf.config import KVSpliceConfig
 
 
 # Share of the metric's own diagonal mixed into it. Off-diagonal estimates from a few thousand tokens are noisy, and the
@@ -82,13 +84,28 @@ class LayerSolution:
         return len(self.key_mean)
 
 
+class KindOfRows(NamedTuple):
+    """What of the settings a solution depends on.
+
+    Attributes:
+        unrotated: whether keys may be coded before their rotation.
+        predicted: whether latents are to be predicted from the codes of such keys.
+    """
+
+    unrotated: bool = True
+    predicted: bool = False
+
+    @classmethod
+    def of(cls, config: KVSpliceConfig) -> "KindOfRows":
+        unrotated = config.keys == "unrotated"
+        return cls(unrotated, unrotated and config.is_packed and codec_class(config.codec).keys_apart)
+
+
+_PLAIN = KindOfRows()
+
+
 def solve_layer(
-    statistics: LayerStatistics,
-    metric: str,
-    shrinkage: float = SHRINKAGE,
-    *,
-    unrotated: bool = True,
-    predicted: bool = False,
+    statistics: LayerStatistics, metric: str, shrinkage: float = SHRINKAGE, *, rows: KindOfRows = _PLAIN
 ) -> LayerSolution:
     """The solution of one layer.
 
@@ -96,16 +113,15 @@ def solve_layer(
         statistics: of the layer.
         metric: "fisher", "readers" or "pca".
         shrinkage: see `SHRINKAGE`.
-        unrotated: whether keys may be coded before their rotation.
-        predicted: whether latents are to be predicted from the codes of such keys.
+        rows: what is stored.
     """
     matrix = _latent_metric(statistics, metric, shrinkage)
-    pairing, keys = _key_basis(statistics, metric, shrinkage, unrotated)
+    pairing, keys = _key_basis(statistics, metric, shrinkage, rows.unrotated)
     key_mean = statistics.rot_sum[pairing] / statistics.count
     key_codes = (statistics.sampled_keys(pairing) - key_mean) @ keys.encode.T
     latents = statistics.rows[:, : statistics.latent_dim].double() - statistics.mean
     covariance, predict = statistics.covariance, None
-    if predicted and pairing:
+    if rows.predicted and pairing:
         predict, explained = _prediction(statistics, pairing, keys)
         covariance, latents = covariance - explained, latents - key_codes @ predict.T
     basis = _basis_of(_shrunk(covariance, statistics.count), matrix)

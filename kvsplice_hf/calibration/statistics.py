@@ -215,7 +215,8 @@ class LayerStatistics:
         """
         if self.count < 2:
             raise CalibrationError(f"{where} was given {int(self.count)} calibration tokens. Give it more text.")
-        sums = torch.cat([part.flatten() for part in (self.latent_outer, self.fisher, self.rot_outer, self.cross, self.rot_fisher)])
+        parts = (self.latent_outer, self.fisher, self.rot_outer, self.cross, self.rot_fisher)
+        sums = torch.cat([part.flatten() for part in parts])
         if not torch.isfinite(sums).all():
             raise CalibrationError(
                 f"{where} computed latents or gradients that are not finite on the calibration text. Load the model in "

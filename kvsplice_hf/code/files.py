@@ -76,7 +76,7 @@ def write_splice_files(
 
 
 def _written(config: KVSpliceConfig) -> dict[str, Any]:
-    """The settings, without a codec where it is the oldest one: releases that know no other go on reading such files."""
+    """The settings, without the codec where it is the oldest one: releases that know no other go on reading those."""
     return {name: value for name, value in config.to_dict().items() if (name, value) != ("codec", ROWS_CODEC)}
 
 

@@ -36,6 +36,7 @@ from kvsplice_hf.bench.comparison import Comparison, Row, loss_text, ours
 from kvsplice_hf.bench.tables import NOT_FINITE, number
 from kvsplice_hf.calibration import allocate, calibrator, collect, fit, solve
 from kvsplice_hf.code.levels import GRIDS
+from kvsplice_hf.code.trellis import TrellisCodec
 from kvsplice_hf.text import spread_evenly
 
 
@@ -222,6 +223,13 @@ _HALVES = 1  # in `PAIRINGS`
 
 
 @contextlib.contextmanager
+def latents_alone() -> Iterator[None]:
+    """Latents are not predicted from their keys."""
+    with mock.patch.object(TrellisCodec, "keys_apart", False):
+        yield
+
+
+@contextlib.contextmanager
 def key_gain(margin: float) -> Iterator[None]:
     """A gain of their own for the keys of layers where it saves so many times what its bits save elsewhere."""
     with mock.patch.object(allocate, "_GAIN_MARGIN", margin):
@@ -243,6 +251,7 @@ PARTS = {
     "per-layer": Part("the same bytes for each layer", changes={"allocation": "layer"}),
     "flat": Part("no water-filling: the same bits for all coordinates", while_fitting=same_bits_everywhere),
     "no-gain": Part("no gain per token", while_fitting=no_gain),
+    "latents-alone": Part("latents not predicted from their keys", while_fitting=latents_alone),
     "rounded": Part("each coordinate rounded, no trellis", changes={"codec": "rows"}),
     "uniform": Part("rounded, uniform levels, fitted scales", changes={"codec": "rows"}, while_fitting=uniform_levels),
     "gaussian-steps": Part(

@@ -227,6 +227,14 @@ def attend_kernel(
             of_row = (gained, gain, gained + key_gained, second_gain)
         tile0 = _row_tile(base, held, 0, n, of_row, layout_here, levels, PACKED, PLANES0, KEY_GAINS0, D0, DTYPE)
         score = tl.dot(query0, tl.trans(tile0), input_precision=PRECISION)
+        if D1 > 0:
+            tile1 = _row_tile(base, held, D0, n, of_row, layout_here, levels, PACKED, PLANES1, KEY_GAINS1, D1, DTYPE)
+            score = tl.dot(query1, tl.trans(tile1), acc=score, input_precision=PRECISION)
+        if D2 > 0:
+            tile2 = _row_tile(
+                base, held, D0 + D1, n, of_row, layout_here, levels, PACKED, PLANES2, KEY_GAINS2, D2, DTYPE
+            )
+            score = tl.dot(query2, tl.trans(tile2), acc=score, input_precision=PRECISION)
         if KEY > 0:
             # Behind the product with the value: ahead of it, float32 queries are held in registers and spilled.
             slot = tl.load(slots + batch * slots_batch + row_index.to(tl.int64) * slots_row, mask=held, other=0)
@@ -241,14 +249,6 @@ def attend_kernel(
             )
             score = tl.dot(first_query, tl.trans(keys[0]), acc=score, input_precision=PRECISION)
             score = tl.dot(second_query, tl.trans(keys[1]), acc=score, input_precision=PRECISION)
-        if D1 > 0:
-            tile1 = _row_tile(base, held, D0, n, of_row, layout_here, levels, PACKED, PLANES1, KEY_GAINS1, D1, DTYPE)
-            score = tl.dot(query1, tl.trans(tile1), acc=score, input_precision=PRECISION)
-        if D2 > 0:
-            tile2 = _row_tile(
-                base, held, D0 + D1, n, of_row, layout_here, levels, PACKED, PLANES2, KEY_GAINS2, D2, DTYPE
-            )
-            score = tl.dot(query2, tl.trans(tile2), acc=score, input_precision=PRECISION)
         if HAS_BIAS:
             place = bias + batch * bias_batch + row_index.to(tl.int64)[None, :] * bias_key
             place += (query_index % bias_period).to(tl.int64)[:, None] * bias_query

@@ -15,7 +15,8 @@ from kvsplice_hf.attend.triton.pieces import WIDEST, pieces_of
 _PROGRAMS_PER_PROCESSOR = 2
 # Fewer blocks of rows than this are not worth a split, whose result is written and read again.
 _BLOCKS_PER_SPLIT = 4
-# Wider rows leave 64 queries too little of shared memory and registers, and of the tensor memory of Blackwell.
+# Wider rows leave 64 queries too little of shared memory and registers, and of the tensor memory of Blackwell. Decoded,
+# they leave eight warps of 64 lanes too few registers.
 _WIDEST_FOR_64 = 576
 # What devices have that do not say, AMD's among them.
 _SHARED_MEMORY = 1 << 16
@@ -68,7 +69,7 @@ def choose_blocks(queries: int, n: int, dtype: torch.dtype, packed: bool, limits
 
     Args:
         queries: M.
-        n: numbers of a row.
+        n: numbers of a row, and of its key where that is coded apart from them: what a query has.
         dtype: of the products.
         packed: whether rows are decoded.
         limits: of the device.
@@ -84,7 +85,10 @@ def choose_blocks(queries: int, n: int, dtype: torch.dtype, packed: bool, limits
     while _shared_memory(tall, rows, stages, width, size) > limits.shared_memory and tall + stages > 17:
         tall, stages = (tall, stages - 1) if stages > 1 else (tall // 2, stages)
     # Four warps of 64 lanes may have twice the registers of eight.
-    few = size == 4 if limits.lanes == 64 else not needs_registers and tall == 16 and width <= 256
+    if limits.lanes == 64:
+        few = size == 4 or (packed and n > _WIDEST_FOR_64)
+    else:
+        few = not needs_registers and tall == 16 and width <= 256
     return Blocks(tall, rows, 4 if few else 8, stages)
 
 
