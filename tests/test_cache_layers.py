@@ -358,9 +358,9 @@ class CountingSplice(LearnedKVSplice):
 
     encoded = 0
 
-    def encode(self, latent: torch.Tensor) -> torch.Tensor:
+    def encode(self, latent: torch.Tensor, key_code: torch.Tensor | None = None) -> torch.Tensor:
         self.encoded += latent.shape[2]
-        return super().encode(latent)
+        return super().encode(latent, key_code)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -34,7 +34,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, defau
 
 from kvsplice_hf import (
     KVSpliceConfig,
-    RowCodec,
     demo,
     folders,
     load_kvsplice,
@@ -701,7 +700,8 @@ def test_weights_with_other_widths_are_loaded_whole_or_refused(tmp_path: Path) -
     model.load_state_dict(turned)
     assert not torch.equal(logits(model), before)
     for _, patched in patched_sites(model):
-        fresh = RowCodec(*(getattr(patched.splice.codec, name).detach() for name in RowCodec.saved))
+        codec = patched.splice.codec
+        fresh = type(codec)(*(getattr(codec, name).detach() for name in codec.saved))
         assert all(torch.equal(table, getattr(patched.splice.codec, name)) for name, table in fresh.named_buffers())
     with pytest.raises(RuntimeError, match="load_kvsplice"):
         model.load_state_dict(with_widths(model, lambda widths: torch.full_like(widths, 8)))

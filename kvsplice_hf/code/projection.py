@@ -363,9 +363,10 @@ class LearnedKVSplice(nn.Module):
             None,
         )
 
-    def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """What is left of latents [..., R] after the round trip through their codes, where these are all they need."""
-        return self.decode(self.encode(latent))
+    def forward(self, latent: torch.Tensor, key_code: torch.Tensor | None = None) -> torch.Tensor:
+        """What is left of latents [..., R] after the round trip through their codes; arguments as of `encode`."""
+        codes = self.encode(latent, key_code)
+        return self.decode(codes if key_code is None else torch.cat([codes, key_code.to(codes.dtype)], dim=-1))
 
     def extra_repr(self) -> str:
         return f"latent_dim={self.latent_dim}, rank={self.rank}"

@@ -25,6 +25,7 @@ from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import register_codec
 from kvsplice_hf.code.levels import GRIDS, Grid
 from kvsplice_hf.config import TRELLIS_CODEC
+from kvsplice_hf.errors import ConfigError
 
 
 # The widths of columns that take part: the level numbers of wider ones would not fit into a byte.
@@ -282,10 +283,18 @@ class TrellisCodec(RowCodec):
             lines[:, chain] = level_numbers(lines[:, chain], 1)
         return lines
 
+    def behind(self, numbers: torch.Tensor, start: int) -> torch.Tensor:
+        if start != len(self.sigmas):
+            raise ConfigError(
+                f"The numbers from {start} on are asked for alone, and {len(self.sigmas)} share a gain: along a trellis "
+                "those behind these come back by themselves. Calibrate again."
+            )
+        return super().behind(numbers, start)
+
     def quantise(self, rows: torch.Tensor, gains: torch.Tensor, start: int = 0) -> torch.Tensor:
         codes = super().quantise(rows, gains)  # of the columns that are not in a trellis
         unit = (rows.float() - self.centres) / self._row_scales(gains)
-        asked = self.chains[1:] if 0 < len(self.sigmas) <= start else self.chains
+        asked = self.chains[1:] if start else self.chains
         for chain, part in enumerate(asked, start=len(self.chains) - len(asked)):
             numbers = self._chain_numbers[part]
             if len(numbers) and codes.numel():

@@ -103,7 +103,11 @@ def no_gain() -> Iterator[None]:
         return fit_widths(statistics, solution, allocation, make)  # type: ignore[arg-type]
 
     fit_widths = fit.fit_widths
-    with mock.patch.object(allocate, "gains_of", ones), mock.patch.object(calibrator, "fit_widths", without):
+    with (
+        mock.patch.object(allocate, "gains_of", ones),
+        mock.patch.object(calibrator, "fit_widths", without),
+        latents_alone(),  # which along a trellis takes a gain
+    ):
         yield
 
 
