@@ -17,7 +17,7 @@ Legend: `T` rows, `n` coordinates, `c` columns of a trellis, `m` columns, `S` = 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -247,6 +247,10 @@ class TrellisCodec(RowCodec):
         for name, *parts in zip(TrellisTables._fields[:-1], *(table[:-1] for table in tables), strict=True):
             self.register_buffer(f"chain_{name}", torch.cat(parts), persistent=False)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _register_operator()  # a copy may be in another process
+        super().__setstate__(state)
+
     def _tables_of(self, columns: torch.Tensor, numbers: torch.Tensor) -> TrellisTables:
         """What the search needs of these columns, which are these coordinates."""
         # A coordinate's bits were allotted so that its error costs as much as those of others: so errors count by what
@@ -286,8 +290,8 @@ class TrellisCodec(RowCodec):
     def behind(self, numbers: torch.Tensor, start: int) -> torch.Tensor:
         if start != len(self.sigmas):
             raise ConfigError(
-                f"The numbers from {start} on are asked for alone, and {len(self.sigmas)} share a gain: along a trellis "
-                "those behind these come back by themselves. Calibrate again."
+                f"The numbers from {start} on are asked for alone, and {len(self.sigmas)} share a gain: along a "
+                "trellis, those behind these come back by themselves. Calibrate again."
             )
         return super().behind(numbers, start)
 
