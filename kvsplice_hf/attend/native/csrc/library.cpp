@@ -37,29 +37,19 @@ KVSPLICE_EXPORT int kvsplice_decode(const kvsplice::Decoding* handed) {
   return failed;
 }
 
-KVSPLICE_EXPORT int kvsplice_encode(const kvsplice::Encoding* handed) {
-  kvsplice::Encoding given = *handed;
+// Work that every thread of a parallel region takes its part in, with room to work in.
+template <class Given, class Work>
+int with_room(const Given* handed, Work work) {
+  Given given = *handed;
   given.room = room_for(given);
   if (given.room == nullptr) return 1;
 #pragma omp parallel num_threads(given.threads)
-  kvsplice::encode(given);
+  work(given);
   return 0;
 }
 
-KVSPLICE_EXPORT int kvsplice_pack(const kvsplice::Packing* handed) {
-  kvsplice::Packing packing = *handed;
-  packing.room = room_for(packing);
-  if (packing.room == nullptr) return 1;
-#pragma omp parallel num_threads(packing.threads)
-  kvsplice::pack(packing);
-  return 0;
-}
+KVSPLICE_EXPORT int kvsplice_encode(const kvsplice::Encoding* handed) { return with_room(handed, kvsplice::encode); }
 
-KVSPLICE_EXPORT int kvsplice_search(const kvsplice::Search* handed) {
-  kvsplice::Search given = *handed;
-  given.room = room_for(given);
-  if (given.room == nullptr) return 1;
-#pragma omp parallel num_threads(given.threads)
-  kvsplice::search(given);
-  return 0;
-}
+KVSPLICE_EXPORT int kvsplice_pack(const kvsplice::Packing* handed) { return with_room(handed, kvsplice::pack); }
+
+KVSPLICE_EXPORT int kvsplice_search(const kvsplice::Search* handed) { return with_room(handed, kvsplice::search); }

@@ -74,6 +74,26 @@ inline void write_code(const Codec& codec, int64_t column, uint8_t code, uint8_t
   }
 }
 
+// Calls `each(column, code)` for the columns of one of the chains, and those beside them that are rounded.
+// `gain_of_column(column)` multiplies their scales.
+template <class Gain, class Each>
+void each_code(const Packer& packer, const float* row, int chain, Gain&& gain_of_column, const SearchRoom& room,
+               Each&& each) {
+  const Codec& codec = packer.codec;
+  const int64_t first = chain ? codec.gained : 0, last = chain ? codec.coded : codec.gained;
+  int64_t next = first, searched = 0;
+  const auto unit = [&](int64_t) {
+    while (!codec.in_trellis(next)) ++next;
+    const int64_t column = next++;
+    return unit_of(codec, row, column, gain_of_column(column));
+  };
+  if (packer.chains[chain].columns) search_row(packer.chains[chain], room, unit, room.codes);
+  for (int64_t column = first; column < last; ++column) {
+    each(column,
+         codec.in_trellis(column) ? room.codes[searched++] : code_of(packer, row, column, gain_of_column(column)));
+  }
+}
+
 inline void pack_row(const Packer& packer, const float* row, uint8_t* packed, const SearchRoom& room) {
   const Codec& codec = packer.codec;
   std::fill_n(packed, codec.row_bytes, uint8_t{0});
@@ -95,21 +115,9 @@ inline void pack_row(const Packer& packer, const float* row, uint8_t* packed, co
     const int64_t behind = column - codec.gained;
     return behind < 0 ? gain : behind < codec.key_gained ? key_gain : 1.0f;
   };
-  int64_t next = 0;
-  const auto unit = [&](int64_t) {
-    while (!codec.in_trellis(next)) ++next;
-    const int64_t column = next++;
-    return unit_of(codec, row, column, gain_of_column(column));
-  };
   for (int chain = 0; chain < 2; ++chain) {
-    const Trellis& trellis = packer.chains[chain];
-    if (trellis.columns) search_row(trellis, room, unit, room.codes);
-    int64_t searched = 0;
-    for (int64_t column = chain ? codec.gained : 0; column < (chain ? codec.coded : codec.gained); ++column) {
-      const uint8_t code =
-          codec.in_trellis(column) ? room.codes[searched++] : code_of(packer, row, column, gain_of_column(column));
-      write_code(codec, column, code, packed);
-    }
+    each_code(packer, row, chain, gain_of_column, room,
+              [&](int64_t column, uint8_t code) { write_code(codec, column, code, packed); });
   }
 }
 
@@ -122,13 +130,6 @@ inline void read_back(const Packer& packer, const float* row, int64_t start, flo
   const auto gain_of_column = [&](int64_t column) {
     return column < codec.gained + codec.key_gained ? key_gain : 1.0f;
   };
-  int64_t next = codec.gained;
-  const auto unit = [&](int64_t) {
-    while (!codec.in_trellis(next)) ++next;
-    const int64_t column = next++;
-    return unit_of(codec, row, column, gain_of_column(column));
-  };
-  if (packer.chains[1].columns) search_row(packer.chains[1], room, unit, room.codes);
   const int64_t numbers = packer.numbers - start;
   for (int64_t number = 0; number < numbers; ++number) kept[number] = codec.base(start + number);
   for (int64_t index = codec.gained_raw; index < codec.raw; ++index) {
@@ -136,19 +137,15 @@ inline void read_back(const Packer& packer, const float* row, int64_t start, flo
     kept[number - start] = number_of(to_bfloat16(row[number]));
   }
   uint32_t lowest = 0;  // bits of the columns before, the last one first
-  int64_t searched = 0;
-  for (int64_t column = codec.gained; column < codec.coded; ++column) {
-    int level;
+  each_code(packer, row, 1, gain_of_column, room, [&](int64_t column, int code) {
+    int level = code;
     if (codec.in_trellis(column)) {
-      const int code = room.codes[searched++];
       lowest = lowest << 1 | (code & 1);
       level = (code >> 1) << 2 | ((lowest ^ lowest >> 1 ^ lowest >> 6) & 1) << 1 | ((lowest >> 2 ^ lowest >> 4) & 1);
-    } else {
-      level = code_of(packer, row, column, gain_of_column(column));
     }
     const float bent = sinh_of(all(codec.slopes[column] * level + codec.starts[column]))[0];
     kept[codec.index[column] - start] += gain_of_column(column) * codec.scale(column) * bent;
-  }
+  });
 }
 
 // Called by all threads of a parallel region.
