@@ -194,6 +194,7 @@ NEVER_MISSING = {
     "research/compare_spectra.py",
     "research/gather_text.py",
     "research/study_transform.py",
+    "research/study_tuning.py",
     "run/demo.py",
     "run/finetune_kvsplice.py",
     "run/train_gpt2_mla.py",

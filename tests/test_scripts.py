@@ -189,6 +189,10 @@ def test_a_model_that_is_not_there_ends_a_script_with_its_name(script: str, tmp_
         ("measure/benchmark_calibration.py", "--rounds", "0"),
         ("measure/benchmark_calibration.py", "--metrics", "fishy"),
         ("research/ablate_calibration.py", "--rows", "fishy"),
+        ("research/study_tuning.py", "--coordinates", "fishy"),
+        ("research/study_tuning.py", "--steps", "0"),
+        ("research/study_tuning.py", "--windows", "3"),
+        ("research/study_tuning.py", "--calibration", "auto"),
         ("research/ablate_conversion.py", "--tables", "fishy"),
     ],
 )
@@ -203,7 +207,17 @@ def test_a_setting_that_cannot_be_used_ends_a_script_with_its_name_and_value(
 
 def test_every_part_of_calibration_can_be_left_out(model_folder: str, tmp_path: Path) -> None:
     sizes = ["--budget", "14", "--window", "64", "--evaluation-tokens", "512", "--calibration-tokens", "2048"]
-    rows = ["--rows", "default", "no-sinks", "readers", "flat", "no-gain", "gaussian-steps", "rot-8"]
+    rows = [
+        "--rows",
+        "default",
+        "no-sinks",
+        "readers",
+        "flat",
+        "no-gain",
+        "gaussian-steps",
+        "rot-8",
+        "behind-coded-layers",
+    ]
     report = run_program(
         "research/ablate_calibration.py", "--model", model_folder, *sizes, *rows, "--output", str(tmp_path)
     )
@@ -211,6 +225,21 @@ def test_every_part_of_calibration_can_be_left_out(model_folder: str, tmp_path: 
     assert list(losses) == rows[1:]
     assert losses["flat"] > losses["default"]
     assert all(row["bytes_per_token"] <= 14 for row in report["results"])
+
+
+def test_a_learning_curve_has_a_row_for_each_look_of_each_run(model_folder: str, tmp_path: Path) -> None:
+    sizes = ["--bytes_per_token", "14", "--calibration", "pydoc", "--calibration_tokens", "2048", "--block_size", "64"]
+    runs = ["--windows", "2", "4", "--coordinates", "calibrated", "plain", "--learning_rates", "1e-5", "1e-4"]
+    report = run_program(
+        *("research/study_tuning.py", "--model", model_folder, *sizes, *runs),
+        *("--dataset", "pydoc", "--evaluation_windows", "2", "--steps", "4", "--looks", "2", "--output", str(tmp_path)),
+    )
+    rows = report["results"]
+    found = [(row["coordinates"], row["windows"], row["step"]) for row in rows]
+    assert found == [(name, size, step) for name in ("calibrated", "plain") for size in (2, 4) for step in (0, 2, 4)]
+    before = [row["texts"] for row in rows if row["step"] == 0]
+    assert all(texts == before[0] for texts in before)
+    assert all(row["texts"] != before[0] for row in rows if row["step"])
 
 
 def test_the_research_import_path_leads_to_the_package() -> None:

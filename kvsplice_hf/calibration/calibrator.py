@@ -294,6 +294,20 @@ class KVSpliceCalibrator:
         fits = fit(config, chosen, solutions)
         return dict(zip(chosen, fits, strict=True)), _report(chosen, solutions, fits)
 
+    def solution(self, layer_idx: int, config: KVSpliceConfig) -> LayerSolution:
+        """The best basis of a layer for rows of this kind.
+
+        Raises:
+            CalibrationError: the layer was not calibrated, or nothing can be fitted to its statistics.
+        """
+        if layer_idx not in self.statistics:
+            raise CalibrationError(
+                f"The calibration holds layers {sorted(self.statistics)}, but not {layer_idx}. It is of another model: "
+                "calibrate this one."
+            )
+        self.statistics[layer_idx].check(f"layer {layer_idx}")
+        return self._solution(layer_idx, KindOfRows.of(config))
+
     def _solution(self, layer_idx: int, of_rows: KindOfRows) -> LayerSolution:
         key = layer_idx, of_rows
         if key not in self._solutions:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from kvsplice_hf.patch.base import splice_parts
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.weights.fingerprint import decoder_around, digest
 
@@ -22,13 +23,13 @@ def model_fingerprint(model: nn.Module, sites: Sequence[AttentionSite]) -> str:
     """A digest of the decoder around the sites, and one of everything else in `model` (the output layer, say).
 
     Both are of numbers rounded to bf16, so that the dtype in which a model was loaded makes no difference. Weights that
-    accelerate offloads are read; of what is nowhere (meta device) only the sizes count.
+    accelerate offloads are read; of what is nowhere (meta device) only the sizes count. Splices do not count.
 
     Returns:
         "all-weights:DECODER:REST".
     """
     inside = decoder_around(model, sites[0].module)
-    return ":".join([_PREFIX, digest(inside), digest(model, inside.modules())])
+    return ":".join([_PREFIX, digest(inside, splice_parts(model)), digest(model, inside.modules())])
 
 
 def same_model(one: str, other: str) -> bool:

@@ -31,7 +31,7 @@ def base_fingerprint(model: nn.Module, module: nn.Module) -> str:
     decoder = decoder_around(model, module)
     if not is_patched(model):
         return digest(decoder, needs_all=True)
-    splices = [part for (_, patched), _ in patched_modules(model) for part in _splice_parts(patched)]
+    splices = splice_parts(model)
     patch, stamp = find_patch(model)[1], _stamp(decoder, splices)
     if patch.known_base[0] != stamp:
         patch.known_base = stamp, digest(decoder, splices, needs_all=True)
@@ -57,8 +57,10 @@ def warn_of_other_base(model: nn.Module, module: nn.Module, saved: str, director
         )
 
 
-def _splice_parts(module: Any) -> list[nn.Module]:
-    return list(module.kvsplice.modules()) if "kvsplice" in module._modules else []
+def splice_parts(model: nn.Module) -> list[nn.Module]:
+    """All modules of the splices of a model; none where it is not patched."""
+    holders: list[Any] = [module for (_, module), _ in patched_modules(model) if "kvsplice" in module._modules]
+    return [part for holder in holders for part in holder.kvsplice.modules()]
 
 
 def _stamp(decoder: nn.Module, splices: Iterable[nn.Module]) -> list[tuple[int, int, int]]:

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import SCHEDULER_NAME
 
 from kvsplice_hf import folders
+from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
 from kvsplice_hf.code.files import CONFIG_NAME, WEIGHTS_NAME
 from kvsplice_hf.errors import ConfigError, TrainingError
 from kvsplice_hf.manage.loading import load_kvsplice
 from kvsplice_hf.patch.saving import save_kvsplice
-from kvsplice_hf.patch.state import find_patch, splice_disabled
+from kvsplice_hf.patch.state import find_patch, patched_sites, splice_disabled
+from kvsplice_hf.training.calibrated_steps import CalibratedSteps
 from kvsplice_hf.training.monitor import HistogramCallback, splice_metrics
 from kvsplice_hf.training.objectives import (
     cross_entropy,
@@ -47,7 +49,8 @@ class KVSpliceTrainingArguments(TrainingArguments):
         lm_weight: of the cross entropy of the labels, nats per token.
         reconstruction_weight: of the relative squared error of the latents as `kv_b_proj` reads them.
         temperature: of the divergence.
-        learning_rate: of the projections.
+        learning_rate: of the projections. With a `calibration` (see `KVSpliceTrainer`) it is the square root of twice
+            what a step of one number costs, in nats per token.
         transform_learning_rate: of the transform's scale and shift; by default `learning_rate`.
         steps_learning_rate: of the level scales and centres of packed rows; by default `learning_rate`.
 
@@ -90,10 +93,18 @@ class KVSpliceTrainer(Trainer):
     Takes what `Trainer` takes; `args` must be `KVSpliceTrainingArguments`. Batches need `input_ids`; where there are
     `labels`, positions with -100 are not counted. `save_model` and checkpoints write what `save_kvsplice` writes.
 
+    Args:
+        model: a patched model, of whose parameters those of the splice are trainable.
+        args: `KVSpliceTrainingArguments`.
+        rest, kwargs: as of `Trainer`.
+        calibration: statistics of the model (a calibrator, or a file of `KVSpliceCalibrator.save`). If given, steps are
+            taken in the coordinates of calibration, where each number costs alike (`CalibratedSteps`).
+
     Raises:
         PatchStateError: the model is not patched.
-        TrainingError: parameters of the base model are trainable, or none of the splice; while training: a loss that
-            is not finite, or a batch without `input_ids`.
+        CalibrationError: `calibration` cannot be read, or is of another model.
+        TrainingError: parameters of the base model are trainable, or none of the splice; `calibration` is given for a
+            splice that it does not fit; while training: a loss that is not finite, or a batch without `input_ids`.
 
     Examples:
         >>> freeze_all_but_kvsplice(patch_model_with_kvsplice(model, bytes_per_token=128, tokenizer=tokenizer))
@@ -103,13 +114,19 @@ class KVSpliceTrainer(Trainer):
     args: KVSpliceTrainingArguments
 
     def __init__(
-        self, model: PreTrainedModel, args: KVSpliceTrainingArguments | None = None, *rest: Any, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        args: KVSpliceTrainingArguments | None = None,
+        *rest: Any,
+        calibration: KVSpliceCalibrator | str | Path | None = None,
+        **kwargs: Any,
     ) -> None:
         args = KVSpliceTrainingArguments() if args is None else args
         if not isinstance(args, KVSpliceTrainingArguments):
             raise ConfigError(f"`args` is a {type(args).__name__}; it must be KVSpliceTrainingArguments.")
-        find_patch(model)
+        config = find_patch(model)[1].config
         require_only_splice(model)
+        self._calibrated = None if calibration is None else CalibratedSteps(model, _read(calibration, model), config)
         super().__init__(model, args, *rest, **kwargs)
         # The loss is a mean over each batch, so that accumulation has to divide it.
         self.loss_is_scaled_for_ga = False
@@ -124,6 +141,8 @@ class KVSpliceTrainer(Trainer):
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             groups = parameter_groups(model, self.args.learning_rates, self.args.weight_decay)
             self.optimizer = optimizer_class(groups, **settings)
+            if self._calibrated is not None:
+                self._calibrated.attach(self.optimizer)
         return self.optimizer
 
     def compute_loss(
@@ -246,6 +265,13 @@ class _PushedCheckpoint(TrainerCallback):
             return
         for name in (WEIGHTS_NAME, CONFIG_NAME, ARGUMENTS_NAME):
             folders.write_bytes(Path(args.output_dir) / name, (self.folder / name).read_bytes())
+
+
+def _read(calibration: KVSpliceCalibrator | str | Path, model: PreTrainedModel) -> KVSpliceCalibrator:
+    if not isinstance(calibration, KVSpliceCalibrator):
+        calibration = KVSpliceCalibrator.load(calibration)
+    calibration.require_model([site for site, _ in patched_sites(model)], model)
+    return calibration
 
 
 def _labels(inputs: dict[str, Any]) -> torch.Tensor:

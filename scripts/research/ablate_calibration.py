@@ -36,8 +36,10 @@ from kvsplice_hf.bench.comparison import Comparison, Row, loss_text, ours
 from kvsplice_hf.bench.tables import NOT_FINITE, number
 from kvsplice_hf.calibration import allocate, calibrator, collect, fit, solve
 from kvsplice_hf.code.levels import GRIDS
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.code.trellis import TrellisCodec
 from kvsplice_hf.text import spread_evenly
+from kvsplice_hf.training.parameters import splices_of
 
 
 # Least mean squared error of a unit Gaussian on so many bits, and the largest uniform level over its standard deviation
@@ -70,6 +72,7 @@ class Part:
         changes: settings of `KVSpliceConfig` that differ.
         metric: of the calibration.
         tokens: calibrated on the first so many; 0: all.
+        behind_coded_layers: calibrated on what each layer sees once all layers are coded by the default.
         while_collecting, while_fitting: contexts in which that happens.
     """
 
@@ -77,6 +80,7 @@ class Part:
     changes: dict[str, Any] = field(default_factory=dict)
     metric: str = "fisher"
     tokens: int = 0
+    behind_coded_layers: bool = False
     while_collecting: Callable[[], Any] = contextlib.nullcontext
     while_fitting: Callable[[], Any] = contextlib.nullcontext
 
@@ -240,9 +244,35 @@ def key_gain(margin: float) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def coded_layers(splices: dict[int, LearnedKVSplice]) -> Iterator[None]:
+    """While statistics are collected, layers hand on what the codes of their rows give back; gradients pass through."""
+
+    def coded(collector: Any, site: Any, module: Any, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
+        splice, embeddings = splices[site.layer_idx], collector._embeddings
+        with torch.no_grad():
+            turns = None if splice.keys is None else splice.keys.turns_of(embeddings)[:, None]
+            read = splice.round_trip(latent, k_rot, turns)
+        counted = collector._counted[:, None, :, None]  # the first tokens are kept exactly
+        parts = zip((latent, k_rot), read, strict=True)
+        return expand[type(module)](module, *(exact + (code - exact).detach() * counted for exact, code in parts))
+
+    def record_coded(collector: Any, site: Any, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
+        kind = type(site.module)
+        expand.setdefault(kind, kind.expand_kv)
+        with mock.patch.object(kind, "expand_kv", functools.partial(coded, collector, site)):
+            return record(collector, site, latent, k_rot)
+
+    expand: dict[type, Any] = {}
+    record = collect.Collector._record
+    with mock.patch.object(collect.Collector, "_record", record_coded):
+        yield
+
+
 PARTS = {
     "default": Part("default: Fisher, global water-filling, gains, bent levels, fitted scales"),
     "no-sinks": Part("first tokens not exact", changes={"sink_tokens": 0}),
+    "behind-coded-layers": Part("calibrated on what coded layers before hand on", behind_coded_layers=True),
     "near-positions": Part("keys seen at the first positions only", while_collecting=near_positions),
     "readers": Part("metric: readers (forward passes only)", metric="readers", changes={"allocation": "layer"}),
     "pca": Part("metric: PCA", metric="pca", changes={"allocation": "layer"}),
@@ -284,10 +314,20 @@ class Ablation(Comparison):
                 list(windows), max_tokens=windows.numel()
             )
 
+    def behind_coded_layers(self, known: KVSpliceCalibrator, config: KVSpliceConfig) -> KVSpliceCalibrator:
+        """The same tokens again, while all layers are coded by what was `known`."""
+        with ours(self.model, known, config):
+            splices = splices_of(self.model)  # which outlive the patch
+        again = KVSpliceCalibrator(self.model, metric=known.metric, sink_tokens=config.sink_tokens)
+        with coded_layers(splices):
+            return again.collect(list(self.calibration), max_tokens=self.calibration.numel())
+
     def part(self, name: str) -> Row:
         part = PARTS[name]
         config = KVSpliceConfig(bytes_per_token=self.args.budget, **part.changes)
         known = self.calibrated(part.metric, part.tokens, config.sink_tokens, part.while_collecting)
+        if part.behind_coded_layers:
+            known = self.behind_coded_layers(known, config)
         fresh = KVSpliceCalibrator(self.model, metric=part.metric)  # what is fitted in a context stays in it
         fresh.adopt(known)
         with part.while_fitting(), ours(self.model, fresh, config) as size:

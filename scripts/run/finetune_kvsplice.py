@@ -66,6 +66,9 @@ class Arguments(Budget):
     evaluation_window: int = field(default=1024, metadata={"help": "tokens per window of the measurement"})
     validation_windows: int = field(default=8, metadata={"help": "windows kept from tuning, for eval_strategy"})
     train_steps_of_codes: bool = field(default=True, metadata={"help": "train the level scales of packed rows too"})
+    calibrated_steps: bool = field(
+        default=False, metadata={"help": "take steps in the coordinates of calibration (--statistics; docs/finetuning)"}
+    )
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "stop after so many evaluations without a better loss"}
     )
@@ -185,7 +188,16 @@ def table_of(before: dict[str, Any], after: dict[str, Any]) -> Table:
     return table
 
 
+def check(args: Arguments) -> None:
+    """Raises ConfigError for settings that do not go together."""
+    if args.calibrated_steps and args.statistics is None:
+        raise ConfigError(
+            "--calibrated_steps needs --statistics: a file that calibration is kept in, or a name for one."
+        )
+
+
 def run(args: Arguments, training: KVSpliceTrainingArguments) -> None:
+    check(args)
     set_seed(training.seed)
     model, tokenizer = load_model(args.model, args.dtype)
     if args.splice is not None:
@@ -206,6 +218,7 @@ def run(args: Arguments, training: KVSpliceTrainingArguments) -> None:
         eval_dataset=kept,
         data_collator=default_data_collator,
         callbacks=[EarlyStoppingCallback(stop)] if stop is not None else None,
+        calibration=args.statistics if args.calibrated_steps else None,
     )
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
