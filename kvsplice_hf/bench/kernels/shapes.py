@@ -32,12 +32,14 @@ from kvsplice_hf.code.widths import row_bytes
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KERNELS = ("attend", "merge", "pack", "search")
 # What a cache holds: rows of R + P numbers, of R / 2 + P, and packed rows of a quarter of the stock bytes in bf16, also
-# with keys that were coded before their rotation; packed rows of plain levels, and of levels along a trellis.
+# with keys that were coded before their rotation; packed rows of plain levels, and of levels along a trellis. The last
+# is the default of calibration: latents that are predicted from their keys, whose code is part of the value then.
 CODED_KEYS = "coded keys"
-TRELLIS, TRELLIS_KEYS = "trellis", "trellis, coded keys"
-KINDS = ("full rank", "half rank", "packed", CODED_KEYS, TRELLIS, TRELLIS_KEYS)
-PACKED_KINDS = ("packed", CODED_KEYS, TRELLIS, TRELLIS_KEYS)
-WITH_CODED_KEYS = (CODED_KEYS, TRELLIS_KEYS)
+TRELLIS, TRELLIS_KEYS, PREDICTED = "trellis", "trellis, coded keys", "trellis, predicted latents"
+KINDS = ("full rank", "half rank", "packed", CODED_KEYS, TRELLIS, TRELLIS_KEYS, PREDICTED)
+PACKED_KINDS = ("packed", CODED_KEYS, TRELLIS, TRELLIS_KEYS, PREDICTED)
+WITH_CODED_KEYS = (CODED_KEYS, TRELLIS_KEYS, PREDICTED)
+ALONG_TRELLIS = (TRELLIS, TRELLIS_KEYS, PREDICTED)
 PHASES = ("decode", "prefill")
 ROWS = 4096
 LONG_CONTEXT = 131072
@@ -108,7 +110,7 @@ def packed_codec(shape: RowShape, kind: str = "packed") -> RowCodec:
     scales = torch.full((n,), 3.0, dtype=torch.float32, device="cpu")
     sigmas = torch.ones(shape.latent_dim, dtype=torch.float32, device="cpu")
     key_sigmas = torch.ones(shape.rope_dim, dtype=torch.float32, device="cpu") if kind in WITH_CODED_KEYS else None
-    made = TrellisCodec if kind in (TRELLIS, TRELLIS_KEYS) else RowCodec
+    made = TrellisCodec if kind in ALONG_TRELLIS else RowCodec
     return made(calibrated_widths(shape), scales, torch.zeros_like(scales), sigmas, key_sigmas)
 
 
@@ -143,7 +145,6 @@ class Case(NamedTuple):
         phase: one of `PHASES`.
         biased: whether scores get a bias, as those of padded batches and of prompts do.
         rows: S.
-        whole_values: whether the code of a key is part of the value as well.
     """
 
     kernel: str
@@ -153,7 +154,6 @@ class Case(NamedTuple):
     phase: str
     biased: bool = False
     rows: int = ROWS
-    whole_values: bool = False
 
     @property
     def shape(self) -> RowShape:
@@ -184,10 +184,11 @@ class Case(NamedTuple):
                 return torch.empty(sizes, dtype=torch.float32, device=device)
             return torch.randn(sizes, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
-        query_dim = n + self.shape.rope_dim if self.whole_values else n
+        is_whole = self.kind == PREDICTED
+        query_dim = n + self.shape.rope_dim if is_whole else n
         query, rows = (numbers(1, self.queries, query_dim) / query_dim**0.5).to(dtype), numbers(1, self.rows, n)
         bias = numbers(1, self.queries // self.shape.heads, self.rows) if self.biased else None
-        value_dim = n if self.whole_values else self.shape.latent_dim
+        value_dim = n if is_whole else self.shape.latent_dim
         if self.kind not in PACKED_KINDS:
             return Problem(query, rows.to(dtype), None, value_dim, bias, None, dtype)
         codec = packed_codec(self.shape, self.kind).to(device)
@@ -231,5 +232,6 @@ def cases(names: Sequence[str], rows: int = ROWS) -> Iterator[Case]:
         yield Case("merge", name, kind, "float32", "decode", rows=count)
     for name, phase in itertools.product(names, PHASES):
         yield Case("search", name, TRELLIS, "float32", phase, rows=rows)
-    for name, kind, dtype, phase in itertools.product(names, PACKED_KINDS, DTYPES, PHASES):
+    # What is packed of a predicted latent is packed like a latent.
+    for name, kind, dtype, phase in itertools.product(names, PACKED_KINDS[:-1], DTYPES, PHASES):
         yield Case("pack", name, kind, dtype, phase, rows=rows)
