@@ -3,7 +3,8 @@
 Importing this package changes nothing: no class is patched, no name is registered.
 """
 
-from kvsplice_hf.calibration.calibrator import CalibrationReport, KVSpliceCalibrator, calibrate
+from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator, calibrate
+from kvsplice_hf.calibration.report import CalibrationReport
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.code.trellis import TrellisCodec

@@ -101,7 +101,8 @@ def _rows(model: nn.Module) -> str:
     for site, patched in patched_sites(model):
         size = patched.geometry.packed_bytes
         row = f"{size} bytes" if size is not None else f"{patched.geometry.rank + site.qk_rope_head_dim} numbers"
-        lines.append(f"| {site.layer_idx} | {patched.geometry.rank} | {site.kv_lora_rank} | {row} |")
+        latent = patched.geometry.kv_lora_rank
+        lines.append(f"| {site.layer_idx} | {patched.geometry.rank} | {latent} | {row} |")
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from kvsplice_hf.calibration.splices import splices_for
-from kvsplice_hf.code.projection import LearnedKVSplice
+from kvsplice_hf.code.heads import HeadSplices
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patch.apply import apply_splices, sites_to_patch
@@ -85,15 +85,15 @@ def patch_model_with_kvsplice(
     return model
 
 
-def _warn_of_unused_budget(
-    sites: list[AttentionSite], splices: dict[int, LearnedKVSplice], config: KVSpliceConfig
-) -> None:
+def _warn_of_unused_budget(sites: list[AttentionSite], splices: dict[int, Any], config: KVSpliceConfig) -> None:
     """Say so where more bytes were given than rows can take: no number is stored in more than bf16."""
     if config.bytes_per_token is None and config.bits is None:
         return
-    dims = [site.kv_lora_rank + site.qk_rope_head_dim for site in sites if site.stores_latent]
-    rows = [splice.codec.row_bytes for splice in splices.values() if splice.codec is not None]
-    largest = 2 * max(dims) + 2  # every number in bf16, and two gains
+    stores = [site for site in sites if site.stores_latent]
+    dims = [site.row_dim for site in stores]
+    rows = [size for site in stores for size in _row_sizes(splices[site.layer_idx])]
+    # Every number in bf16, and two gains of each head.
+    largest = 2 * max(dims) + 2 * max(len(site.parts) for site in stores)
     if not rows or config.row_budget(max(dims)) <= largest:
         return
     taken = sum(rows) / len(rows) + sum(map(config.exact_bytes, dims)) / len(dims)
@@ -105,6 +105,13 @@ def _warn_of_unused_budget(
         sum(rows) / len(rows),
         taken,
     )
+
+
+def _row_sizes(splice: Any) -> list[int]:
+    """Bytes of the rows of a layer, if they are packed."""
+    if isinstance(splice, HeadSplices):
+        return [sum(splice.row_bytes)]
+    return [] if splice.codec is None else [splice.codec.row_bytes]
 
 
 def _with_overrides(config: KVSpliceConfig | None, budget: dict[str, Any], *values: Any) -> KVSpliceConfig:

@@ -59,6 +59,7 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E40
 from transformers.cache_utils import Cache  # noqa: E402
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+from transformers.utils import TransformersKwargs  # noqa: E402
 
 
 ContinuousBatchingManager: Any = None  # the paged cache of older releases is built otherwise
@@ -74,11 +75,13 @@ BATCHING_METHOD = "init_continuous_batching"
 _PERSISTENT_MANAGER = "_cached_continuous_batching_manager"
 
 # Names under which a module or a model takes the cache, the current one first.
-_CACHE_NAMES = ("cache", "past_key_values")
+_CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 # The one that the installed release uses itself. The other one may be understood, but with a warning.
 CACHE_NAME = next(name for name in _CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
 # Further keyword arguments of `update` that are known, and known not to change what is to be stored.
 _UPDATE_ARGUMENTS = frozenset({"kwargs"})
+# Keyword arguments of attention functions that change no score of a single token that sees all that its mask shows.
+_PLAIN_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {"use_cache", "cache_position", "return_dict"}
 # Under which an attention module takes how its keys are rotated, and what positions they have.
 POSITION_EMBEDDINGS = "position_embeddings"
 POSITION_IDS = "position_ids"
@@ -163,7 +166,16 @@ def forward_parameters(module: Any) -> tuple[str, ...]:
     return _parameters(type(module))
 
 
-def read_forward(name: str, module: Any, needs_attention_by_name: bool = True) -> ForwardArguments:
+def caches_keys_and_values(cls: type) -> bool:
+    """Whether the forward of a class hands states to the cache, and then to an attention function found by its name."""
+    used = _names_used(cls)
+    by_name = {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation", "update"} <= set(used) and "expand_kv" not in used
+    return by_name and used.index("update") < used.index("ALL_ATTENTION_FUNCTIONS")
+
+
+def read_forward(
+    name: str, module: Any, needs_attention_by_name: bool = True, expands: bool = True
+) -> ForwardArguments:
     """Check that the forward of an MLA module does what the patch relies on, without running it.
 
     `co_names` lists global and attribute names in the order in which a function first uses them, so that the order of
@@ -172,6 +184,7 @@ def read_forward(name: str, module: Any, needs_attention_by_name: bool = True) -
     Args:
         name: path of the module.
         module: the attention module.
+        expands: whether it is an MLA module, which has to call `expand_kv`.
         needs_attention_by_name: whether the attention function has to be looked up by name, as for attention on codes.
 
     Raises:
@@ -180,8 +193,9 @@ def read_forward(name: str, module: Any, needs_attention_by_name: bool = True) -
     """
     title = f"{name} ({type(module).__name__})"
     used, parameters = _names_used(type(module)), _parameters(type(module))
-    if "expand_kv" not in used or "update" not in used:
-        missing = " and ".join(word for word in ("update", "expand_kv") if word not in used)
+    needed_calls = ("update", "expand_kv") if expands else ("update",)
+    missing = " and ".join(word for word in needed_calls if word not in used)
+    if missing:
         raise changed(title, f"its forward does not call {missing}, so that codes would not be stored or read.")
     require_latent_cache(name, module)
     if needs_attention_by_name and not {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(used):
@@ -368,6 +382,11 @@ def register_attention_function(name: str, function: Callable[..., Any], base: s
         return
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def further_arguments(kwargs: Mapping[str, Any], known: frozenset[str]) -> list[str]:
+    """Keyword arguments that an attention function got and that may change what it computes, but for those `known`."""
+    return [name for name, value in kwargs.items() if value is not None and name not in _PLAIN_ARGUMENTS | known]
 
 
 # ------------------------------------------------------------------------------------------ continuous batching

@@ -58,7 +58,7 @@ PACKED_TOLERANCE = 1e-2
 class Arguments(Calibration):
     """Perplexity of a model with and without the splice, through the cache."""
 
-    model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
+    model: str = field(default=DEMO, metadata={"help": 'folder, hub name, "demo" (SmolLM2 as MLA) or "smollm2"'})
     compression_ratio: list[float] = field(default_factory=list, metadata={"help": "r / R, none, one or several"})
     bytes_per_token: list[float] = field(
         default_factory=list, metadata={"help": "bytes per token and layer of packed codes, none, one or several"}

@@ -238,7 +238,7 @@ def test_bits_go_where_they_save_most_and_the_budget_is_kept() -> None:
 
     for budget in (6.0, 10.0, 14.5):
         together = [bits.widths for bits in allocate(solutions, distortions, budget)]
-        apart = [bits.widths for bits in allocate(solutions, distortions, budget, per_layer=True)]
+        apart = [bits.widths for bits in allocate(solutions, distortions, budget, layers=range(len(solutions)))]
         sizes = [row_bytes(widths, 16) for widths in together]
         assert budget - 1.5 < sum(sizes) / 3 <= budget
         assert sizes[1] == max(sizes)

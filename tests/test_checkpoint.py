@@ -256,7 +256,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "description_a_list": (description_of_bytes(b"[]"), 'is not a saved splice: "format" should be "kvsplice"'),
     "description_of_another_format": (described_as(format="lora"), "is not a saved splice"),
     "description_of_no_format": (without("format"), "is not a saved splice"),
-    "newer_schema": (described_as(schema_version=3), "schema version 3; .* up to 2. Upgrade"),
+    "newer_schema": (described_as(schema_version=4), "schema version 4; .* up to 3. Upgrade"),
     "schema_version_text": (described_as(schema_version="1"), "schema version '1'"),
     "no_schema_version": (without("schema_version"), "schema version None"),
     "no_config": (without("config"), r"lacks \['config'\]"),
@@ -364,5 +364,5 @@ def test_settings_that_the_models_attention_cannot_serve_leave_it_alone(tmp_path
 
 def test_a_splice_cannot_be_loaded_into_a_model_without_latents(tmp_path: Path) -> None:
     save_kvsplice(patched(), tmp_path)
-    with pytest.raises(NotMLAError, match="Linear has no Multi-head Latent Attention layer"):
+    with pytest.raises(NotMLAError, match="Linear has no attention layer that can be patched"):
         load_kvsplice(nn.Linear(2, 2), tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ordinary_models import build_ordinary
 from tiny_models import TINY_MODELS, build, tiny_batch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, QuantizedCache, cache_utils
@@ -41,6 +42,10 @@ Case = tuple[type[KVSpliceError], str, Callable[[], Any]]
 def llama() -> PreTrainedModel:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+
+
+def bloom() -> PreTrainedModel:
+    return build_ordinary("bloom")
 
 
 def with_attention_class(edit: Callable[[type], type]) -> PreTrainedModel:
@@ -115,8 +120,8 @@ def two_decoders() -> nn.Module:
 
 
 PATCH: dict[str, tuple[type[KVSpliceError], str, Callable[[], nn.Module], dict[str, Any]]] = {
-    "not an MLA model": (NotMLAError, "Attention classes seen: .*LlamaAttention", llama, {}),
-    "an ordinary model": (NotMLAError, r"convert_to_mla.*scripts/run/convert_to_mla\.py", llama, {}),
+    "attention out of reach": (NotMLAError, "Attention classes seen: .*BloomAttention", bloom, {}),
+    "a rank for ordinary attention": (ConfigError, "ordinary attention. Give `bytes_per_token`", llama, {"rank": 5}),
     "not a model": (ConfigError, "`model` is a str", lambda: "deepseek-ai/DeepSeek-V2-Lite", {}),
     "remote code": (NotMLAError, "trust_remote_code=False", remote_code, {}),
     "transformers without latents": (TransformersTooOldError, r"Install transformers>=5\.15", before_latents, {}),
@@ -249,7 +254,7 @@ USE: dict[str, Case] = {
     "saving where a file is": (CheckpointError, "is a file. Give the name of a folder", lambda: save_on_a_file("")),
     "saving below a file": (CheckpointError, "is a file. Give the name of a folder", lambda: save_on_a_file("x/y")),
     "loading into a model without latents": (KVSpliceError, "No saved splice", lambda: load_kvsplice(llama(), "x")),
-    "cache size of a model without latents": (NotMLAError, "LlamaAttention", lambda: get_kv_cache_size(llama())),
+    "cache size of attention out of reach": (NotMLAError, "BloomAttention", lambda: get_kv_cache_size(bloom())),
 }
 
 

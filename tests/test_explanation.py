@@ -20,7 +20,7 @@ from kvsplice_hf import (
 from kvsplice_hf.attend import choice as dispatch
 from kvsplice_hf.attend.native import calls as native
 from kvsplice_hf.patch import absorbed as absorbed_module
-from kvsplice_hf.patch import attention as attention_module
+from kvsplice_hf.patch import latents as attention_module
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 

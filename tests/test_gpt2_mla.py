@@ -51,7 +51,7 @@ from kvsplice_hf.gpt2_mla import (
     MLA_Config,
     MLA_Flash,
 )
-from kvsplice_hf.patch.attention import foldable_weight
+from kvsplice_hf.patch.latents import foldable_weight
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
 from kvsplice_hf.upstream import cache_argument

@@ -123,6 +123,7 @@ def test_a_dry_run_runs_every_program_in_the_interpreter(tmp_path: Path) -> None
     assert {row["kernel"] for row in kernels["checks"]} == {"attend", "pack", "search"}
     assert all(row["agrees"] for row in kernels["checks"])
     kinds = {"full rank", "half rank", "packed", "coded keys", "trellis", "trellis, coded keys"}
+    kinds |= {"trellis, predicted latents"}
     assert {row["kind"] for row in kernels["timings"]} == kinds
     assert {row["kind"] for row in kernels["checks"] if row["kernel"] == "attend"} == kinds
     assert not [row for row in kernels["timings"] if "skipped" in row]

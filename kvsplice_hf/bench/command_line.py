@@ -29,11 +29,13 @@ from kvsplice_hf import (
     KVSpliceError,
     patch_model_with_kvsplice,
 )
-from kvsplice_hf.demo import load_demo_model
+from kvsplice_hf.demo import load_demo_model, load_original_demo_model
 
 
 # The model of scripts that were given none.
 DEMO = "demo"
+# The same model before it was turned into MLA: with ordinary attention.
+ORDINARY_DEMO = "smollm2"
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,7 +101,7 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def load_model(name: str, dtype: str) -> LoadedModel:
-    """The model and tokenizer of a folder or hub name, or the embedded default, on the GPU if there is one.
+    """The model and tokenizer of a folder or hub name, or an embedded one, on the GPU if there is one.
 
     Raises:
         ConfigError: the dtype is unknown, or the name is the path of a folder that is not there.
@@ -109,8 +111,8 @@ def load_model(name: str, dtype: str) -> LoadedModel:
     torch_dtype = parse_dtype(dtype)
     require_folder("model", name)
     has_gpu = torch.cuda.is_available()
-    if name == DEMO:
-        model, tokenizer = load_demo_model(torch_dtype)
+    if name in (DEMO, ORDINARY_DEMO):
+        model, tokenizer = (load_demo_model if name == DEMO else load_original_demo_model)(torch_dtype)
         return LoadedModel(nn.Module.to(model, "cuda") if has_gpu else model, tokenizer)
     device_map = "auto" if has_gpu else None
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype, device_map=device_map).eval()

@@ -95,7 +95,11 @@ class Comparison:
     def bytes_of(self, codec: Rival | CacheBackend) -> float:
         """Per token and layer, averaged over layers, which may differ in size."""
         sites = [site for site in find_sites(self.model) if site.stores_latent]
-        return statistics.fmean(codec.bytes_per_token(site.kv_lora_rank, site.qk_rope_head_dim) for site in sites)
+        heads = [max(site.kv_heads, 1) for site in sites]
+        return statistics.fmean(
+            codec.bytes_per_token(count * site.kv_lora_rank, count * site.qk_rope_head_dim)
+            for count, site in zip(heads, sites, strict=True)
+        )
 
     def row(self, name: str, bytes_per_token: float, texts: dict[str, Row], **more: Any) -> Row:
         """A row of the table; bytes beside those of bf16."""

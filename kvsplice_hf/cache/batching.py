@@ -59,6 +59,8 @@ def _require_supported(model: Any, sites: Sequence[tuple[Any, Any]]) -> None:
     others = sorted(set(range(count)) - {site.layer_idx for site, _ in sites})
     if upstream.ContinuousBatchingManager is None:
         problem = f"it needs transformers>={MIN_TRANSFORMERS_PAGED}"
+    elif any(state.geometry.heads for _, state in sites):
+        problem = "it has ordinary attention, whose rows have no pages yet"
     elif others:
         problem = f"layers {others} are not patched MLA layers that store a latent of their own"
     elif any(site.indexer_head_dim or site.sliding_window is not None for site, _ in sites):

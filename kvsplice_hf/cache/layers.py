@@ -84,7 +84,8 @@ def see_turns(cache: Cache, layer: SplicedLayerMixin, embeddings: Any, position_
     for other in cache.layers:
         table = other.table if isinstance(other, SplicedLayerMixin) else None
         alike = isinstance(layer, StaticLayer) == isinstance(other, StaticLayer)
-        if table is not None and alike and table.is_of(embeddings):
+        same = table is not None and torch.equal(table.columns, layer.splice.keys.pairs[2])
+        if table is not None and alike and same and table.is_of(embeddings):
             layer.table = table
             return
     if not isinstance(layer, StaticLayer):  # whose table has a size that shows when it is filled

@@ -22,7 +22,8 @@ from kvsplice_hf.code.projection import LearnedKVSplice
 class RowGeometry:
     """Sizes of one layer's rows: R, r, P, K, and the bytes of a row where rows are packed.
 
-    `coded_keys` where these hold keys before their rotation.
+    `coded_keys` where these hold keys before their rotation. `heads`: key heads of ordinary attention, whose values and
+    keys together have R and P numbers; 0 where the layer stores a latent.
     """
 
     kv_lora_rank: int
@@ -31,6 +32,7 @@ class RowGeometry:
     sink_tokens: int
     packed_bytes: int | None = None
     coded_keys: bool = False
+    heads: int = 0
 
     @property
     def row_dim(self) -> int:
@@ -168,6 +170,9 @@ class CompressedLatent:
             fresh = fresh[0].to(device, non_blocking=non_blocking), fresh[1].to(device, non_blocking=non_blocking)
         turns = None if self.turns is None else self.turns.to(device, non_blocking)
         return CompressedLatent(rows, self.splice, exact, self.new_tokens, self.first_row, self.dtype, fresh, turns)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__getattr__("[...]")
 
     def __getattr__(self, name: str) -> Any:
         # Nothing of a tensor but what is above: code that goes on as if it had keys has not asked for them.

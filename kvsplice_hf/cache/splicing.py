@@ -18,8 +18,10 @@ from transformers.cache_utils import CacheLayerMixin
 from kvsplice_hf import upstream
 from kvsplice_hf.attend.choice import encode
 from kvsplice_hf.cache.exact import ExactTokens, empty_exact_tokens, fill_exact_tokens
+from kvsplice_hf.cache.heads import CompressedHeads, encode_heads, exact_heads
 from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
 from kvsplice_hf.cache.turns import SLOT_DTYPE, FixedTurns, Turns, TurnTable, as_values
+from kvsplice_hf.code.heads import HeadSplices
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError
 
@@ -93,7 +95,7 @@ class SplicedLayerMixin(_StockLayer):
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[CompressedLatent, torch.Tensor | CompressedLatent]:
+    ) -> tuple[CompressedLatent | CompressedHeads, torch.Tensor | CompressedLatent | CompressedHeads]:
         """Encode and store new tokens.
 
         Args:
@@ -113,19 +115,28 @@ class SplicedLayerMixin(_StockLayer):
             self.lazy_initialization(key_states, value_states)
         first_row = self._first_new_row()
         new_turns, slots = self._note_turns(first_row)
-        rows = encode(self.splice, key_states, value_states, new_turns)
+        splice: Any = self.splice
+        in_heads = isinstance(splice, HeadSplices)
+        latents, k_rot = (value_states, key_states) if in_heads else (key_states, value_states)
+        rows = (encode_heads if in_heads else encode)(splice, latents, k_rot, new_turns)
         all_rows, all_slots = self._store(rows, slots, *args, **kwargs)
-        kept = key_states if self.splice.codec is None else torch.cat([key_states, value_states], dim=-1)
+        if in_heads:
+            kept = exact_heads(latents, k_rot)
+        else:
+            kept = latents if splice.codec is None else torch.cat([latents, k_rot], dim=-1)
         exact = self._track_exact(kept, first_row, all_rows)
         for name in _OF_A_CALL:
             setattr(self, name, None)
         if isinstance(first_row, int):  # rows may have left a sliding window at the front
             first_row = min(first_row, all_rows.shape[2] - rows.shape[2])
-        fresh = (key_states, value_states) if self._wants_gradients(key_states, value_states) else None
+        fresh = (latents, k_rot) if self._wants_gradients(latents, k_rot) else None
         turns = self._turns_of(all_slots, new_turns)
-        latent = CompressedLatent(
-            all_rows, self.splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns
-        )
+        if in_heads:
+            heads = CompressedHeads.of_rows(
+                all_rows, splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns
+            )
+            return heads, heads
+        latent = CompressedLatent(all_rows, splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns)
         return latent, latent if latent.is_packed else latent.k_rot
 
     def _wants_gradients(self, *states: torch.Tensor) -> bool:
@@ -135,6 +146,9 @@ class SplicedLayerMixin(_StockLayer):
     def _check_shapes(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         found = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
         needed = (1, self.geometry.kv_lora_rank, self.geometry.qk_rope_head_dim)
+        if self.geometry.heads:
+            K = self.geometry.heads
+            needed = (K, self.geometry.qk_rope_head_dim // K, self.geometry.kv_lora_rank // K)
         if found != needed:
             raise CacheMismatchError(
                 f"A spliced cache layer got keys with (heads, width) {found[:2]} and values of width {found[2]}; it "

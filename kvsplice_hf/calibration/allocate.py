@@ -229,15 +229,15 @@ def allocate(
     budget: float,
     *,
     kind: type[Codec] = RowCodec,
-    per_layer: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> list[Allocation]:
     """The bits of every layer's coordinates, within `budget` bytes per row on average.
 
     Args:
         solutions, distortions: of the layers.
-        budget: bytes per row; with `per_layer` of each layer, otherwise on average over layers.
+        budget: bytes per row; with `layers` on average over the solutions of each, otherwise over all.
         kind: the codec, which may err less than rounding.
-        per_layer: give every layer the same bytes instead of letting them compete.
+        layers: of which layer each solution is, to give every layer the same bytes instead of letting them compete.
 
     Raises:
         ConfigError: the budget is less than a row of one bit.
@@ -245,9 +245,13 @@ def allocate(
     ratios = kind.error_ratios()
     pairs = zip(solutions, distortions, strict=True)
     tables = [_LayerTable(solution, distortion, ratios) for solution, distortion in pairs]
-    if per_layer:
-        return [_fill([table], budget)[0] for table in tables]
-    return _fill(tables, budget)
+    if layers is None:
+        return _fill(tables, budget)
+    found: dict[int, Allocation] = {}
+    for layer in dict.fromkeys(layers):
+        of_layer = [index for index, one in enumerate(layers) if one == layer]
+        found |= zip(of_layer, _fill([tables[index] for index in of_layer], budget), strict=True)
+    return [found[index] for index in range(len(tables))]
 
 
 def _fill(tables: Sequence[_LayerTable], budget: float) -> list[Allocation]:

@@ -2,11 +2,10 @@
 
 import logging
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
@@ -18,15 +17,16 @@ from kvsplice_hf.calibration.data import as_batches, share_of_process
 from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model
 from kvsplice_hf.calibration.fit import LayerFit, fit_codec, fit_rank, fit_widths
 from kvsplice_hf.calibration.holdout import split_holdout
-from kvsplice_hf.calibration.solve import KindOfRows, LayerSolution, solve_layer
+from kvsplice_hf.calibration.report import CalibrationReport, report_of
+from kvsplice_hf.calibration.solve import KindOfRows, LayerSolution, cheapest, key_forms, solve_layer
 from kvsplice_hf.calibration.statistics import (
     Statistics,
     load_statistics,
     merge_across_processes,
     save_statistics,
 )
-from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import codec_class
+from kvsplice_hf.code.heads import HeadKey, PartKey, layer_of
 from kvsplice_hf.code.keys import TURN_DTYPE
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CalibrationError, ConfigError
@@ -36,61 +36,10 @@ from kvsplice_hf.patch.sites import find_sites
 
 logger = logging.getLogger(__name__)
 
+_Parts = list[PartKey]
+
 # A rank needs more tokens than dimensions for its covariance to have that rank at all; a few times more to be any good.
 _TOKENS_PER_DIMENSION = 4
-
-
-@dataclass
-class CalibrationReport:
-    """What a fit chose, layer by layer.
-
-    Attributes:
-        layers: cache layer indices.
-        ranks: spliced rank r of each.
-        row_bytes: bytes of a stored row of each (where rows are not packed, in bf16).
-        predicted_loss: nats per token of each, by the metric.
-        spectra: cost of dropping each coordinate (descending, those of keys last), nats per token, a tensor per layer.
-        widths: bits per coordinate `[code | key]`, one tensor per layer; empty where rows have no widths.
-    """
-
-    layers: list[int]
-    ranks: list[int]
-    row_bytes: list[int]
-    predicted_loss: list[float]
-    spectra: list[torch.Tensor]
-    widths: list[torch.Tensor]
-
-    @property
-    def mean_row_bytes(self) -> float:
-        return sum(self.row_bytes) / len(self.row_bytes)
-
-    def summary(self) -> dict[str, Any]:
-        """The figures as JSON-ready values."""
-        return {
-            "layers": self.layers,
-            "ranks": self.ranks,
-            "row_bytes": self.row_bytes,
-            "mean_row_bytes": self.mean_row_bytes,
-            "predicted_loss_nats": self.predicted_loss,
-            "mean_bits": [float(widths.float().mean()) if len(widths) else None for widths in self.widths],
-        }
-
-    def draw(self, path: str | Path) -> None:
-        """Spectra, bytes and predicted loss per layer, as a PNG. Needs matplotlib."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(11, 3.6), layout="constrained")
-        spectrum, size, loss = figure.subplots(1, 3)
-        for layer_idx, values in zip(self.layers, self.spectra, strict=True):
-            spectrum.plot(values.clamp(min=1e-12), linewidth=0.7, label=str(layer_idx))
-        spectrum.set(yscale="log", title="cost of dropping a coordinate", xlabel="coordinate", ylabel="nats per token")
-        size.bar([str(layer) for layer in self.layers], self.row_bytes)
-        size.set(title="bytes per token", xlabel="layer")
-        loss.bar([str(layer) for layer in self.layers], self.predicted_loss)
-        loss.set(title="predicted loss", xlabel="layer", ylabel="nats per token")
-        for axes in (size, loss):
-            axes.tick_params(axis="x", labelsize=6, rotation=90)
-        figure.savefig(path, dpi=120)
 
 
 class KVSpliceCalibrator:
@@ -132,8 +81,8 @@ class KVSpliceCalibrator:
         # Sequences that nothing is fitted to.
         self.holdout: list[Batch] = []
         # By layer, and whether keys may be coded before their rotation.
-        self._solutions: dict[tuple[int, KindOfRows], LayerSolution] = {}
-        self._distortions: dict[tuple[int, KindOfRows], Distortion] = {}
+        self._solutions: dict[tuple[PartKey, KindOfRows], LayerSolution] = {}
+        self._distortions: dict[tuple[PartKey, KindOfRows], Distortion] = {}
 
     def collect(
         self,
@@ -248,16 +197,16 @@ class KVSpliceCalibrator:
         Raises:
             CalibrationError: layers or sizes differ.
         """
-        for site in sites:
-            layer = self.statistics.get(site.layer_idx)
+        for site, part in [(one, part) for one in sites for part in one.parts]:
+            layer = self.statistics.get(part)
             if layer is None:
                 raise CalibrationError(
-                    f"The calibration holds layers {sorted(self.statistics)}, but not {site.layer_idx} ({site.name}). "
+                    f"The calibration holds layers {_named(self.statistics)}, but not {part} ({site.name}). "
                     "It is of another model: calibrate this one."
                 )
             if (layer.latent_dim, layer.rope_dim) != (site.kv_lora_rank, site.qk_rope_head_dim):
                 raise CalibrationError(
-                    f"The calibration of layer {site.layer_idx} is for rows of {layer.latent_dim} + {layer.rope_dim} "
+                    f"The calibration of layer {part} is for rows of {layer.latent_dim} + {layer.rope_dim} "
                     f"numbers, {site.name} has {site.kv_lora_rank} + {site.qk_rope_head_dim}. It is of another model: "
                     "calibrate this one."
                 )
@@ -268,9 +217,9 @@ class KVSpliceCalibrator:
             )
 
     def fit(
-        self, config: KVSpliceConfig, layers: list[int] | None = None
-    ) -> tuple[dict[int, LayerFit], CalibrationReport]:
-        """Splices of the given layers for the budget of `config`.
+        self, config: KVSpliceConfig, layers: list[PartKey] | None = None
+    ) -> tuple[dict[PartKey, LayerFit], CalibrationReport]:
+        """Splices of the given layers, or of their key heads, for the budget of `config`.
 
         Raises:
             CalibrationError: too few tokens for the rank, or statistics that nothing can be fitted to.
@@ -292,9 +241,9 @@ class KVSpliceCalibrator:
         if config.is_packed:
             fit = self._fit_bytes if codec_class(config.codec).fitted_together else self._fit_codecs
         fits = fit(config, chosen, solutions)
-        return dict(zip(chosen, fits, strict=True)), _report(chosen, solutions, fits)
+        return dict(zip(chosen, fits, strict=True)), report_of(chosen, solutions, fits)
 
-    def solution(self, layer_idx: int, config: KVSpliceConfig) -> LayerSolution:
+    def solution(self, layer_idx: PartKey, config: KVSpliceConfig) -> LayerSolution:
         """The best basis of a layer for rows of this kind.
 
         Raises:
@@ -308,19 +257,25 @@ class KVSpliceCalibrator:
         self.statistics[layer_idx].check(f"layer {layer_idx}")
         return self._solution(layer_idx, KindOfRows.of(config))
 
-    def _solution(self, layer_idx: int, of_rows: KindOfRows) -> LayerSolution:
+    def _solution(self, layer_idx: PartKey, of_rows: KindOfRows) -> LayerSolution:
         key = layer_idx, of_rows
         if key not in self._solutions:
-            self._solutions[key] = solve_layer(self.statistics[layer_idx], self.metric, rows=of_rows)
+            form = None
+            if isinstance(layer_idx, HeadKey):  # all heads of a layer are rotated in one way
+                heads = [part for part in self.statistics if layer_of(part) == layer_idx.layer_idx]
+                form = cheapest(
+                    [key_forms(self.statistics[part], self.metric, unrotated=of_rows.unrotated) for part in heads]
+                )
+            self._solutions[key] = solve_layer(self.statistics[layer_idx], self.metric, rows=of_rows, form=form)
         return self._solutions[key]
 
-    def _distortion(self, layer_idx: int, of_rows: KindOfRows) -> Distortion:
+    def _distortion(self, layer_idx: PartKey, of_rows: KindOfRows) -> Distortion:
         key = layer_idx, of_rows
         if key not in self._distortions:
             self._distortions[key] = measure_distortion(self._solution(layer_idx, of_rows))
         return self._distortions[key]
 
-    def _fit_ranks(self, config: KVSpliceConfig, chosen: list[int], solutions: list[LayerSolution]) -> list[LayerFit]:
+    def _fit_ranks(self, config: KVSpliceConfig, chosen: _Parts, solutions: list[LayerSolution]) -> list[LayerFit]:
         fits = []
         for layer_idx, solution in zip(chosen, solutions, strict=True):
             rank = config.rank_for(solution.latent_dim, f"layer {layer_idx}")
@@ -328,17 +283,18 @@ class KVSpliceCalibrator:
             fits.append(fit_rank(self.statistics[layer_idx], solution, rank))
         return fits
 
-    def _fit_bytes(self, config: KVSpliceConfig, chosen: list[int], solutions: list[LayerSolution]) -> list[LayerFit]:
+    def _fit_bytes(self, config: KVSpliceConfig, chosen: _Parts, solutions: list[LayerSolution]) -> list[LayerFit]:
         self._require_tokens(max(solution.latent_dim for solution in solutions))
         progress = tqdm(chosen, desc="measuring codes", file=sys.stderr, disable=len(chosen) < 8)
         distortions = [self._distortion(layer_idx, KindOfRows.of(config)) for layer_idx in progress]
-        budget = config.row_budget(max(len(solution.cost) for solution in solutions), _shared_bytes(solutions))
+        budget = _part_budget(config, chosen, solutions)
         kind: Any = codec_class(config.codec)
-        found = allocate(solutions, distortions, budget, kind=kind, per_layer=config.allocation == "layer")
+        layers = [layer_of(part) for part in chosen] if config.allocation == "layer" else None
+        found = allocate(solutions, distortions, budget, kind=kind, layers=layers)
         parts = zip(chosen, solutions, found, strict=True)
         return [fit_widths(self.statistics[layer_idx], solution, bits, kind) for layer_idx, solution, bits in parts]
 
-    def _fit_codecs(self, config: KVSpliceConfig, chosen: list[int], solutions: list[LayerSolution]) -> list[LayerFit]:
+    def _fit_codecs(self, config: KVSpliceConfig, chosen: _Parts, solutions: list[LayerSolution]) -> list[LayerFit]:
         self._require_tokens(max(solution.latent_dim for solution in solutions))
         kind = codec_class(config.codec)
         return [
@@ -346,7 +302,7 @@ class KVSpliceCalibrator:
                 self.statistics[layer_idx],
                 solution,
                 kind,
-                config.row_budget(len(solution.cost), _shared_bytes(solutions)),
+                config.row_budget(len(solution.cost), _shared_bytes(solutions, len(solutions))),
                 f"layer {layer_idx}",
             )
             for layer_idx, solution in zip(chosen, solutions, strict=True)
@@ -388,20 +344,19 @@ def calibrate(
     return calibrator.collect(data, tokenizer=tokenizer, max_tokens=max_tokens, window=window, holdout=holdout)
 
 
-def _shared_bytes(solutions: list[LayerSolution]) -> float:
+def _part_budget(config: KVSpliceConfig, chosen: Sequence[PartKey], solutions: Sequence[LayerSolution]) -> float:
+    """Bytes of the rows of a part on average: of a layer, or of one of its key heads."""
+    dims: dict[int, int] = {}
+    for part, solution in zip(chosen, solutions, strict=True):
+        dims[layer_of(part)] = dims.get(layer_of(part), 0) + len(solution.cost)
+    return config.row_budget(max(dims.values()), _shared_bytes(solutions, len(dims))) * len(dims) / len(solutions)
+
+
+def _shared_bytes(solutions: Sequence[LayerSolution], layers: int) -> float:
     """Bytes per token and layer, for one sequence, of how its keys were rotated: an angle per pair, and a slot."""
     sizes = [TURN_DTYPE.itemsize * solution.rope_dim // 2 for solution in solutions if solution.pairs is not None]
-    return (max(sizes) + SLOT_DTYPE.itemsize) / len(solutions) if sizes else 0.0
+    return (max(sizes) + SLOT_DTYPE.itemsize) / layers if sizes else 0.0
 
 
-def _report(chosen: list[int], solutions: list[LayerSolution], fits: list[LayerFit]) -> CalibrationReport:
-    empty = torch.zeros(0, dtype=torch.uint8, device="cpu")
-    in_bf16 = [2 * (fit.rank + solution.rope_dim) for fit, solution in zip(fits, solutions, strict=True)]
-    return CalibrationReport(
-        layers=list(chosen),
-        ranks=[fit.rank for fit in fits],
-        row_bytes=[fit.codec.row_bytes if fit.codec else size for fit, size in zip(fits, in_bf16, strict=True)],
-        predicted_loss=[fit.predicted_loss for fit in fits],
-        spectra=[solution.cost for solution in solutions],
-        widths=[fit.codec.widths if isinstance(fit.codec, RowCodec) else empty for fit in fits],
-    )
+def _named(parts: Iterable[PartKey]) -> list[int]:
+    return sorted({layer_of(part) for part in parts})

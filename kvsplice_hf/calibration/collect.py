@@ -23,9 +23,11 @@ from kvsplice_hf.cache.exact import exact_in_full_sequence
 from kvsplice_hf.calibration.readers import ReaderRecorder
 from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
 from kvsplice_hf.code.keys import angle_columns, turns_of
-from kvsplice_hf.errors import CalibrationError, PatchStateError
+from kvsplice_hf.errors import CalibrationError, PatchStateError, UnsupportedError
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
+from kvsplice_hf.patch.state import is_patched
+from kvsplice_hf.patch.tap import tapped
 from kvsplice_hf.upstream import POSITION_EMBEDDINGS
 from kvsplice_hf.weights.offload import input_device
 
@@ -51,12 +53,20 @@ class Collector:
     def __init__(self, model: nn.Module, metric: str, layer_pattern: str | None, sink_tokens: int, seed: int) -> None:
         self.model, self.metric, self.sink_tokens = model, metric, sink_tokens
         self.sites = [site for site in find_sites(model, layer_pattern) if site.stores_latent]
+        ordinary = next((site for site in self.sites if site.kv_heads), None)
+        if metric == "readers" and ordinary is not None:
+            raise UnsupportedError(
+                f'metric="readers" looks at what kv_b_proj reads, and {ordinary.name} has ordinary attention. Use '
+                'metric="fisher", or metric="pca", which needs no gradients.'
+            )
         self.readers = ReaderRecorder(self.sites) if metric == "readers" else None
         self.statistics: Statistics = {}
         self.reset_statistics()
         self.generator = torch.Generator(device="cpu").manual_seed(seed)
         self.max_positions = _usable_positions(self.sites[0].module.config.get_text_config(decoder=True))
-        self.has_rotated_keys = any(site.qk_rope_head_dim for site in self.sites)
+        self.has_rotated_keys = any(
+            site.qk_rope_head_dim and (not site.kv_heads or _is_told_of_rotation(site.module)) for site in self.sites
+        )
         # Real tokens that are not sinks of the batch that is running, bool [B, T].
         self._counted: torch.Tensor | None = None
         # How the module that is running rotates its keys, as the model hands it over.
@@ -65,7 +75,9 @@ class Collector:
     def reset_statistics(self) -> None:
         """Start again from no token."""
         self.statistics = {
-            site.layer_idx: LayerStatistics.empty(site.kv_lora_rank, site.qk_rope_head_dim) for site in self.sites
+            part: LayerStatistics.empty(site.kv_lora_rank, site.qk_rope_head_dim)
+            for site in self.sites
+            for part in site.parts
         }
 
     @torch.inference_mode(False)  # in it there are no gradients, and what is counted could not be added to outside
@@ -132,14 +144,17 @@ class Collector:
         for site in self.sites:
             see = functools.partial(self._see_embeddings, upstream.forward_parameters(site.module))
             hooks.append(site.module.register_forward_pre_hook(see, with_kwargs=True))
-            site.module.expand_kv = functools.partial(self._record, site)
+            if not site.kv_heads:
+                site.module.expand_kv = functools.partial(self._record, site)
         try:
-            yield
+            with tapped([site for site in self.sites if site.kv_heads], self._record_heads):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
             for site in self.sites:
-                del site.module.expand_kv
+                if not site.kv_heads:
+                    del site.module.expand_kv
             self._embeddings = None
             if self.readers is not None:
                 self.readers.detach(self.statistics)
@@ -157,6 +172,37 @@ class Collector:
         turns = turns_of(self._embeddings, columns)
         return _select(turns.expand(k_rot.shape[0], -1, -1)[:, None], self._counted)
 
+    def _record_heads(self, site: AttentionSite, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any]:
+        """Count keys [B, K, T, d] and values [B, K, T, v] of a layer with ordinary attention, and hand them on."""
+        found = key.shape[1], key.shape[-1], value.shape[-1]
+        if found != (site.kv_heads, site.qk_rope_head_dim, site.kv_lora_rank):
+            raise CalibrationError(
+                f"{site.name} computes {found[0]} key heads of {found[1]} numbers and values of {found[2]}, where "
+                f"{(site.kv_heads, site.qk_rope_head_dim, site.kv_lora_rank)} were expected from its projections."
+            )
+        if torch.is_grad_enabled():
+            key, value = (x if x.requires_grad else x.detach().requires_grad_() for x in (key, value))
+        for head, part in enumerate(site.parts):
+            self._count(self.statistics[part], *(states[:, head : head + 1] for states in (value, key)))
+        if torch.is_grad_enabled():
+            turns, counted = self._turns(self.statistics[site.parts[0]], key[:, :1]), self._counted
+            value.register_hook(functools.partial(self._count_gradients, site, counted, None))
+            key.register_hook(functools.partial(self._count_gradients, site, counted, (turns,)))
+        return key, value
+
+    def _count(self, layer: LayerStatistics, latent: torch.Tensor, k_rot: torch.Tensor) -> None:
+        turns = self._turns(layer, k_rot)
+        latent, k_rot = (_select(states.detach(), self._counted) for states in (latent, k_rot))
+        layer.add_rows(latent, k_rot, self.generator, turns)
+
+    def _count_gradients(self, site: AttentionSite, counted: Any, turns: Any, gradient: torch.Tensor) -> None:
+        for head, part in enumerate(site.parts):
+            own = _select(gradient[:, head : head + 1], counted)
+            if turns is None:
+                self.statistics[part].add_gradients(own)
+            else:
+                self.statistics[part].add_rot_gradients(own, turns[0])
+
     def _record(self, site: AttentionSite, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
         layer, counted = self.statistics[site.layer_idx], self._counted
         turns = self._turns(layer, k_rot)
@@ -167,6 +213,10 @@ class Collector:
                 k_rot.register_hook(lambda gradient: layer.add_rot_gradients(_select(gradient, counted), turns))
         layer.add_rows(_select(latent.detach(), counted), _select(k_rot.detach(), counted), self.generator, turns)
         return type(site.module).expand_kv(site.module, latent, k_rot)
+
+
+def _is_told_of_rotation(module: Any) -> bool:
+    return POSITION_EMBEDDINGS in upstream.forward_parameters(module)
 
 
 def predicts(model: Any) -> bool:
@@ -246,7 +296,7 @@ def _sampled_likelihood(logits: torch.Tensor, generator: torch.Generator) -> tor
 @contextlib.contextmanager
 def _prepared(model: Any, with_gradients: bool) -> Iterator[None]:
     """The model in evaluation mode, and for gradients without those of parameters; as it was afterwards."""
-    if any("expand_kv" in vars(module) for module in model.modules()):
+    if is_patched(model) or any("expand_kv" in vars(module) for module in model.modules()):
         raise PatchStateError("The model is patched. Calibrate before patching, or call unpatch_model(model) first.")
     training = {module: module.training for module in model.modules()}
     model.eval()

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from kvsplice_hf.patch.base import splice_parts
 from kvsplice_hf.patch.families import AttentionSite
-from kvsplice_hf.weights.fingerprint import decoder_around, digest
+from kvsplice_hf.weights.fingerprint import decoder_around, digest, modules_of_splices
 
 
 _PREFIX = "all-weights"
@@ -29,7 +28,7 @@ def model_fingerprint(model: nn.Module, sites: Sequence[AttentionSite]) -> str:
         "all-weights:DECODER:REST".
     """
     inside = decoder_around(model, sites[0].module)
-    return ":".join([_PREFIX, digest(inside, splice_parts(model)), digest(model, inside.modules())])
+    return ":".join([_PREFIX, digest(inside, modules_of_splices(inside)), digest(model, inside.modules())])
 
 
 def same_model(one: str, other: str) -> bool:

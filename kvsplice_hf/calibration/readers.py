@@ -21,9 +21,10 @@ from kvsplice_hf import upstream
 from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
 from kvsplice_hf.errors import UnsupportedError
 from kvsplice_hf.patch.absorbed import split_weight
-from kvsplice_hf.patch.attention import WRAPPED_ATTENTION, attend_expanded
+from kvsplice_hf.patch.attention import attend_expanded
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.mla import effective_weight
+from kvsplice_hf.patch.names import WRAPPED_ATTENTION
 from kvsplice_hf.weights.linear import linear_map
 
 

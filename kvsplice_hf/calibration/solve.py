@@ -16,6 +16,7 @@ Costs are nats of divergence per token (for the Fisher metric), halves included.
 Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `F` = P / 2, `M` sampled rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,12 +24,16 @@ import torch
 
 from kvsplice_hf.calibration.statistics import PAIRINGS, LayerStatistics
 from kvsplice_hf.code.codecs import codec_class
+from kvsplice_hf.code.keys import not_turned
 from kvsplice_hf.config import KVSpliceConfig
 
 
 # Share of the metric's own diagonal mixed into it. Off-diagonal estimates from a few thousand tokens are noisy, and the
 # basis follows them; chosen on held-out text (docs/calibration.md).
 SHRINKAGE = 0.2
+# A rotation that the model tells of is undone unless keys as they come cost clearly less, in logarithms of variance per
+# number: where nothing is to be won either way, samples decide by chance.
+_MARGIN = 0.1
 _FLOOR = 1e-4  # of the mean diagonal: directions nobody was seen to read still cost something, and M is invertible
 
 
@@ -105,7 +110,12 @@ _PLAIN = KindOfRows()
 
 
 def solve_layer(
-    statistics: LayerStatistics, metric: str, shrinkage: float = SHRINKAGE, *, rows: KindOfRows = _PLAIN
+    statistics: LayerStatistics,
+    metric: str,
+    shrinkage: float = SHRINKAGE,
+    *,
+    rows: KindOfRows = _PLAIN,
+    form: int | None = None,
 ) -> LayerSolution:
     """The solution of one layer.
 
@@ -114,14 +124,16 @@ def solve_layer(
         metric: "fisher", "readers" or "pca".
         shrinkage: see `SHRINKAGE`.
         rows: what is stored.
+        form: which of `key_forms` its keys have; by default the cheapest.
     """
     matrix = _latent_metric(statistics, metric, shrinkage)
-    pairing, keys = _key_basis(statistics, metric, shrinkage, rows.unrotated)
+    forms = key_forms(statistics, metric, shrinkage, rows.unrotated)
+    pairing, pairs, keys = forms[cheapest([forms]) if form is None else form]
     key_mean = statistics.rot_sum[pairing] / statistics.count
     key_codes = (statistics.sampled_keys(pairing) - key_mean) @ keys.encode.T
     latents = statistics.rows[:, : statistics.latent_dim].double() - statistics.mean
     covariance, predict = statistics.covariance, None
-    if rows.predicted and pairing:
+    if rows.predicted and pairs is not None:
         predict, explained = _prediction(statistics, pairing, keys)
         covariance, latents = covariance - explained, latents - key_codes @ predict.T
     basis = _basis_of(_shrunk(covariance, statistics.count), matrix)
@@ -134,7 +146,7 @@ def solve_layer(
         key_mean=key_mean,
         key_encode=keys.encode,
         key_decode=keys.decode,
-        pairs=torch.stack(statistics.pairs(pairing)) if pairing else None,
+        pairs=pairs,
         codes=torch.cat([latents @ basis.encode.T, key_codes], dim=-1),
     )
 
@@ -163,25 +175,53 @@ def _basis_of(covariance: torch.Tensor, metric: torch.Tensor) -> Basis:
     return Basis(directions.T @ root, inverse_root @ directions, variance)
 
 
-def _key_basis(statistics: LayerStatistics, metric: str, shrinkage: float, unrotated: bool) -> tuple[int, Basis]:
-    """The pairing (of `PAIRINGS`) that costs least, and the basis of keys before their rotation; 0 for rotated ones."""
-    best, least = (0, _rotated_basis(statistics, metric)), torch.inf
+class KeyForm(NamedTuple):
+    """One way to hold keys in rows.
+
+    Attributes:
+        pairing: of `PAIRINGS`, whose statistics count.
+        pairs: as of `LayerSolution`.
+        basis: of the keys.
+    """
+
+    pairing: int
+    pairs: torch.Tensor | None
+    basis: Basis
+
+    @property
+    def cost(self) -> float:
+        """What its coordinates cost in bits, up to a factor and a constant."""
+        floor = 1e-9 * self.basis.variance.max() + 1e-300
+        cost = float(self.basis.variance.clamp(min=floor).log().sum())
+        as_they_come = self.pairing == 0 and self.pairs is not None
+        return cost + _MARGIN * len(self.basis.variance) if as_they_come else cost
+
+
+def key_forms(
+    statistics: LayerStatistics, metric: str, shrinkage: float = SHRINKAGE, unrotated: bool = True
+) -> list[KeyForm]:
+    """The ways to hold the keys of a layer: number by number as they come; and if `unrotated`, in bases of their own.
+
+    The latter before their rotation, paired in either way, and as they come, for layers that do not rotate them.
+    """
+    forms = [KeyForm(0, None, _rotated_basis(statistics, metric))]
     if not unrotated or len(statistics.columns) == 0:
-        return best
-    least = float(_logarithms(best[1]))
-    for pairing in range(1, len(PAIRINGS)):
+        return forms
+    for pairing in (*range(1, len(PAIRINGS)), 0):
         mean = statistics.rot_sum[pairing] / statistics.count
         covariance = statistics.rot_outer[pairing] / statistics.count - torch.outer(mean, mean)
-        key_metric = _key_metric(statistics, pairing, metric, shrinkage)
-        basis = _basis_of(_shrunk(covariance, statistics.count), key_metric)
-        if _logarithms(basis) < least:
-            best, least = (pairing, basis), float(_logarithms(basis))
-    return best
+        basis = _basis_of(_shrunk(covariance, statistics.count), _key_metric(statistics, pairing, metric, shrinkage))
+        pairs = torch.stack(statistics.pairs(pairing)) if pairing else not_turned(statistics.columns)
+        forms.append(KeyForm(pairing, pairs, basis))
+    return forms
 
 
-def _logarithms(basis: Basis) -> torch.Tensor:
-    floor = 1e-9 * basis.variance.max() + 1e-300
-    return basis.variance.clamp(min=floor).log().sum()
+def cheapest(layers: Sequence[Sequence[KeyForm]]) -> int:
+    """Which of their forms costs least, of layers, or of key heads, that are all to have the same one."""
+    if len(layers[0]) == 1:
+        return 0
+    totals = [sum(form.cost for form in forms) for forms in zip(*layers, strict=True)]
+    return min(range(len(totals)), key=totals.__getitem__)
 
 
 def _rotated_basis(statistics: LayerStatistics, metric: str) -> Basis:

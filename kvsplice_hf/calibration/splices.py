@@ -18,13 +18,14 @@ from kvsplice_hf.calibration.collect import predicts
 from kvsplice_hf.calibration.fit import LayerFit, write_fit_
 from kvsplice_hf.calibration.holdout import divergence, log_probabilities
 from kvsplice_hf.code.codecs import codec_class
+from kvsplice_hf.code.heads import HeadSplices, PartKey
 from kvsplice_hf.code.initialise import initialise_, normal_tensors
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.patch.apply import patched_for_a_moment, sites_to_patch
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.mla import effective_weight
-from kvsplice_hf.weights.offload import execution_device
+from kvsplice_hf.patch.sites import find_sites
 
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def splices_for(
     model: nn.Module, sites: list[AttentionSite], config: KVSpliceConfig, calibration: Any = None, tokenizer: Any = None
-) -> dict[int, LearnedKVSplice]:
+) -> dict[int, Any]:
     """The splices of the layers that store a latent, by cache layer index, fitted as the settings say.
 
     Args:
@@ -50,7 +51,7 @@ def splices_for(
 
 def _fits(
     model: nn.Module, sites: list[AttentionSite], config: KVSpliceConfig, calibration: Any, tokenizer: Any
-) -> dict[int, LayerFit]:
+) -> dict[PartKey, LayerFit]:
     """What calibration found for each layer; nothing where the weights alone decide."""
     if calibration is None and not config.is_packed:
         if config.init == "svd" and config.compression_ratio != 1.0:
@@ -62,7 +63,8 @@ def _fits(
         return {}
     stores = [site for site in sites if site.stores_latent]
     for site in stores:  # weights that are missing or damaged are named before the model is run
-        effective_weight(site)
+        if not site.kv_heads:
+            effective_weight(site)
     if isinstance(calibration, (str, Path)) and str(calibration).endswith(".safetensors"):
         calibration = KVSpliceCalibrator.load(calibration)
     if not isinstance(calibration, KVSpliceCalibrator):
@@ -76,14 +78,14 @@ def _fits(
     competing = config.is_packed and codec_class(config.codec).fitted_together
     if competing and config.allocation == "auto" and calibration.holdout and predicts(model):
         return _better_allocation(model, sites, config, calibration)
-    return calibration.fit(config, [site.layer_idx for site in stores])[0]
+    return calibration.fit(config, [part for site in stores for part in site.parts])[0]
 
 
 def _better_allocation(
     model: nn.Module, sites: list[AttentionSite], config: KVSpliceConfig, calibrator: KVSpliceCalibrator
-) -> dict[int, LayerFit]:
+) -> dict[PartKey, LayerFit]:
     """Bytes that layers compete for, unless giving each the same loses less on text that was held out."""
-    layers = [site.layer_idx for site in sites if site.stores_latent]
+    layers = [part for site in sites if site.stores_latent for part in site.parts]
     stock = log_probabilities(model, calibrator.holdout)
     fits, losses = {}, {}
     for allocation in ("global", "layer"):
@@ -97,23 +99,28 @@ def _better_allocation(
 
 def _own_text(model: Any, config: KVSpliceConfig) -> list[dict[str, torch.Tensor]]:
     """Text the model writes, faster than unpatched: at full rank the splice changes nothing but the speed."""
+    if all(site.kv_heads for site in find_sites(model, config.layer_pattern)):
+        return own_text(model)  # ordinary attention is not slow unpatched
     exact = KVSpliceConfig(compression_ratio=1.0, init="identity", layer_pattern=config.layer_pattern)
     sites = sites_to_patch(model, exact)
     with patched_for_a_moment(model, sites, _make_splices(sites, exact, {}), exact):
         return own_text(model)
 
 
-def _make_splices(
-    sites: list[AttentionSite], config: KVSpliceConfig, fits: dict[int, LayerFit]
-) -> dict[int, LearnedKVSplice]:
+def _make_splices(sites: list[AttentionSite], config: KVSpliceConfig, fits: dict[PartKey, LayerFit]) -> dict[int, Any]:
     with normal_tensors():
         return {site.layer_idx: _make_splice(site, config, fits) for site in sites if site.stores_latent}
 
 
-def _make_splice(site: AttentionSite, config: KVSpliceConfig, fits: dict[int, LayerFit]) -> LearnedKVSplice:
-    module, fit = site.module, fits.get(site.layer_idx)
+def _make_splice(site: AttentionSite, config: KVSpliceConfig, fits: dict[PartKey, LayerFit]) -> Any:
+    splices = [_make_part(site, config, fits.get(part)) for part in site.parts]
+    return HeadSplices(splices).train(site.module.training) if site.kv_heads else splices[0]
+
+
+def _make_part(site: AttentionSite, config: KVSpliceConfig, fit: LayerFit | None) -> LearnedKVSplice:
+    module = site.module
     rank = config.rank_for(site.kv_lora_rank, site.name) if fit is None else fit.rank
-    device = execution_device(module.kv_b_proj)
+    device = site.device
     # The constructors of linear layers draw random numbers, which are overwritten right away. A patch must not change
     # what a seeded program draws next.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

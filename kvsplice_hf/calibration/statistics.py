@@ -22,6 +22,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from kvsplice_hf import folders
+from kvsplice_hf.code.heads import HeadKey, PartKey
 from kvsplice_hf.code.keys import TURN_DTYPE, Pairs, half_pairs, neighbour_pairs, undo_turns
 from kvsplice_hf.errors import CalibrationError
 
@@ -29,7 +30,8 @@ from kvsplice_hf.errors import CalibrationError
 SAMPLED_ROWS = 2048
 # How the numbers of a key may be paired: not at all (keys as they come), half by half, neighbour by neighbour.
 PAIRINGS = (lambda columns: torch.stack([columns[:0]] * 3), half_pairs, neighbour_pairs)
-_FORMAT = "kvsplice_hf.statistics.3"
+# Of latents, and of key heads, which releases before know nothing of.
+_FORMAT, _FORMAT_OF_HEADS = "kvsplice_hf.statistics.3", "kvsplice_hf.statistics.4"
 _HOLDOUT = "holdout"
 _CHECKSUM = "sha256"
 
@@ -240,7 +242,7 @@ def _outer(vectors: torch.Tensor, others: torch.Tensor | None = None) -> torch.T
         return (vectors.T @ (vectors if others is None else others)).cpu().double()
 
 
-Statistics = dict[int, LayerStatistics]
+Statistics = dict[PartKey, LayerStatistics]
 
 
 @torch.inference_mode(False)
@@ -272,13 +274,27 @@ def save_statistics(
         holdout: token ids [B, T] that were held out.
     """
     tensors = {
-        f"{layer_idx}.{field.name}": getattr(layer, field.name).contiguous()
+        f"{_written(layer_idx)}.{field.name}": getattr(layer, field.name).contiguous()
         for layer_idx, layer in statistics.items()
         for field in fields(layer)
     }
     tensors |= {f"{_HOLDOUT}.{index}": ids.contiguous().cpu() for index, ids in enumerate(holdout)}
-    note = {"format": _FORMAT, _CHECKSUM: _digest(tensors), **note}
+    in_heads = any(isinstance(part, HeadKey) for part in statistics)
+    note = {"format": _FORMAT_OF_HEADS if in_heads else _FORMAT, _CHECKSUM: _digest(tensors), **note}
     folders.write_bytes(Path(path), safetensors.torch.save(tensors, metadata=note))
+
+
+def _written(part: PartKey) -> str:
+    return f"{part.layer_idx}h{part.head}" if isinstance(part, HeadKey) else str(part)
+
+
+def _read_part(text: str) -> PartKey:
+    layer_idx, is_head, head = text.partition("h")
+    return HeadKey(int(layer_idx), int(head)) if is_head else int(layer_idx)
+
+
+def _order(part: PartKey) -> tuple[int, int]:
+    return (part.layer_idx, part.head) if isinstance(part, HeadKey) else (part, -1)
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -303,20 +319,20 @@ def load_statistics(path: str | Path) -> tuple[Statistics, list[torch.Tensor], d
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise CalibrationError(f"Cannot read calibration statistics from {path}: {error}. Calibrate again.") from error
-    if metadata.get("format") != _FORMAT:
+    if metadata.get("format") not in (_FORMAT, _FORMAT_OF_HEADS):
         raise CalibrationError(
             f'{path} holds no calibration statistics of this release ("format" is {metadata.get("format")!r}, needed '
             f"is {_FORMAT!r}). Calibrate again."
         )
     if metadata.get(_CHECKSUM, "") not in ("", _digest(tensors)):  # files of before have none
         raise CalibrationError(f"{path} is damaged: its checksum is not that of what it holds. Calibrate again.")
-    by_layer: dict[int, dict[str, torch.Tensor]] = {}
+    by_layer: dict[PartKey, dict[str, torch.Tensor]] = {}
     holdout = [tensors.pop(name) for name in sorted(tensors) if name.startswith(_HOLDOUT)]
     for name, tensor in tensors.items():
         layer_idx, _, field_name = name.partition(".")
-        by_layer.setdefault(int(layer_idx), {})[field_name] = tensor
+        by_layer.setdefault(_read_part(layer_idx), {})[field_name] = tensor
     try:
-        statistics = {layer_idx: LayerStatistics(**values) for layer_idx, values in sorted(by_layer.items())}
+        statistics = {part: LayerStatistics(**by_layer[part]) for part in sorted(by_layer, key=_order)}
     except TypeError as error:
         raise CalibrationError(f"{path} is damaged: {error}. Calibrate again.") from error
     return statistics, holdout, metadata

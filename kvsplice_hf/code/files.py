@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from kvsplice_hf import folders
 from kvsplice_hf.code.codecs import Codec, codec_class
+from kvsplice_hf.code.heads import HeadKey, PartKey, layer_of
 from kvsplice_hf.config import ROWS_CODEC, SCHEMA_VERSION, KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
 
@@ -23,8 +24,8 @@ from kvsplice_hf.errors import CheckpointError, ConfigError
 CONFIG_NAME = "kvsplice_config.json"
 WEIGHTS_NAME = "kvsplice_model.safetensors"
 FORMAT = "kvsplice"
-# Of the files. Version 2 has keys that are coded before their rotation.
-NEWEST_VERSION = 2
+# Of the files. Version 2 has keys that are coded before their rotation, version 3 a splice for each key head.
+NEWEST_VERSION = 3
 
 
 class SavedSplices(NamedTuple):
@@ -32,7 +33,8 @@ class SavedSplices(NamedTuple):
 
     Attributes:
         config: the settings.
-        layers: by cache layer index its sizes: `kv_lora_rank`, `rank`, and `pruned_from` where it was pruned.
+        layers: by cache layer index its sizes: `kv_lora_rank`, `rank`, and `pruned_from` where it was pruned; of
+            ordinary attention those of all key heads together, and how many `kv_heads` there are.
         tensors: under the names of `key_of`.
     """
 
@@ -41,9 +43,10 @@ class SavedSplices(NamedTuple):
     tensors: dict[str, torch.Tensor]
 
 
-def key_of(layer_idx: int, name: str) -> str:
+def key_of(part: PartKey, name: str) -> str:
     # By cache layer, not by path: a splice trained on `...ForCausalLM` fits the bare model as well.
-    return f"layers.{layer_idx}.kvsplice.{name}"
+    head = f"heads.{part.head}." if isinstance(part, HeadKey) else ""
+    return f"layers.{layer_of(part)}.kvsplice.{head}{name}"
 
 
 def write_splice_files(
@@ -82,12 +85,14 @@ def _written(config: KVSpliceConfig) -> dict[str, Any]:
 
 def _version_of(tensors: dict[str, torch.Tensor]) -> int:
     """The oldest version that describes what is saved: releases of before go on reading what they know."""
+    if any(".heads." in name for name in tensors):
+        return NEWEST_VERSION
     coded_keys = any(".keys." in name for name in tensors)
-    return NEWEST_VERSION if coded_keys else SCHEMA_VERSION
+    return 2 if coded_keys else SCHEMA_VERSION
 
 
-def codec_of(saved: SavedSplices, layer_idx: int, directory: Path) -> Codec | None:
-    """The codec that was saved for a layer, or None where its rows are numbers.
+def codec_of(saved: SavedSplices, part: PartKey, directory: Path) -> Codec | None:
+    """The codec that was saved for a layer, or for a key head, or None where its rows are numbers.
 
     Raises:
         CheckpointError: it is not known here, or its values cannot be used.
@@ -95,12 +100,12 @@ def codec_of(saved: SavedSplices, layer_idx: int, directory: Path) -> Codec | No
     try:
         kind = codec_class(saved.config.codec)
         needed, further = (
-            [saved.tensors[key] for name in names if (key := key_of(layer_idx, f"codec.{name}")) in saved.tensors]
+            [saved.tensors[key] for name in names if (key := key_of(part, f"codec.{name}")) in saved.tensors]
             for names in (kind.saved, kind.saved_if_any)
         )
         return kind.from_saved([*needed, *further]) if len(needed) == len(kind.saved) else None
     except ConfigError as error:
-        raise CheckpointError(f"The codec of layer {layer_idx} in {directory} cannot be used: {error}") from error
+        raise CheckpointError(f"The codec of layer {part} in {directory} cannot be used: {error}") from error
 
 
 def read_splice_files(directory: Path) -> SavedSplices:
@@ -154,7 +159,8 @@ def _read_layers(path: Path, description: dict[str, Any]) -> dict[int, dict[str,
             f'{path} is damaged: "layers" cannot be read ({error}). Save the splice again.'
         ) from error
     for layer_idx, sizes in layers.items():
-        if any(type(sizes.get(name)) is not int for name in ("kv_lora_rank", "rank")):
+        found = (sizes.get("kv_lora_rank"), sizes.get("rank"), sizes.get("kv_heads", 0))
+        if any(type(size) is not int for size in found):
             raise CheckpointError(f"{path} is damaged: the sizes of layer {layer_idx} are {sizes}. Save it again.")
     return layers
 

@@ -27,6 +27,8 @@ from kvsplice_hf.weights.offload import read_parameter
 # An angle is a byte: how many steps of a circle of so many.
 TURN_DTYPE = torch.uint8
 TURN_STEPS = 64
+# In the place of a column of the cosines.
+NOT_TURNED = -1
 
 
 class Pairs(NamedTuple):
@@ -34,7 +36,7 @@ class Pairs(NamedTuple):
 
     Attributes:
         first, second: index of the two numbers of each pair, [F]; together each number of the key once.
-        columns: index of the pair's angle in the last dimension of the cosines, [F].
+        columns: index of the pair's angle in the last dimension of the cosines, [F]; -1 where it is not turned.
     """
 
     first: torch.Tensor
@@ -48,9 +50,12 @@ class Pairs(NamedTuple):
 
 
 def half_pairs(columns: torch.Tensor) -> torch.Tensor:
-    """Number f with number F + f, as `rotate_half` of most models has it; int64 [3, F]."""
-    first = torch.arange(len(columns), dtype=torch.int64, device=columns.device)
-    return torch.stack([first, first + len(columns), columns])
+    """Number f with number f + r, as `rotate_half` of most models has it; int64 [3, F]. r are turned, mostly F."""
+    turned = int((columns >= 0).sum())
+    numbers = torch.arange(2 * len(columns), dtype=torch.int64, device=columns.device)
+    first, second, rest = numbers[:turned], numbers[turned : 2 * turned], numbers[2 * turned :]
+    half = len(rest) // 2
+    return torch.stack([torch.cat([first, rest[:half]]), torch.cat([second, rest[half:]]), columns])
 
 
 def neighbour_pairs(columns: torch.Tensor) -> torch.Tensor:
@@ -68,13 +73,28 @@ def angle_columns(embeddings: Any, rope_dim: int) -> torch.Tensor | None:
         rope_dim: P.
     """
     cos = _cosines(embeddings)
-    if cos is None or rope_dim % 2 or cos.shape[-1] not in (rope_dim, rope_dim // 2):
+    if cos is None or rope_dim % 2 or cos.shape[-1] > rope_dim:
         return None
-    count = rope_dim // 2
-    each = torch.arange(count, dtype=torch.int64, device="cpu")
-    if cos.shape[-1] == count or torch.equal(cos[..., :count], cos[..., count:]):
-        return each
-    return 2 * each if torch.equal(cos[..., 0::2], cos[..., 1::2]) else None
+    width, count = cos.shape[-1], rope_dim // 2
+    once, half = torch.arange(width, dtype=torch.int64, device="cpu"), width // 2
+    # Of partial rotations only the first numbers of a key are turned. (At position 0 all angles look alike.)
+    is_partial = width <= count and not torch.equal(cos, cos[..., :1].expand_as(cos))
+    if width == rope_dim or is_partial:
+        if width % 2 == 0 and torch.equal(cos[..., :half], cos[..., half:]):
+            return _filled(once[:half], count)
+        if width % 2 == 0 and torch.equal(cos[..., 0::2], cos[..., 1::2]):
+            return _filled(2 * once[:half], count)
+    return _filled(once, count) if width <= count else None
+
+
+def _filled(columns: torch.Tensor, count: int) -> torch.Tensor:
+    """Columns of so many pairs, the last of which are not turned."""
+    return torch.cat([columns, columns.new_full((count - len(columns),), NOT_TURNED)])
+
+
+def not_turned(columns: torch.Tensor) -> torch.Tensor:
+    """Pairs of keys that are coded as they come, in a basis of their own; int64 [3, F]."""
+    return half_pairs(torch.full_like(columns, NOT_TURNED))
 
 
 def _cosines(embeddings: Any) -> torch.Tensor | None:
@@ -96,9 +116,10 @@ def turns_of(embeddings: Any, columns: torch.Tensor) -> torch.Tensor:
     else:
         cos, sin = embeddings
     columns = columns.to(cos.device)
-    angle = torch.atan2(sin[..., columns].detach().float(), cos[..., columns].detach().float())
+    index = columns.clamp(min=0)
+    angle = torch.atan2(sin[..., index].detach().float(), cos[..., index].detach().float())
     steps = (angle * (TURN_STEPS / (2 * math.pi))).round().to(torch.int32)
-    return (steps % TURN_STEPS).to(TURN_DTYPE)
+    return torch.where(columns < 0, 0, steps % TURN_STEPS).to(TURN_DTYPE)
 
 
 def cosines_and_sines(turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

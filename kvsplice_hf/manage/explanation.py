@@ -14,6 +14,7 @@ from kvsplice_hf.attend import choice
 from kvsplice_hf.call import current_state
 from kvsplice_hf.patch.expansion import absorbed_refusal
 from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.heads import decoding_refusal
 from kvsplice_hf.patch.site_patch import SitePatch
 from kvsplice_hf.patch.state import all_patched_sites
 from kvsplice_hf.weights.offload import execution_device
@@ -32,7 +33,8 @@ class LayerPath:
         name: path of the attention module.
         decode: what serves a step of one new token: "C++", "Triton", "PyTorch" (all three on codes), "expanded" (all
             stored tokens are decoded and expanded at each step, as in the original model), or "original" (the splice
-            is disabled in this thread).
+            is disabled in this thread). Of ordinary attention "on codes" or "expanded" (all stored keys and values are
+            decoded).
         prefill: what serves many new tokens at once.
         refused: each faster way that does not decode, and why.
     """
@@ -106,6 +108,9 @@ def _explain_layer(site: AttentionSite, state: SitePatch, tokens: int) -> LayerP
 
     if not current_state(state.patch).enabled:
         return path(ORIGINAL, ORIGINAL, {"codes": "the splice is disabled in this thread (splice_disabled)"})
+    if site.kv_heads:
+        reason = decoding_refusal(site.module, state)
+        return path(EXPANDED if reason else "on codes", EXPANDED, {"codes": reason} if reason else {})
     prefill = EXPANDED if absorbed_refusal(site.module, state, 512, 512) else "on codes"
     reason = absorbed_refusal(site.module, state, 1, tokens) or _gradients_of_packed(site, state)
     if reason is not None:

@@ -3,13 +3,14 @@
 import json
 import logging
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from kvsplice_hf.code.codecs import Codec, codec_class
 from kvsplice_hf.code.files import CONFIG_NAME, SavedSplices, codec_of, key_of, read_splice_files
+from kvsplice_hf.code.heads import HeadKey, PartKey, joined
 from kvsplice_hf.code.initialise import normal_tensors
 from kvsplice_hf.code.keys import KeyProjection
 from kvsplice_hf.code.projection import LearnedKVSplice
@@ -19,7 +20,7 @@ from kvsplice_hf.patch.apply import apply_splices, sites_to_patch
 from kvsplice_hf.patch.base import BASE_KEY, warn_of_other_base
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
-from kvsplice_hf.patch.state import find_patch, is_patched, patched_sites
+from kvsplice_hf.patch.state import find_patch, is_patched, patched_sites, splice_parts_of
 from kvsplice_hf.weights.offload import execution_device, write_all
 from kvsplice_hf.weights.sharding import spread_like
 
@@ -51,11 +52,11 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
     config, tensors = saved.config, saved.tensors
     if is_patched(model):
         _require_fit(_shapes_of_patched(model), tensors, directory)
-        codecs = {site.layer_idx: codec_of(saved, site.layer_idx, directory) for site, _ in patched_sites(model)}
+        codecs = {part: codec_of(saved, part, directory) for site, _ in patched_sites(model) for part in site.parts}
         _require_same_rows(model, codecs, directory)
         with normal_tensors():
-            for site, patched in patched_sites(model):
-                _set_parameters(patched.splice, tensors, site.layer_idx, codecs[site.layer_idx])
+            for part, splice in splice_parts_of(model).items():
+                _set_parameters(splice, tensors, part, codecs[part])
         _tell_of_replacement(model, config, directory)
         warn_of_other_base(model, patched_sites(model)[0][0].module, _saved_base(directory), directory)
         return model
@@ -64,9 +65,10 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
     splices = {}
     with normal_tensors():
         for site in chosen:
-            splice = _empty_splice(site, saved)
-            _set_parameters(splice, tensors, site.layer_idx, codec_of(saved, site.layer_idx, directory))
-            splices[site.layer_idx] = splice.train(site.module.training)
+            parts = {part: _empty_splice(site, part, saved) for part in site.parts}
+            for part, splice in parts.items():
+                _set_parameters(splice, tensors, part, codec_of(saved, part, directory))
+            splices[site.layer_idx] = joined(parts).train(site.module.training)
     apply_splices(model, sites_to_patch(model, config), splices, config)
     warn_of_other_base(model, chosen[0].module, _saved_base(directory), directory)
     return model
@@ -93,7 +95,7 @@ def _tell_of_replacement(model: nn.Module, saved: KVSpliceConfig, directory: Pat
         )
 
 
-def read_splices(directory: str | Path) -> dict[int, LearnedKVSplice]:
+def read_splices(directory: str | Path) -> dict[int, Any]:
     """The projections of a splice saved by `save_kvsplice`, by cache layer index, without the model.
 
     Raises:
@@ -101,31 +103,42 @@ def read_splices(directory: str | Path) -> dict[int, LearnedKVSplice]:
     """
     directory = Path(directory)
     saved = read_splice_files(directory)
-    config, layers, tensors = saved
+    layers = saved.layers
     splices = {}
     for layer_idx, sizes in sorted(layers.items()):
-        codec = codec_of(saved, layer_idx, directory)
+        heads = sizes.get("kv_heads", 0)
+        parts: list[PartKey] = [HeadKey(layer_idx, head) for head in range(heads)] if heads else [layer_idx]
         try:
-            dtype = tensors[key_of(layer_idx, "compress.weight")].dtype
-            with torch.random.fork_rng(devices=[]):  # constructors draw random numbers
-                keys = _empty_keys(saved, layer_idx, None, dtype=dtype, device="cpu")
-                splice = LearnedKVSplice(
-                    sizes["kv_lora_rank"],
-                    sizes["rank"],
-                    use_layernorm=config.use_layernorm,
-                    predicted_from=_predicted_from(saved, layer_idx, sizes["rank"], keys),
-                    dtype=dtype,
-                )
-                splice.keys = keys
-            _set_parameters(splice, tensors, layer_idx, codec)
+            found = {part: _read_part(saved, part, directory) for part in parts}
         except (ConfigError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"The splice of layer {layer_idx} in {directory} is damaged: {error}") from error
-        splices[layer_idx] = splice.eval()
+        splices[layer_idx] = joined(found).eval()
     return splices
 
 
+def _read_part(saved: SavedSplices, part: PartKey, directory: Path) -> LearnedKVSplice:
+    codec, weight = codec_of(saved, part, directory), saved.tensors[key_of(part, "compress.weight")]
+    rank, latent_dim = weight.shape
+    if not isinstance(part, HeadKey):
+        sizes = saved.layers[part]
+        if (rank, latent_dim) != (sizes["rank"], sizes["kv_lora_rank"]):
+            raise ConfigError(f"its weights have the sizes {(rank, latent_dim)}, its description says {sizes}.")
+    with torch.random.fork_rng(devices=[]):  # constructors draw random numbers
+        keys = _empty_keys(saved, part, None, dtype=weight.dtype, device="cpu")
+        splice = LearnedKVSplice(
+            latent_dim,
+            rank,
+            use_layernorm=saved.config.use_layernorm,
+            predicted_from=_predicted_from(saved, part, rank, keys),
+            dtype=weight.dtype,
+        )
+        splice.keys = keys
+    _set_parameters(splice, saved.tensors, part, codec)
+    return splice
+
+
 def _set_parameters(
-    splice: LearnedKVSplice, tensors: dict[str, torch.Tensor], layer_idx: int, codec: Codec | None
+    splice: LearnedKVSplice, tensors: dict[str, torch.Tensor], part: PartKey, codec: Codec | None
 ) -> None:
     before = splice.codec
     device = execution_device(splice.compress)
@@ -138,14 +151,15 @@ def _set_parameters(
     if splice.is_merged:  # what is folded would go on with the parameters of before
         splice.unmerge()
     held = splice.state_dict()
-    write_all(splice, {name: spread_like(tensors[key_of(layer_idx, name)], old) for name, old in held.items()})
+    write_all(splice, {name: spread_like(tensors[key_of(part, name)], old) for name, old in held.items()})
     splice.forget_identity()
 
 
-def _require_same_rows(model: nn.Module, codecs: dict[int, Codec | None], directory: Path) -> None:
+def _require_same_rows(model: nn.Module, codecs: dict[PartKey, Codec | None], directory: Path) -> None:
     for site, patched in patched_sites(model):
-        codec = codecs[site.layer_idx]
-        found = None if codec is None else codec.row_bytes
+        saved = [codecs[part] for part in site.parts]
+        codec = saved[0]
+        found = None if codec is None else sum(part.row_bytes for part in saved if part is not None)
         held = patched.splice.codec
         if codec is not None and held is not None and codec.kind != held.kind:
             raise CheckpointError(
@@ -180,29 +194,29 @@ def _chosen_sites(model: nn.Module, config: KVSpliceConfig) -> list[AttentionSit
         raise CheckpointError(f"The saved splice does not fit this {type(model).__name__}: {error}") from error
 
 
-def _rank(site: AttentionSite, saved: SavedSplices) -> int:
-    """r of a layer: from the settings, or, where rows are packed or were pruned, from the file."""
+def _rank(site: AttentionSite, part: PartKey, saved: SavedSplices) -> int:
+    """r of a part: from the settings, or, where rows are packed or were pruned, from the file."""
     sizes = saved.layers.get(site.layer_idx, {})
     if "pruned_from" in sizes:
         return sizes["rank"]
     if not saved.config.is_packed:
         return saved.config.rank_for(site.kv_lora_rank, site.name)
-    weight = saved.tensors.get(key_of(site.layer_idx, "compress.weight"))
+    weight = saved.tensors.get(key_of(part, "compress.weight"))
     return min(max(1, len(weight)), site.kv_lora_rank) if weight is not None and weight.dim() == 2 else 1
 
 
 def _empty_splice(
-    site: AttentionSite, saved: SavedSplices, device: torch.device | str | None = None
+    site: AttentionSite, part: PartKey, saved: SavedSplices, device: torch.device | str | None = None
 ) -> LearnedKVSplice:
-    device = execution_device(site.module.kv_b_proj) if device is None else device
-    rank, use_layernorm = _rank(site, saved), saved.config.use_layernorm
+    device = site.device if device is None else device
+    rank, use_layernorm = _rank(site, part, saved), saved.config.use_layernorm
     with torch.random.fork_rng(devices=[]), torch.device(device):  # constructors draw random numbers
-        keys = _empty_keys(saved, site.layer_idx, site.qk_rope_head_dim, dtype=site.dtype, device=device)
+        keys = _empty_keys(saved, part, site.qk_rope_head_dim, dtype=site.dtype, device=device)
         splice = LearnedKVSplice(
             site.kv_lora_rank,
             rank,
             use_layernorm=use_layernorm,
-            predicted_from=_predicted_from(saved, site.layer_idx, rank, keys),
+            predicted_from=_predicted_from(saved, part, rank, keys),
             device=device,
             dtype=site.dtype,
         )
@@ -210,25 +224,25 @@ def _empty_splice(
     return splice
 
 
-def _predicted_from(saved: SavedSplices, layer_idx: int, rank: int, keys: KeyProjection | None) -> int:
+def _predicted_from(saved: SavedSplices, part: PartKey, rank: int, keys: KeyProjection | None) -> int:
     """How many numbers of a key's code latents are predicted from: all of them, or none."""
-    weight = saved.tensors.get(key_of(layer_idx, "expand.weight"))
+    weight = saved.tensors.get(key_of(part, "expand.weight"))
     predicts = keys is not None and weight is not None and weight.dim() == 2 and weight.shape[1] == rank + keys.rank
     return keys.rank if keys is not None and predicts else 0
 
 
 def _empty_keys(
-    saved: SavedSplices, layer_idx: int, rope_dim: int | None, dtype: torch.dtype, device: torch.device | str
+    saved: SavedSplices, part: PartKey, rope_dim: int | None, dtype: torch.dtype, device: torch.device | str
 ) -> KeyProjection | None:
     """A projection of keys of the saved rank, or None where the saved rows hold rotated keys.
 
     Args:
         saved: the splices.
-        layer_idx: cache layer.
+        part: of the splices.
         rope_dim: P of the model, or None for that of the file.
         dtype, device: of the projection.
     """
-    weight = saved.tensors.get(key_of(layer_idx, "keys.compress.weight"))
+    weight = saved.tensors.get(key_of(part, "keys.compress.weight"))
     if weight is None or weight.dim() != 2:
         return None
     return KeyProjection(weight.shape[1] if rope_dim is None else rope_dim, len(weight), dtype=dtype, device=device)
@@ -242,15 +256,15 @@ def _shapes_after_patch(model: nn.Module, saved: SavedSplices, chosen: list[Atte
     """
     shapes: dict[str, torch.Size] = {}
     try:
-        for site in chosen:
-            splice = _empty_splice(site, saved, device="meta")
-            shapes |= {key_of(site.layer_idx, name): tensor.shape for name, tensor in splice.state_dict().items()}
+        for site, part in [(one, part) for one in chosen for part in one.parts]:
+            splice = _empty_splice(site, part, saved, device="meta")
+            shapes |= {key_of(part, name): tensor.shape for name, tensor in splice.state_dict().items()}
             if saved.config.is_packed:
                 key_dim = site.qk_rope_head_dim if splice.keys is None else splice.keys.rank
                 kind, row_dim = codec_class(saved.config.codec), splice.rank + key_dim
                 names = (*kind.saved, *kind.saved_if_any)
                 for name, size in zip(names, kind.saved_shapes(row_dim, splice.rank), strict=True):
-                    key = key_of(site.layer_idx, f"codec.{name}")
+                    key = key_of(part, f"codec.{name}")
                     if name in kind.saved or key in saved.tensors:
                         shapes[key] = size
     except ConfigError as error:

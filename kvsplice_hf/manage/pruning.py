@@ -70,7 +70,7 @@ def prune_kvsplice(model: nn.Module, threshold: float = 0.1) -> list[LayerPrunin
         PatchStateError: the model is not patched, or is merged.
         ConfigError: the threshold is out of range, or the code has a LayerNorm, through which each coordinate changes
             all others.
-        UnsupportedError: the splice is offloaded.
+        UnsupportedError: the splice is offloaded, or a layer has ordinary attention.
 
     Whatever is raised, the model is as it was.
 
@@ -81,6 +81,7 @@ def prune_kvsplice(model: nn.Module, threshold: float = 0.1) -> list[LayerPrunin
     """
     sites = patched_sites(model)
     for site, patched in sites:
+        _require_latent(site)
         _require_prunable(site, patched.splice)
     reports = pruning_candidates(model, threshold)
     for (site, patched), report in zip(sites, reports, strict=True):
@@ -97,10 +98,11 @@ def pruning_candidates(model: nn.Module, threshold: float = 0.1) -> list[LayerPr
 
     Raises:
         PatchStateError: the model is not patched.
-        ConfigError: as `prune_kvsplice`.
+        ConfigError, UnsupportedError: as `prune_kvsplice`.
     """
     reports = []
     for site, patched in patched_sites(model):
+        _require_latent(site)
         splice = patched.splice
         device = splice.fold()[0].device
         # A layer that reuses this latent reads it with a kv_b_proj of its own.
@@ -148,6 +150,14 @@ def plan_pruning(layer_idx: int, scales: torch.Tensor, threshold: float) -> Laye
     squares = scales.double().square()
     error = (squares[removed].sum() / squares.sum().clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
     return LayerPruning(layer_idx, len(scales), tuple(removed.nonzero()[:, 0].tolist()), float(error))
+
+
+def _require_latent(site: AttentionSite) -> None:
+    if site.kv_heads:
+        raise UnsupportedError(
+            f"{site.name} has ordinary attention. Its rows are packed, and what matters least has no bits in them "
+            "already: patch again with a smaller `bytes_per_token` instead of pruning."
+        )
 
 
 def _require_prunable(site: AttentionSite, splice: LearnedKVSplice) -> None:

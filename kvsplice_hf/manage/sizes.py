@@ -94,12 +94,13 @@ def _turn_bytes(sites: list[AttentionSite], seq_len: int) -> tuple[int, int]:
     return tokens * SLOT_DTYPE.itemsize, seq_len * sum(sizes.values())
 
 
-def _rotary_kind(site: AttentionSite) -> str:
-    """By which of its rotary embeddings a model rotates the keys of a layer; most have one."""
+def _rotary_kind(site: AttentionSite) -> tuple[str, tuple[int, ...]]:
+    """How the keys of a layer are rotated: by which rotary embedding of its model, and by which of its angles."""
     config = site.module.config
     kinds, types = getattr(config, "rope_parameters", None) or {}, getattr(config, "layer_types", None) or []
     kind = types[site.layer_idx] if site.layer_idx < len(types) else ""
-    return kind if kind in kinds else ""
+    columns = vars(site.module)[PATCH_ATTRIBUTE].splice.keys.pairs[2]
+    return kind if kind in kinds else "", tuple(columns.tolist())
 
 
 def _site_bytes(site: AttentionSite, seq_len: int, spliced: bool) -> int:
@@ -109,7 +110,7 @@ def _site_bytes(site: AttentionSite, seq_len: int, spliced: bool) -> int:
     if not site.stores_latent:  # a layer that reuses another one's latent may still have an indexer of its own
         return itemsize * indexer
     if not spliced:
-        return itemsize * (rows * (site.kv_lora_rank + site.qk_rope_head_dim) + indexer)
+        return itemsize * (rows * site.row_dim + indexer)
     geometry = vars(site.module)[PATCH_ATTRIBUTE].geometry
     exact = geometry.sink_tokens * (geometry.exact_dim * itemsize + torch.long.itemsize)
     return rows * geometry.nbytes(site.dtype) + itemsize * indexer + exact

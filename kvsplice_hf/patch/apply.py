@@ -13,18 +13,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from kvsplice_hf import upstream
-from kvsplice_hf.code.projection import LearnedKVSplice
+from kvsplice_hf.code.codecs import codec_class
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
-from kvsplice_hf.patch.attention import (
-    WRAPPED_ATTENTION,
-    foldable_weight,
-    register_attention,
-    unfoldable_message,
-    wrapped_name,
-)
+from kvsplice_hf.patch.attention import register_attention
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.hooks import enter_attention, leave_attention
+from kvsplice_hf.patch.latents import foldable_weight, unfoldable_message
+from kvsplice_hf.patch.names import WRAPPED_ATTENTION, wrapped_name
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch
 from kvsplice_hf.patch.sites import find_sites, require_family
 from kvsplice_hf.patch.state import ModelPatch, find_patch, is_patched
@@ -56,14 +52,31 @@ def sites_to_patch(model: nn.Module, config: KVSpliceConfig) -> list[AttentionSi
         )
     upstream.warn_if_newer_than_tested()
     sites = _select_sites(find_sites(model, config.layer_pattern), config)
+    _require_packed(sites, config)
     for site in sites:
         _read_forward(site, config)
     _check_attention(sites, config)
     return sites
 
 
+def _require_packed(sites: list[AttentionSite], config: KVSpliceConfig) -> None:
+    ordinary = next((site for site in sites if site.kv_heads), None)
+    if ordinary is not None and not config.is_packed:
+        raise ConfigError(
+            f"`compression_ratio` and `rank` are for layers that store a latent, and {ordinary.name} "
+            f"({type(ordinary.module).__name__}) has ordinary attention. Give `bytes_per_token` or `bits`, or no "
+            "budget for a quarter of the stock bytes."
+        )
+    if ordinary is not None and not codec_class(config.codec).fitted_together:
+        raise ConfigError(
+            f"`codec` is {config.codec!r}; {ordinary.name} ({type(ordinary.module).__name__}) has ordinary attention, "
+            "whose rows are packed by the codecs of this package."
+        )
+
+
 def _read_forward(site: AttentionSite, config: KVSpliceConfig) -> upstream.ForwardArguments:
-    return upstream.read_forward(site.name, site.module, needs_attention_by_name=config.attention != "expanded")
+    by_name = config.attention != "expanded" or site.kv_heads > 0
+    return upstream.read_forward(site.name, site.module, by_name, expands=not site.kv_heads)
 
 
 def _select_sites(sites: list[AttentionSite], config: KVSpliceConfig) -> list[AttentionSite]:
@@ -76,12 +89,17 @@ def _check_attention(sites: list[AttentionSite], config: KVSpliceConfig) -> None
     for site in sites:
         base = site.module.config._attn_implementation
         absorbable = wrapped_name(base) is not None
+        if site.kv_heads and not absorbable:
+            raise UnsupportedError(
+                f"{site.name} uses the attention function {base!r}, which the patch cannot stand in for. Load the "
+                f"model with attn_implementation set to one of {WRAPPED_ATTENTION}."
+            )
         if config.attention == "absorbed" and not absorbable:
             raise UnsupportedError(
                 f'attention="absorbed" cannot stand in for the attention function {base!r} of {site.name}. Load the '
                 f'model with attn_implementation set to one of {WRAPPED_ATTENTION}, or use attention="expanded".'
             )
-        if config.attention == "absorbed" and foldable_weight(site.module.kv_b_proj) is None:
+        if config.attention == "absorbed" and not site.kv_heads and foldable_weight(site.module.kv_b_proj) is None:
             raise FoldingError(f"{site.name}: {unfoldable_message(site.module.kv_b_proj)}")
     base = sites[0].module.config._attn_implementation
     if config.attention == "auto" and wrapped_name(base) is None:
@@ -93,7 +111,7 @@ def _check_attention(sites: list[AttentionSite], config: KVSpliceConfig) -> None
 
 
 def apply_splices(
-    model: nn.Module, sites: list[AttentionSite], splices: dict[int, LearnedKVSplice], config: KVSpliceConfig
+    model: nn.Module, sites: list[AttentionSite], splices: dict[int, Any], config: KVSpliceConfig
 ) -> None:
     """Change the model.
 
@@ -111,7 +129,7 @@ def apply_splices(
         if site.stores_latent:
             module.kvsplice = splices[site.layer_idx]
         base = module.config._attn_implementation
-        name = None if config.attention == "expanded" else wrapped_name(base)
+        name = None if config.attention == "expanded" and not site.kv_heads else wrapped_name(base)
         state = SitePatch(
             site.name,
             patch,
@@ -119,6 +137,7 @@ def apply_splices(
             site.stores_latent,
             family.geometry(owner, owner.module.kvsplice, config.sink_tokens),
             site.num_heads,
+            family.attend,
             config.attention,
             _read_forward(site, config),
             base if name not in (None, base) else None,
@@ -158,7 +177,7 @@ def unpatch_model(model: ModelT) -> ModelT:
 
 @contextlib.contextmanager
 def patched_for_a_moment(
-    model: nn.Module, sites: list[AttentionSite], splices: dict[int, LearnedKVSplice], config: KVSpliceConfig
+    model: nn.Module, sites: list[AttentionSite], splices: dict[int, Any], config: KVSpliceConfig
 ) -> Iterator[None]:
     """Within this context the model is patched; afterwards it is as it was. Arguments as in `apply_splices`."""
     apply_splices(model, sites, splices, config)

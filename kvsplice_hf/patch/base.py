@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from kvsplice_hf.patch.state import find_patch, is_patched, patched_modules
-from kvsplice_hf.weights.fingerprint import decoder_around, digest
+from kvsplice_hf.patch.state import find_patch, is_patched
+from kvsplice_hf.weights.fingerprint import decoder_around, digest, modules_of_splices
 from kvsplice_hf.weights.offload import persistent_names
 
 
@@ -31,7 +31,7 @@ def base_fingerprint(model: nn.Module, module: nn.Module) -> str:
     decoder = decoder_around(model, module)
     if not is_patched(model):
         return digest(decoder, needs_all=True)
-    splices = splice_parts(model)
+    splices = modules_of_splices(model)
     patch, stamp = find_patch(model)[1], _stamp(decoder, splices)
     if patch.known_base[0] != stamp:
         patch.known_base = stamp, digest(decoder, splices, needs_all=True)
@@ -55,12 +55,6 @@ def warn_of_other_base(model: nn.Module, module: nn.Module, saved: str, director
             "(float16, quantised).",
             directory,
         )
-
-
-def splice_parts(model: nn.Module) -> list[nn.Module]:
-    """All modules of the splices of a model; none where it is not patched."""
-    holders: list[Any] = [module for (_, module), _ in patched_modules(model) if "kvsplice" in module._modules]
-    return [part for holder in holders for part in holder.kvsplice.modules()]
 
 
 def _stamp(decoder: nn.Module, splices: Iterable[nn.Module]) -> list[tuple[int, int, int]]:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from kvsplice_hf import upstream
-from kvsplice_hf.cache.exact import exact_in_full_sequence
 from kvsplice_hf.cache.pages import PagedLatent
 from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.call import Call, note_expansion, running_call
 from kvsplice_hf.errors import FoldingError, UnsupportedError
-from kvsplice_hf.patch.attention import WRAPPED_ATTENTION, foldable_weight, is_ours, unfoldable_message
+from kvsplice_hf.patch.latents import foldable_weight, unfoldable_message
+from kvsplice_hf.patch.names import WRAPPED_ATTENTION, is_ours
+from kvsplice_hf.patch.sequences import round_trip_of_sequences
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
 
 
@@ -39,7 +40,7 @@ def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | Page
         call = _call_without_cache(self, kv_nope)
         latent = kv_nope
         if call.state.enabled:
-            latent, k_rot = _round_trip(self, patched, call, kv_nope, k_rot)
+            latent, k_rot = round_trip_of_sequences(self, patched, call, kv_nope, k_rot)
     return type(self).expand_kv(self, latent, k_rot)
 
 
@@ -87,37 +88,6 @@ def _decoded(module: Any, patched: SitePatch, rows: CompressedLatent) -> tuple[t
     if call is not None and call.state.on_round_trip is not None:
         call.state.on_round_trip(module, rows.fresh[0], fresh[0])
     return rows.with_new(*fresh)
-
-
-def _round_trip(
-    module: Any, patched: SitePatch, call: Call, latent: torch.Tensor, k_rot: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    decoded, rotated = patched.splice.round_trip(latent, k_rot, _turns_without_cache(module, patched, call))
-    if call.state.on_round_trip is not None:
-        call.state.on_round_trip(module, latent, decoded)
-    if patched.geometry.sink_tokens == 0:
-        return decoded, rotated
-    count, tokens = patched.geometry.sink_tokens, latent.shape[2]
-    exact = exact_in_full_sequence(call.mask, tokens, count, latent.device)[:, None, :, None]
-    return torch.where(exact, latent, decoded), torch.where(exact.to(k_rot.device), k_rot, rotated)
-
-
-def _turns_without_cache(module: Any, patched: SitePatch, call: Call) -> torch.Tensor | None:
-    """How the keys of the call are rotated, uint8 [B or 1, 1, T, F], where they are coded before that.
-
-    Raises:
-        UpstreamChangedError: nothing says how.
-    """
-    if patched.splice.keys is None:
-        return None
-    patched.splice.require_codec_here()
-    if call.embeddings is None:
-        raise upstream.changed(
-            title_of(module),
-            f"it got no `{upstream.POSITION_EMBEDDINGS}` that say how its keys are rotated, and its splice codes keys "
-            "before their rotation.",
-        )
-    return patched.splice.keys.turns_of(call.embeddings)[:, None]
 
 
 def _attend_absorbed(module: Any, patched: SitePatch, latent: CompressedLatent) -> bool:

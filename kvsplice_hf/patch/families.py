@@ -8,13 +8,14 @@ Legend: `R` kv_lora_rank, `P` qk_rope_head_dim, `N` qk_nope_head_dim, `V` v_head
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from kvsplice_hf.cache.rows import RowGeometry
+from kvsplice_hf.code.heads import HeadKey, PartKey
 from kvsplice_hf.code.projection import LearnedKVSplice
 
 
@@ -31,6 +32,11 @@ class AttentionSite:
         indexer_head_dim: width of the sparse-attention indexer's key (0 without an indexer). It is cached beside the
             latent and not compressed.
         dtype: of the latent, and so of the cache.
+        kv_heads: key heads of ordinary attention, for each of which R = V is the size of a value and P that of a key; 0
+            where the layer stores a latent.
+        device: where it computes with what it caches.
+        parts: what of it has a splice of its own: the latent, or each key head.
+        row_dim: numbers of a stock row: R + P, or those of all keys and values.
         source: the site whose latent this one expands; itself, unless the layer reuses the cache of an earlier one.
     """
 
@@ -46,11 +52,20 @@ class AttentionSite:
     indexer_head_dim: int
     dtype: torch.dtype
     source: "AttentionSite | None" = None
+    kv_heads: int = 0
+    device: torch.device = torch.device("cpu")
+    parts: tuple[PartKey, ...] = field(init=False)
+    row_dim: int = field(init=False)
 
     @property
     def stores_latent(self) -> bool:
         """Whether this site writes a latent to the cache (False for layers that reuse another layer's)."""
         return self.source is None
+
+    def __post_init__(self) -> None:
+        heads = tuple(HeadKey(self.layer_idx, head) for head in range(self.kv_heads))
+        object.__setattr__(self, "parts", heads or (self.layer_idx,))
+        object.__setattr__(self, "row_dim", max(self.kv_heads, 1) * (self.kv_lora_rank + self.qk_rope_head_dim))
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,8 @@ class Family:
             with its path and itself.
         describe: makes the site, from the path of a module, itself, and the sites before it.
         geometry: sizes of the rows of a site with a splice, where so many first tokens are to be kept exactly.
+        attend: the attention function of its patched modules, called as transformers calls one, and with the name of
+            the one that it stands in for (`base`).
         methods: what the patch puts on a module in the place of its own methods, by name; the first argument is the
             module.
     """
@@ -74,3 +91,4 @@ class Family:
     describe: Callable[[str, Any, Sequence[AttentionSite]], AttentionSite]
     geometry: Callable[[AttentionSite, LearnedKVSplice, int], RowGeometry]
     methods: Mapping[str, Callable[..., Any]]
+    attend: Callable[..., Any]

@@ -77,10 +77,12 @@ def leave_attention(module: Any, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of a patched attention module: codes that were stored must have been read.
 
     Raises:
-        UpstreamChangedError: the forward did without `expand_kv`.
+        UpstreamChangedError: the forward did without `expand_kv`, or of ordinary attention without our function.
     """
     if not leave_call(module):
-        raise upstream.changed(title_of(module), "its forward ended without a call of `expand_kv`.")
+        patched: SitePatch = getattr(module, PATCH_ATTRIBUTE)
+        missing = "the attention function under its name in the config" if patched.geometry.heads else "`expand_kv`"
+        raise upstream.changed(title_of(module), f"its forward ended without a call of {missing}.")
 
 
 def _require_no_other_cache(patched: SitePatch, cache: Any) -> None:

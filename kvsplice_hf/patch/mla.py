@@ -17,6 +17,7 @@ from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import ConfigError, NotMLAError
 from kvsplice_hf.patch.expansion import expand_spliced_kv
 from kvsplice_hf.patch.families import AttentionSite, Family
+from kvsplice_hf.patch.latents import attend_latents
 from kvsplice_hf.upstream import require_latent_cache
 from kvsplice_hf.weights.linear import linear_map
 from kvsplice_hf.weights.offload import execution_device
@@ -49,6 +50,7 @@ def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> Atten
         sliding_window=getattr(module, "sliding_window", None),
         indexer_head_dim=int(getattr(indexer, "head_dim", 0)),
         dtype=_latent_dtype(module),
+        device=execution_device(module.kv_b_proj),
         source=None if stores else _latent_source(name, module, earlier),
     )
 
@@ -107,4 +109,5 @@ MLA = Family(
     describe=_describe,
     geometry=_geometry,
     methods={"expand_kv": expand_spliced_kv},
+    attend=attend_latents,
 )

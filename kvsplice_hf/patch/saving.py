@@ -105,6 +105,8 @@ def _require_room(directory: Path) -> None:
 
 def _describe_layer(site: AttentionSite, patched: SitePatch, config: KVSpliceConfig) -> dict[str, Any]:
     rank = patched.geometry.rank
+    if site.kv_heads:
+        return {"kv_lora_rank": patched.geometry.kv_lora_rank, "rank": rank, "kv_heads": site.kv_heads}
     sizes: dict[str, Any] = {"kv_lora_rank": site.kv_lora_rank, "rank": rank}
     if not config.is_packed and config.rank_for(site.kv_lora_rank, site.name) != rank:
         sizes["pruned_from"] = config.rank_for(site.kv_lora_rank, site.name)

@@ -1,16 +1,14 @@
 """What the patch keeps on one attention module."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
 from kvsplice_hf import upstream
 from kvsplice_hf.cache.rows import RowGeometry
-from kvsplice_hf.code.projection import LearnedKVSplice
-from kvsplice_hf.patch.attention import AttentionName, register_attention
-
-
-PATCH_ATTRIBUTE = "_kvsplice_site"
+from kvsplice_hf.patch.attention import register_attention
+from kvsplice_hf.patch.names import PATCH_ATTRIBUTE, AttentionName
 
 
 class SitePatch:
@@ -23,6 +21,7 @@ class SitePatch:
         stores_latent: whether the module writes to the cache.
         geometry: sizes of the rows.
         num_heads: H.
+        attend: the attention function of its family.
         mode: "auto", "absorbed" or "expanded".
         arguments: how its forward takes its arguments.
         attention_before: name of the attention function that the patch has put another one in the place of, or None.
@@ -38,6 +37,7 @@ class SitePatch:
         stores_latent: bool,
         geometry: RowGeometry,
         num_heads: int,
+        attend: Callable[..., Any],
         mode: str,
         arguments: upstream.ForwardArguments,
         attention_before: str | None,
@@ -50,6 +50,7 @@ class SitePatch:
         self.stores_latent = stores_latent
         self.geometry = geometry
         self.num_heads = num_heads
+        self.attend = attend
         self.mode = mode
         self.arguments = arguments
         self.attention_before = attention_before
@@ -58,7 +59,7 @@ class SitePatch:
         self.hooks: list[RemovableHandle] = []
 
     @property
-    def splice(self) -> LearnedKVSplice:
+    def splice(self) -> Any:
         return self.owner.kvsplice
 
     def __getstate__(self) -> dict[str, Any]:

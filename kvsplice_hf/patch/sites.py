@@ -7,11 +7,12 @@ from torch import nn
 from kvsplice_hf.errors import NotMLAError, TransformersTooOldError
 from kvsplice_hf.patch.families import AttentionSite, Family
 from kvsplice_hf.patch.mla import MLA
+from kvsplice_hf.patch.ordinary import ORDINARY
 from kvsplice_hf.upstream import INSTALLED, MIN_TRANSFORMERS, MIN_TRANSFORMERS_DSA
 
 
 # In the order in which they are asked. To add a family is to add it here.
-FAMILIES: list[Family] = [MLA]
+FAMILIES: list[Family] = [MLA, ORDINARY]
 
 
 def family_of(module: nn.Module) -> Family | None:
@@ -105,8 +106,8 @@ def _raise_not_mla(model: nn.Module, root: nn.Module, layer_pattern: str | None)
         )
     where = f" under {layer_pattern!r}" if layer_pattern is not None else ""
     raise NotMLAError(
-        f"{type(model).__name__} has no Multi-head Latent Attention layer{where} (a module with `expand_kv`, "
-        f"`kv_b_proj` and `kv_lora_rank`). Attention classes seen: {', '.join(classes) or 'none'}. Ordinary multi-head "
-        "or grouped-query models store no latent: convert the model first, with `convert_to_mla` of "
-        "`kvsplice_hf.convert` or scripts/run/convert_to_mla.py (Llama, Mistral, Qwen2), and patch the result."
+        f"{type(model).__name__} has no attention layer that can be patched{where}: neither Multi-head Latent "
+        "Attention (a module with `expand_kv`, `kv_b_proj` and `kv_lora_rank`), nor ordinary attention whose forward "
+        "hands keys and values to `update` of the cache and then looks the attention function up by its name in the "
+        f"config. Attention classes seen: {', '.join(classes) or 'none'}."
     )

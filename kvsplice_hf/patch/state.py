@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvsplice_hf.call import Listener, SpliceState, current_state, states_of_thread
+from kvsplice_hf.code.heads import HeadSplices, PartKey
+from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import PatchStateError
 from kvsplice_hf.patch.families import AttentionSite
@@ -109,6 +111,21 @@ def patched_sites(model: nn.Module) -> list[tuple[AttentionSite, SitePatch]]:
         PatchStateError: the model is not patched.
     """
     return [(site, state) for site, state in all_patched_sites(model) if site.stores_latent]
+
+
+def splice_parts_of(model: nn.Module) -> dict[PartKey, LearnedKVSplice]:
+    """The splices of the layers that store a latent, and of the key heads of those with ordinary attention.
+
+    Raises:
+        PatchStateError: the model is not patched.
+    """
+    return {
+        part: splice
+        for site, patched in patched_sites(model)
+        for part, splice in zip(
+            site.parts, patched.splice if isinstance(patched.splice, HeadSplices) else [patched.splice], strict=True
+        )
+    }
 
 
 def all_patched_sites(model: nn.Module) -> list[tuple[AttentionSite, SitePatch]]:

@@ -89,7 +89,7 @@ class CalibratedSteps:
 
     def _add(self, splice: LearnedKVSplice, solution: LayerSolution) -> None:
         self.frozen.append(splice.transform_scale)
-        scale = F.softplus(splice.transform_scale.detach()).double().cpu()
+        scale = F.softplus(splice.transform_scale.detach()).cpu().double()
         sigmas, R = (2 * solution.cost).sqrt(), solution.latent_dim
         latent = _Space(solution.encode / scale, scale[:, None] * solution.decode, sigmas[:R])
         kept = latent.worth_of(splice.expand.weight[:, : splice.rank])
@@ -159,7 +159,7 @@ class _Space:
 
     def worth_of(self, expand: torch.Tensor) -> torch.Tensor:
         """The root of twice the cost of a unit of each number of a code [k], of `expand` [n, k]."""
-        sizes = (self._encode @ expand.detach().double().cpu()).norm(dim=0)
+        sizes = (self._encode @ expand.detach().cpu().double()).norm(dim=0)
         return sizes.clamp(min=_LEAST_SIGMA * float(sizes.max()) + 1e-30)
 
 

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from kvsplice_hf.code.heads import PartKey
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import TrainingError
-from kvsplice_hf.patch.state import patched_sites
+from kvsplice_hf.patch.state import splice_parts_of
 
 
 logger = logging.getLogger(__name__)
@@ -21,13 +22,13 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 GROUPS = ("projection", "transform", "steps")
 
 
-def splices_of(model: nn.Module) -> dict[int, LearnedKVSplice]:
-    """The projections of a patched model, by cache layer index.
+def splices_of(model: nn.Module) -> dict[PartKey, LearnedKVSplice]:
+    """The projections of a patched model, by cache layer index, or by layer and key head.
 
     Raises:
         PatchStateError: the model is not patched.
     """
-    return {site.layer_idx: patched.splice for site, patched in patched_sites(model)}
+    return splice_parts_of(model)
 
 
 def freeze_all_but_kvsplice(model: ModelT, *, train_steps: bool = True) -> ModelT:

@@ -24,6 +24,12 @@ def decoder_around(model: nn.Module, module: nn.Module) -> nn.Module:
     return inside
 
 
+def modules_of_splices(model: nn.Module) -> list[nn.Module]:
+    """All modules of the splices that are on modules of a model (as `kvsplice`); none where it is not patched."""
+    splices: list[Any] = [module._modules["kvsplice"] for module in model.modules() if "kvsplice" in module._modules]
+    return [part for splice in splices for part in splice.modules()]
+
+
 def digest(model: nn.Module, left_out: Iterable[nn.Module] = (), *, needs_all: bool = False) -> str:
     """Of the weights of all modules but those left out, of numbers rounded to bf16; empty where there are none.
 

@@ -68,7 +68,7 @@ _SMALLEST_DRAWN = 0.01
 class Arguments:
     """Loss against bytes of several codecs for the rows of an MLA cache."""
 
-    model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
+    model: str = field(default=DEMO, metadata={"help": 'folder, hub name, "demo" (SmolLM2 as MLA) or "smollm2"'})
     calibration: list[str] = field(
         default_factory=lambda: ["pydoc"], metadata={"help": "texts whose first half is calibrated on"}
     )

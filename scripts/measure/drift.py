@@ -44,7 +44,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 class Arguments(Budget):
     """Divergence of a spliced model in a long generation, step by step."""
 
-    model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
+    model: str = field(default=DEMO, metadata={"help": 'folder, hub name, "demo" (SmolLM2 as MLA) or "smollm2"'})
     texts: list[str] = field(default_factory=lambda: ["pydoc"], metadata={"help": "where prompts come from"})
     prompts: int = field(default=4, metadata={"help": "prompts per text; all are read as one batch"})
     prompt_tokens: int = field(default=64, metadata={"help": "tokens of each"})

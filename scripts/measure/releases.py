@@ -37,6 +37,7 @@ RELEASES = ["5.15.0", "5.18.0", "5.20.2", "5.22.2", "5.23.0", "5.24.0"]
 CONTRACT = [
     "contract_models",
     "packed",
+    "ordinary",
     "generate",
     "cache_layers",
     "sinks",

@@ -58,7 +58,7 @@ NumberT = TypeVar("NumberT", int, float)
 class Arguments(Budget):
     """Passkey retrieval of a model with and without the splice, through the cache."""
 
-    model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
+    model: str = field(default=DEMO, metadata={"help": 'folder, hub name, "demo" (SmolLM2 as MLA) or "smollm2"'})
     lengths: str = field(default="512,1024,2048", metadata={"help": "tokens of prompt and key, comma-separated"})
     depths: str = field(
         default="0.1,0.3,0.5,0.7,0.9", metadata={"help": "share of the prose ahead of the key, comma-separated"}

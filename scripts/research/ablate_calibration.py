@@ -35,7 +35,6 @@ from kvsplice_hf.bench.command_line import (
 from kvsplice_hf.bench.comparison import Comparison, Row, loss_text, ours
 from kvsplice_hf.bench.tables import NOT_FINITE, number
 from kvsplice_hf.calibration import allocate, calibrator, collect, fit, solve
-from kvsplice_hf.calibration.statistics import PAIRINGS
 from kvsplice_hf.code.levels import GRIDS
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.code.trellis import TrellisCodec
@@ -211,7 +210,7 @@ def narrow_scales() -> Iterator[None]:
 def key_blocks(frequencies: int) -> Iterator[None]:
     """A basis of keys for so many neighbouring frequencies at a time; of models that pair halves of a key."""
 
-    def blocked(statistics: Any, metric: str, shrinkage: float, unrotated: bool) -> Any:
+    def blocked(statistics: Any, metric: str, shrinkage: float = solve.SHRINKAGE, unrotated: bool = True) -> Any:
         P = statistics.rope_dim
         block = torch.arange(P) % (P // 2) // frequencies
         mask = (block[:, None] == block).double()
@@ -221,11 +220,11 @@ def key_blocks(frequencies: int) -> Iterator[None]:
         thinned.rot_outer = (statistics.rot_outer / statistics.count - outer) * mask * statistics.count
         thinned.rot_outer += outer * statistics.count
         thinned.rot_fisher = statistics.rot_fisher * mask
-        return key_basis(thinned, metric, shrinkage, unrotated)
+        # What is masked is sound for halves alone; other forms would seem to cost nothing.
+        return [form for form in key_forms(thinned, metric, shrinkage, unrotated) if form.pairing == _HALVES]
 
-    key_basis = solve._key_basis
-    # What is masked is sound for halves alone; the other pairing would seem to cost nothing.
-    with mock.patch.object(solve, "_key_basis", blocked), mock.patch.object(solve, "PAIRINGS", PAIRINGS[: _HALVES + 1]):
+    key_forms = solve.key_forms
+    with mock.patch.object(solve, "key_forms", blocked):
         yield
 
 

@@ -48,7 +48,7 @@ from kvsplice_hf.training import (
 class Arguments(Budget):
     """What is tuned, on what, and how it is measured."""
 
-    model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
+    model: str = field(default=DEMO, metadata={"help": 'folder, hub name, "demo" (SmolLM2 as MLA) or "smollm2"'})
     dtype: str = field(default="float32", metadata={"help": "dtype of the model; the splice trains in float32"})
     use_layernorm: bool = field(default=False, metadata={"help": "LayerNorm on the code (codes as numbers only)"})
     splice: str | None = field(default=None, metadata={"help": "a saved splice to start from, instead of calibration"})

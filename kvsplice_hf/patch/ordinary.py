@@ -1,0 +1,122 @@
+"""Ordinary attention (multi-head, grouped-query, multi-query): what its modules look like in transformers.
+
+The convention decides, not the class name: a module belongs here when its forward hands keys and values to `update` of
+the cache, looks the attention function up by its name in the config, and is no MLA module. Sizes are read from its
+projections, and held against what comes to the cache.
+
+Legend: `H` query heads, `K` key heads, `d` numbers of a key, `v` of a value.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+
+from kvsplice_hf.cache.rows import RowGeometry
+from kvsplice_hf.errors import NotMLAError
+from kvsplice_hf.patch.families import AttentionSite, Family
+from kvsplice_hf.patch.heads import attend_heads
+from kvsplice_hf.upstream import caches_keys_and_values
+from kvsplice_hf.weights.offload import execution_device
+
+
+def _looks_ordinary(module: nn.Module) -> bool:
+    return (
+        isinstance(getattr(module, "layer_idx", None), int)
+        and not callable(getattr(module, "expand_kv", None))
+        and not hasattr(module, "kv_b_proj")  # latents in a release or code that does not cache them
+        and not getattr(module, "is_cross_attention", False)
+        and _head_size(module) > 0
+        and caches_keys_and_values(type(module))
+    )
+
+
+def _check(name: str, module: Any) -> None:
+    if getattr(module.config, "is_encoder_decoder", False):
+        raise NotMLAError(
+            f"{name} ({type(module).__name__}) is part of an encoder-decoder model, which is not supported."
+        )
+
+
+def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> AttentionSite:
+    config, width = module.config, _head_size(module)
+    heads = config.num_attention_heads
+    key_width, value_width = (_out_features(getattr(module, part, None)) for part in ("k_proj", "v_proj"))
+    kv_heads = key_width // width if key_width else getattr(config, "num_key_value_heads", None) or heads
+    value_dim = value_width // kv_heads if value_width else width
+    return AttentionSite(
+        name=name,
+        module=module,
+        layer_idx=module.layer_idx,
+        kv_lora_rank=value_dim,
+        qk_rope_head_dim=width,
+        qk_nope_head_dim=0,
+        v_head_dim=value_dim,
+        num_heads=heads,
+        sliding_window=_window(module),
+        indexer_head_dim=0,
+        dtype=next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32),
+        kv_heads=kv_heads,
+        device=execution_device(_projection(module)),
+    )
+
+
+def _head_size(module: Any) -> int:
+    """d, under the names that models have for it."""
+    sizes = (getattr(module, name, None) for name in ("head_dim", "head_size"))
+    return next((size for size in sizes if isinstance(size, int)), 0)
+
+
+def _window(module: Any) -> int | None:
+    """Tokens that the cache layer keeps room for, where transformers gives the module one that slides."""
+    layers = DynamicCache(config=module.config).layers
+    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    return layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+
+
+def _is_chunked(module: Any) -> bool:
+    """Whether a query sees the tokens of its own chunk of the text only."""
+    config, layer_idx = module.config, module.layer_idx
+    kinds = getattr(config, "layer_types", None) or []
+    return layer_idx < len(kinds) and kinds[layer_idx] == "chunked_attention"
+
+
+def _projection(module: Any) -> nn.Module:
+    """What makes the keys, where it has one of the names in use."""
+    names = ("k_proj", "qkv_proj", "query_key_value", "c_attn")
+    return next((part for name in names if isinstance(part := getattr(module, name, None), nn.Module)), module)
+
+
+def _out_features(projection: Any) -> int:
+    return int(getattr(projection, "out_features", 0) or 0)
+
+
+def _geometry(site: AttentionSite, splice: Any, exact_tokens: int) -> RowGeometry:
+    if _is_chunked(site.module):
+        # How many keys a query sees does not tell its rank in the sequence, so that first tokens could not be found.
+        exact_tokens = 0
+    if site.sliding_window is not None:
+        exact_tokens = min(exact_tokens, max(site.sliding_window - 1, 0))
+    K = site.kv_heads
+    return RowGeometry(
+        K * site.kv_lora_rank,
+        sum(head.rank for head in splice),
+        K * site.qk_rope_head_dim,
+        exact_tokens,
+        sum(splice.row_bytes),
+        coded_keys=splice.keys is not None,
+        heads=K,
+    )
+
+
+ORDINARY = Family(
+    name="ordinary attention",
+    recognises=_looks_ordinary,
+    check=_check,
+    describe=_describe,
+    geometry=_geometry,
+    methods={},
+    attend=attend_heads,
+)
