@@ -27,7 +27,7 @@ class ConfigError(KVSpliceError, ValueError):
 
 
 class NotMLAError(KVSpliceError, TypeError):
-    """The model has no Multi-head Latent Attention layer that follows the convention of transformers."""
+    """The model has no attention layer that can be patched, neither latent nor ordinary."""
 
 
 class TransformersTooOldError(KVSpliceError, ImportError):

@@ -34,14 +34,15 @@ def patch_model_with_kvsplice(
     calibration: Any = None,
     tokenizer: Any = None,
 ) -> ModelT:
-    """Put a KVSplice projection on the MLA layers of a loaded model, in place.
+    """Put KVSplice projections on the attention layers of a loaded model, in place.
 
-    From then on the cache of those layers holds codes instead of latents, with or without a cache the model computes
-    with what is left after the projection, and `layer.self_attn.kvsplice` holds the parameters. Only this instance
-    changes; `unpatch_model` undoes it exactly.
+    From then on the cache of those layers holds codes instead of latents, or of keys and values. With or without a
+    cache the model computes with what is left after the projection, and `layer.self_attn.kvsplice` holds the
+    parameters. Only this instance changes; `unpatch_model` undoes it exactly.
 
     Args:
-        model: a model of transformers with Multi-head Latent Attention.
+        model: a model of transformers with Multi-head Latent Attention, or with ordinary attention, whose budgets are
+            bytes or bits.
         config: the settings; the keyword arguments below are short for some of its fields and override it.
         compression_ratio: spliced rank over latent rank, in (0, 1].
         rank: the spliced rank.
@@ -61,13 +62,14 @@ def patch_model_with_kvsplice(
         `model` itself.
 
     Raises:
-        NotMLAError: no MLA layer was found, or `layer_pattern` names none.
+        NotMLAError: no layer that can be patched was found, or `layer_pattern` names none.
         TransformersTooOldError: the installed transformers does not cache latents for this model.
         UpstreamChangedError: the installed transformers runs this model in a way that this package does not know.
         PatchStateError: the model is already patched.
         ConfigError: a setting is out of range, or does not fit the model.
         FoldingError: `attention="absorbed"` and a `kv_b_proj` that cannot be folded.
-        UnsupportedError: `attention="absorbed"` and an attention function it cannot stand in for.
+        UnsupportedError: an attention function that cannot be stood in for, with `attention="absorbed"` or ordinary
+            attention.
         CalibrationError: the calibration text or statistics cannot be used, or are too few for the rank.
 
     Whatever is raised, the model is as it was.

@@ -80,11 +80,10 @@ _CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 CACHE_NAME = next(name for name in _CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
 # Further keyword arguments of `update` that are known, and known not to change what is to be stored.
 _UPDATE_ARGUMENTS = frozenset({"kwargs"})
-# Keyword arguments of attention functions that change no score of a single token that sees all that its mask shows.
+# Keyword arguments of attention functions that change no score.
 _PLAIN_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {"use_cache", "cache_position", "return_dict"}
 # Under which an attention module takes how its keys are rotated, and what positions they have.
-POSITION_EMBEDDINGS = "position_embeddings"
-POSITION_IDS = "position_ids"
+POSITION_EMBEDDINGS, POSITION_IDS = "position_embeddings", "position_ids"
 # What a cache layer knows about itself that its constructor is not told.
 _LAYER_SETTINGS = ("_is_croppable",)
 
@@ -169,7 +168,7 @@ def forward_parameters(module: Any) -> tuple[str, ...]:
 def caches_keys_and_values(cls: type) -> bool:
     """Whether the forward of a class hands states to the cache, and then to an attention function found by its name."""
     used = _names_used(cls)
-    by_name = {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation", "update"} <= set(used) and "expand_kv" not in used
+    by_name = {"update", "ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(used) and "expand_kv" not in used
     return by_name and used.index("update") < used.index("ALL_ATTENTION_FUNCTIONS")
 
 
@@ -193,8 +192,7 @@ def read_forward(
     """
     title = f"{name} ({type(module).__name__})"
     used, parameters = _names_used(type(module)), _parameters(type(module))
-    needed_calls = ("update", "expand_kv") if expands else ("update",)
-    missing = " and ".join(word for word in needed_calls if word not in used)
+    missing = " and ".join(word for word in ("update", "expand_kv")[: 1 + expands] if word not in used)
     if missing:
         raise changed(title, f"its forward does not call {missing}, so that codes would not be stored or read.")
     require_latent_cache(name, module)

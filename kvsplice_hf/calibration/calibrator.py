@@ -46,14 +46,14 @@ class KVSpliceCalibrator:
     """Collects what calibration needs to know of a model, and fits splices of any budget to it.
 
     Args:
-        model: an unpatched MLA model; it is run as it is.
+        model: an unpatched model that can be patched; it is run as it is.
         metric: "fisher" (what predictions depend on; forward and backward passes), "readers" (what the layer's weights
             and queries read; forward passes) or "pca" (size alone).
         layer_pattern, sink_tokens: see `KVSpliceConfig`.
         seed: of the sampled labels and rows.
 
     Raises:
-        NotMLAError: the model has no MLA layer.
+        NotMLAError: the model has no layer that can be patched.
         ConfigError: an unknown metric.
 
     Examples:
@@ -332,7 +332,7 @@ def calibrate(
     In short for `KVSpliceCalibrator(model, metric=metric).collect(data, ...)`, where the arguments are described.
 
     Raises:
-        NotMLAError: the model has no MLA layer.
+        NotMLAError: the model has no layer that can be patched.
         ConfigError: an unknown metric.
         CalibrationError: the data cannot be used, or the model's numbers on them are not finite.
 

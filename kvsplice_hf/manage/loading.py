@@ -42,7 +42,7 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
 
     Raises:
         CheckpointError: a file is missing, damaged, of a newer schema, or for other shapes. The model is as it was.
-        NotMLAError: the model has no MLA layer.
+        NotMLAError: the model has no layer that can be patched.
 
     Examples:
         >>> model = load_kvsplice(model, "my-splice")

@@ -51,17 +51,17 @@ class KVCacheSize(NamedTuple):
 
 
 def get_kv_cache_size(model: nn.Module, seq_len: int = 2048, batch_size: int = 1) -> KVCacheSize:
-    """Bytes that the MLA layers' cache holds for `batch_size` sequences of `seq_len` tokens, by formula.
+    """Bytes that the cache of patched kinds of layers holds for sequences of `seq_len` tokens, by formula.
 
-    Per token: R + P numbers unspliced, r + P spliced (or the bytes of a packed row), and the indexer's key on
-    sparse-attention layers, in the dtype of the model. Per sequence and spliced layer: K exact latents of R numbers (R
-    + P where rows are packed) and their positions (8 bytes each). Where keys are coded before their rotation, per token
-    a slot (4 bytes), and once for all sequences and layers how tokens at each position were rotated (P / 2 bytes). A
-    sliding window keeps `window - 1` tokens. Linear-attention layers are not counted; on an unpatched model both
-    figures are the same. `cache_nbytes` measures the same quantity on a cache.
+    Per token: R + P numbers unspliced (of ordinary attention those of all keys and values), r + P spliced (or the bytes
+    of a packed row), and the indexer's key on sparse-attention layers, in the dtype of the model. Per sequence and
+    spliced layer: K exact latents of R numbers (R + P where rows are packed) and their positions (8 bytes each). Where
+    keys are coded before their rotation, per token a slot (4 bytes), and once for all sequences and layers how tokens
+    at each position were rotated (P / 2 bytes). A sliding window keeps `window - 1` tokens. Linear-attention layers are
+    not counted; on an unpatched model both figures are the same. `cache_nbytes` measures the same quantity on a cache.
 
     Raises:
-        NotMLAError: the model has no MLA layer.
+        NotMLAError: the model has no layer that can be patched.
 
     Examples:
         >>> size = get_kv_cache_size(model, seq_len=4096)

@@ -36,13 +36,14 @@ def sites_to_patch(model: nn.Module, config: KVSpliceConfig) -> list[AttentionSi
     """The layers that the settings choose, after all checks that need no splice.
 
     Raises:
-        NotMLAError: no MLA layer was found, or `layer_pattern` names none.
+        NotMLAError: no layer that can be patched was found, or `layer_pattern` names none.
         TransformersTooOldError: the installed transformers does not cache latents for this model.
         UpstreamChangedError: the installed transformers runs this model in a way that this package does not know.
         PatchStateError: the model is already patched.
         ConfigError: a setting does not fit the model.
         FoldingError: `attention="absorbed"` and a `kv_b_proj` that cannot be folded.
-        UnsupportedError: `attention="absorbed"` and an attention function it cannot stand in for.
+        UnsupportedError: an attention function that cannot be stood in for, with `attention="absorbed"` or ordinary
+            attention.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` is a {type(model).__name__}; it must be a loaded model.")
