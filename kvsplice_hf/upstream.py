@@ -236,8 +236,7 @@ def _names_used(cls: type) -> tuple[str, ...]:
     """Names in the order in which the forward first uses them; that of a base, where the forward hands over to it."""
     names: tuple[str, ...] = ()
     for forward in _forwards(cls):
-        code = getattr(forward, "__code__", None)
-        names = code.co_names if code is not None else ()
+        names = getattr(getattr(forward, "__code__", None), "co_names", ())
         if "expand_kv" in names or "forward" not in names:
             break
     return names
