@@ -4,6 +4,7 @@ Legend: `B` batch, `T` queries, `S` stored tokens, `H` query heads, `K` key head
 and of a value.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def attend_heads(
         absorbed_attention(
             part,
             latent,
-            _values_as_they_are(part, latent.splice.latent_dim),
+            _values_as_they_are(part.shape[1], latent.splice.latent_dim, part.dtype, part.device),
             latent.splice.latent_dim,
             attention_mask,
             scaling,
@@ -87,9 +88,11 @@ def decoding_refusal(module: Any, patched: SitePatch) -> str | None:
     return None
 
 
-def _values_as_they_are(query: torch.Tensor, value_dim: int) -> torch.Tensor:
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # kept beyond the call, which may be in it
+def _values_as_they_are(queries: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """What MLA would expand latents by: nothing of them meets a query, and values are latents, [G v, v]."""
-    return torch.eye(value_dim, dtype=query.dtype, device=query.device).repeat(query.shape[1], 1)
+    return torch.eye(value_dim, dtype=dtype, device=device).repeat(queries, 1)
 
 
 def _without_cache(
