@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from ordinary_models import ORDINARY_MODELS, REFUSED_MODELS, VOCABULARY, build_ordinary
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward, repeat_kv
@@ -143,6 +145,8 @@ MODES: dict[str, dict[str, Any]] = {
 def test_modes_of_generate_that_are_greedy_agree(name: str, mode: str) -> None:
     if mode == "prompt lookup" and name == "llama4_text":
         pytest.skip("chunked attention has no cache that can be cropped in transformers")
+    if mode == "static cache" and name == "llama4_text" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("chunked attention has no static cache in this release of transformers")
     model, settings = packed(name), {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
     expected = model.generate(tokens(1, 12), **settings)
     assert torch.equal(model.generate(tokens(1, 12), **settings | MODES[mode]), expected)
@@ -344,6 +348,7 @@ class _Repeats(LlamaAttention):
     def forward(
         self, hidden_states: Any, position_embeddings: Any, attention_mask: Any, cache: Any = None, **kwargs: Any
     ) -> Any:
+        cache = kwargs.get("past_key_values") if cache is None else cache  # its name in earlier releases
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (part(hidden_states).view(shape).transpose(1, 2) for part in projections)
