@@ -51,7 +51,7 @@ def draw_perplexity(data: dict[str, Any]) -> Any:
     rivals = by_name(data["rows"], "family")
     ours = rivals.pop(OURS)
     for axes, (text, title) in zip(panels, TEXTS.items(), strict=True):
-        for (family, rows), marker in zip(rivals.items(), "osDv^<>Ph", strict=False):
+        for (family, rows), marker in zip(rivals.items(), "osDv^<>PhXd", strict=False):
             points = [(row["row_bytes"], row[f"{text}_percent"]) for row in rows]
             axes.plot(*zip(*points, strict=True), marker, markersize=6, alpha=0.75, label=family)
         axes.errorbar(
