@@ -1,6 +1,7 @@
 """Ordinary attention on packed keys and values: the contract, over architectures and modes."""
 
 import copy
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,15 @@ def calibrated(model: PreTrainedModel, **settings: Any) -> KVSpliceCalibrator:
     return KVSpliceCalibrator(model, sink_tokens=SINKS, **settings).collect(list(tokens(12, 48)), progress=False)
 
 
+@functools.cache
+def calibration_of(name: str) -> KVSpliceCalibrator:
+    """The calibration of a model, made once; its solutions serve all budgets."""
+    return calibrated(build_ordinary(name))
+
+
 def packed(name: str, bits: float = 5.0, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    model = build_ordinary(name, dtype)
     config = KVSpliceConfig(bits=bits, sink_tokens=SINKS, **settings)
-    return patch_model_with_kvsplice(model, config, calibration=calibrated(model))
+    return patch_model_with_kvsplice(build_ordinary(name, dtype), config, calibration=calibration_of(name))
 
 
 @torch.no_grad()
@@ -105,7 +111,7 @@ def test_with_and_without_a_cache_the_numbers_are_the_same(name: str) -> None:
 def test_unpatching_gives_the_model_back_bit_for_bit(name: str) -> None:
     model = build_ordinary(name)
     stock, names = uncached(model, tokens()), set(model.state_dict())
-    patch_model_with_kvsplice(model, KVSpliceConfig(bits=4, sink_tokens=SINKS), calibration=calibrated(model))
+    patch_model_with_kvsplice(model, KVSpliceConfig(bits=4, sink_tokens=SINKS), calibration=calibration_of(name))
     assert not torch.equal(uncached(model, tokens()), stock)
     unpatch_model(model)
     assert torch.equal(uncached(model, tokens()), stock)
