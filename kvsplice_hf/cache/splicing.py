@@ -99,12 +99,13 @@ class SplicedLayerMixin(_StockLayer):
         """Encode and store new tokens.
 
         Args:
-            key_states: latents [B, 1, T, R].
-            value_states: rotated keys [B, 1, T, P].
+            key_states: latents [B, 1, T, R]; or of ordinary attention keys [B, K, T, d].
+            value_states: rotated keys [B, 1, T, P]; or values [B, K, T, v].
 
         Returns:
             All stored tokens as a `CompressedLatent`, and their rotated keys [B, 1, S, P]; where rows are packed, the
-            same `CompressedLatent` again, which unpacks when it is read.
+            same `CompressedLatent` again, which unpacks when it is read. Of ordinary attention twice the same
+            `CompressedHeads`.
 
         Raises:
             CacheMismatchError: the shapes are not those of this layer's latents.
