@@ -63,10 +63,6 @@ class CompressedHeads:
         return cls(made)
 
     @property
-    def new_tokens(self) -> int:
-        return self.heads[0].new_tokens
-
-    @property
     def fresh(self) -> Any:
         return self.heads[0].fresh
 

@@ -18,7 +18,7 @@ from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model
 from kvsplice_hf.calibration.fit import LayerFit, fit_codec, fit_rank, fit_widths
 from kvsplice_hf.calibration.holdout import split_holdout
 from kvsplice_hf.calibration.report import CalibrationReport, report_of
-from kvsplice_hf.calibration.solve import KindOfRows, LayerSolution, cheapest, key_forms, solve_layer
+from kvsplice_hf.calibration.solve import KindOfRows, LayerSolution, solve_together
 from kvsplice_hf.calibration.statistics import (
     Statistics,
     load_statistics,
@@ -26,7 +26,7 @@ from kvsplice_hf.calibration.statistics import (
     save_statistics,
 )
 from kvsplice_hf.code.codecs import codec_class
-from kvsplice_hf.code.heads import HeadKey, PartKey, layer_of
+from kvsplice_hf.code.heads import PartKey, layer_of
 from kvsplice_hf.code.keys import TURN_DTYPE
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CalibrationError, ConfigError
@@ -260,13 +260,9 @@ class KVSpliceCalibrator:
     def _solution(self, layer_idx: PartKey, of_rows: KindOfRows) -> LayerSolution:
         key = layer_idx, of_rows
         if key not in self._solutions:
-            form = None
-            if isinstance(layer_idx, HeadKey):  # all heads of a layer are rotated in one way
-                heads = [part for part in self.statistics if layer_of(part) == layer_idx.layer_idx]
-                form = cheapest(
-                    [key_forms(self.statistics[part], self.metric, unrotated=of_rows.unrotated) for part in heads]
-                )
-            self._solutions[key] = solve_layer(self.statistics[layer_idx], self.metric, rows=of_rows, form=form)
+            parts = [part for part in self.statistics if layer_of(part) == layer_of(layer_idx)]
+            found = solve_together([self.statistics[part] for part in parts], self.metric, rows=of_rows)
+            self._solutions |= {(part, of_rows): solution for part, solution in zip(parts, found, strict=True)}
         return self._solutions[key]
 
     def _distortion(self, layer_idx: PartKey, of_rows: KindOfRows) -> Distortion:

@@ -163,14 +163,19 @@ class Collector:
     def _see_embeddings(self, parameters: tuple[str, ...], module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         self._embeddings = upstream.argument(parameters, POSITION_EMBEDDINGS, args, kwargs)
 
-    def _turns(self, layer: LayerStatistics, k_rot: torch.Tensor) -> torch.Tensor | None:
-        """How the keys [B, 1, T, P] that count were rotated, [tokens, F]; None where that is not known."""
-        columns = angle_columns(self._embeddings, layer.rope_dim) if layer.rope_dim else None
-        layer.see_columns(columns)
+    def _turns(self, site: AttentionSite, batch: int) -> torch.Tensor | None:
+        """How the keys of a layer that count were rotated, [tokens, F]; None where that is not known."""
+        rope_dim = site.qk_rope_head_dim
+        columns = angle_columns(self._embeddings, rope_dim) if rope_dim else None
+        for part in site.parts:
+            self.statistics[part].see_columns(columns)
         if columns is None:
             return None
         turns = turns_of(self._embeddings, columns)
-        return _select(turns.expand(k_rot.shape[0], -1, -1)[:, None], self._counted)
+        return _select(turns.expand(batch, -1, -1)[:, None], self._counted)
+
+    def _record(self, site: AttentionSite, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
+        return type(site.module).expand_kv(site.module, *self._count(site, latent, k_rot))
 
     def _record_heads(self, site: AttentionSite, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any]:
         """Count keys [B, K, T, d] and values [B, K, T, v] of a layer with ordinary attention, and hand them on."""
@@ -180,39 +185,29 @@ class Collector:
                 f"{site.name} computes {found[0]} key heads of {found[1]} numbers and values of {found[2]}, where "
                 f"{(site.kv_heads, site.qk_rope_head_dim, site.kv_lora_rank)} were expected from its projections."
             )
-        if torch.is_grad_enabled():
-            key, value = (x if x.requires_grad else x.detach().requires_grad_() for x in (key, value))
-        for head, part in enumerate(site.parts):
-            self._count(self.statistics[part], *(states[:, head : head + 1] for states in (value, key)))
-        if torch.is_grad_enabled():
-            turns, counted = self._turns(self.statistics[site.parts[0]], key[:, :1]), self._counted
-            value.register_hook(functools.partial(self._count_gradients, site, counted, None))
-            key.register_hook(functools.partial(self._count_gradients, site, counted, (turns,)))
+        value, key = self._count(site, value, key)
         return key, value
 
-    def _count(self, layer: LayerStatistics, latent: torch.Tensor, k_rot: torch.Tensor) -> None:
-        turns = self._turns(layer, k_rot)
-        latent, k_rot = (_select(states.detach(), self._counted) for states in (latent, k_rot))
-        layer.add_rows(latent, k_rot, self.generator, turns)
+    def _count(
+        self, site: AttentionSite, latent: torch.Tensor, k_rot: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count latents and rotated keys, a head of both for each part of the layer, and gradients once they come.
 
-    def _count_gradients(self, site: AttentionSite, counted: Any, turns: Any, gradient: torch.Tensor) -> None:
-        for head, part in enumerate(site.parts):
-            own = _select(gradient[:, head : head + 1], counted)
-            if turns is None:
-                self.statistics[part].add_gradients(own)
-            else:
-                self.statistics[part].add_rot_gradients(own, turns[0])
-
-    def _record(self, site: AttentionSite, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
-        layer, counted = self.statistics[site.layer_idx], self._counted
-        turns = self._turns(layer, k_rot)
+        Returns:
+            Both, to go on with: gradients reach them.
+        """
+        counted, turns = self._counted, self._turns(site, latent.shape[0])
         if torch.is_grad_enabled():
             latent, k_rot = (x if x.requires_grad else x.detach().requires_grad_() for x in (latent, k_rot))
-            latent.register_hook(lambda gradient: layer.add_gradients(_select(gradient, counted)))
-            if site.qk_rope_head_dim:
-                k_rot.register_hook(lambda gradient: layer.add_rot_gradients(_select(gradient, counted), turns))
-        layer.add_rows(_select(latent.detach(), counted), _select(k_rot.detach(), counted), self.generator, turns)
-        return type(site.module).expand_kv(site.module, latent, k_rot)
+        for head, part in enumerate(site.parts):
+            layer = self.statistics[part]
+            pick = functools.partial(_select, counted=counted, head=head)
+            if torch.is_grad_enabled():
+                latent.register_hook(lambda g, layer=layer, pick=pick: layer.add_gradients(pick(g)))
+                if site.qk_rope_head_dim:
+                    k_rot.register_hook(lambda g, layer=layer, pick=pick: layer.add_rot_gradients(pick(g), turns))
+            layer.add_rows(pick(latent.detach()), pick(k_rot.detach()), self.generator, turns)
+        return latent, k_rot
 
 
 def _is_told_of_rotation(module: Any) -> bool:
@@ -277,9 +272,9 @@ def _usable_positions(config: Any) -> int:
     return limit
 
 
-def _select(rows: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """The counted tokens [tokens, n] of rows [B, 1, T, n]."""
-    rows = rows[:, 0]
+def _select(rows: torch.Tensor, counted: torch.Tensor | None, head: int = 0) -> torch.Tensor:
+    """The counted tokens [tokens, n] of a head of rows [B, K, T, n]."""
+    rows = rows[:, head]
     return rows.flatten(0, 1) if counted is None else rows[counted.to(rows.device)]
 
 

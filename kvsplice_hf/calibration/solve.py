@@ -110,12 +110,7 @@ _PLAIN = KindOfRows()
 
 
 def solve_layer(
-    statistics: LayerStatistics,
-    metric: str,
-    shrinkage: float = SHRINKAGE,
-    *,
-    rows: KindOfRows = _PLAIN,
-    form: int | None = None,
+    statistics: LayerStatistics, metric: str, shrinkage: float = SHRINKAGE, *, rows: KindOfRows = _PLAIN
 ) -> LayerSolution:
     """The solution of one layer.
 
@@ -124,11 +119,23 @@ def solve_layer(
         metric: "fisher", "readers" or "pca".
         shrinkage: see `SHRINKAGE`.
         rows: what is stored.
-        form: which of `key_forms` its keys have; by default the cheapest.
     """
+    return solve_together([statistics], metric, shrinkage, rows=rows)[0]
+
+
+def solve_together(
+    parts: Sequence[LayerStatistics], metric: str, shrinkage: float = SHRINKAGE, *, rows: KindOfRows = _PLAIN
+) -> list[LayerSolution]:
+    """The solutions of the key heads of a layer, whose keys are all held in one way; arguments as in `solve_layer`."""
+    forms = cheapest([key_forms(part, metric, shrinkage, rows.unrotated) for part in parts])
+    return [_solve(part, metric, shrinkage, rows, form) for part, form in zip(parts, forms, strict=True)]
+
+
+def _solve(
+    statistics: LayerStatistics, metric: str, shrinkage: float, rows: KindOfRows, form: "KeyForm"
+) -> LayerSolution:
     matrix = _latent_metric(statistics, metric, shrinkage)
-    forms = key_forms(statistics, metric, shrinkage, rows.unrotated)
-    pairing, pairs, keys = forms[cheapest([forms]) if form is None else form]
+    pairing, pairs, keys = form
     key_mean = statistics.rot_sum[pairing] / statistics.count
     key_codes = (statistics.sampled_keys(pairing) - key_mean) @ keys.encode.T
     latents = statistics.rows[:, : statistics.latent_dim].double() - statistics.mean
@@ -216,12 +223,11 @@ def key_forms(
     return forms
 
 
-def cheapest(layers: Sequence[Sequence[KeyForm]]) -> int:
-    """Which of their forms costs least, of layers, or of key heads, that are all to have the same one."""
-    if len(layers[0]) == 1:
-        return 0
-    totals = [sum(form.cost for form in forms) for forms in zip(*layers, strict=True)]
-    return min(range(len(totals)), key=totals.__getitem__)
+def cheapest(layers: Sequence[Sequence[KeyForm]]) -> list[KeyForm]:
+    """The forms of layers, or of key heads, that are all to have the same one: those that together cost least."""
+    choices = list(zip(*layers, strict=True))
+    best = min(choices, key=lambda forms: sum(form.cost for form in forms)) if len(choices) > 1 else choices[0]
+    return list(best)
 
 
 def _rotated_basis(statistics: LayerStatistics, metric: str) -> Basis:

@@ -127,7 +127,7 @@ class LayerStatistics:
         """
         found = self.columns[:0] if columns is None else columns
         if self.count == 0:
-            self.columns = found
+            self.columns = found.clone()  # which key heads of a layer are told of together, and files hold apart
             self.turns = self.turns.new_zeros(0, len(found))
         elif not torch.equal(found, self.columns):
             raise CalibrationError(

@@ -194,8 +194,8 @@ def near_positions() -> Iterator[None]:
 @contextlib.contextmanager
 def shrinkage(share: float) -> Iterator[None]:
     """Another share of the metric's diagonal."""
-    solved = functools.partial(solve.solve_layer, shrinkage=share)
-    with mock.patch.object(calibrator, "solve_layer", solved):
+    solved = functools.partial(solve.solve_together, shrinkage=share)
+    with mock.patch.object(calibrator, "solve_together", solved):
         yield
 
 
