@@ -15,6 +15,7 @@ import torch
 
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.heads import HeadSplices
 from kvsplice_hf.code.keys import KeyWeights
 from kvsplice_hf.code.projection import SpliceWeights
 from kvsplice_hf.code.trellis import TrellisTables
@@ -101,13 +102,43 @@ class Step(NamedTuple):
         return [tensor for tensor in given if tensor is not None]
 
 
+class HeadsStep(NamedTuple):
+    """A decode step of a layer with ordinary attention: one new query per sequence and query head.
+
+    With `K` key heads, and `d`, `v` numbers of a key and of a value.
+
+    Attributes:
+        query: rotated, [B, H, 1, d].
+        rows: of all key heads side by side, uint8 [B, 1, S, bytes].
+        splices: of the key heads.
+        turns: how the keys were rotated, a table uint8 [d / 2, slots] and the slots int32 [B, S]; or None.
+        exact: of each exact token the value and key of each head, [B, E, K (v + d)]; or None.
+        positions, bias, sinks, scaling: as in `Step`.
+    """
+
+    query: torch.Tensor
+    rows: torch.Tensor
+    splices: HeadSplices
+    turns: tuple[torch.Tensor, torch.Tensor] | None
+    exact: torch.Tensor | None
+    positions: torch.Tensor | None
+    bias: torch.Tensor | None
+    sinks: torch.Tensor | None
+    scaling: float
+
+    @property
+    def numbers(self) -> list[torch.Tensor]:
+        """The tensors of numbers that come with each call."""
+        return [part for part in (self.query, self.exact, self.bias, self.sinks) if part is not None]
+
+
 class Backend(ABC):
     """The interface. `docs/how_to_add.md` shows how to write one; `choice.BACKENDS` names those that there are.
 
     Attributes:
         name: in messages, and in the tables of `explain`.
-        operations: which of the methods below it has: "attend", "decode", "encode", "pack", "search". PyTorch
-            does the others.
+        operations: which of the methods below it has: "attend", "decode", "encode", "pack", "search",
+            "decode_heads", "encode_heads". PyTorch does the others.
         reads_coded_keys: whether those methods take keys that were coded before their rotation.
         codecs: the kinds of codec whose rows it reads and writes.
     """
@@ -155,6 +186,23 @@ class Backend(ABC):
         """The rows of latents [B, 1, T, R] and rotated keys [B, 1, T, P]: what `LearnedKVSplice.rows` gives.
 
         Where keys are coded before their rotation, with `keys`, and angles uint8 [B or 1, 1, T, F].
+        """
+        raise NotImplementedError
+
+    def refusal_of_heads(self, splices: HeadSplices) -> str | None:
+        """Why it does not serve the key heads of a layer, or None where it does."""
+        raise NotImplementedError
+
+    def decode_heads(self, step: HeadsStep) -> torch.Tensor:
+        """The attention output of a step over all key heads, [B, 1, H, v], of any float type."""
+        raise NotImplementedError
+
+    def encode_heads(
+        self, splices: HeadSplices, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The rows uint8 [B, 1, T, bytes] of values [B, K, T, v] and keys [B, K, T, d]: those of heads side by side.
+
+        Where keys are coded before their rotation, with angles uint8 [B or 1, 1, T, d / 2].
         """
         raise NotImplementedError
 

@@ -10,6 +10,7 @@ Legend: as in `reference`.
 """
 
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -18,11 +19,12 @@ from typing import Any
 import torch
 
 from kvsplice_hf.attend import reference
-from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, Step
+from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, HeadsStep, Step
 from kvsplice_hf.attend.native.backend import NativeBackend
 from kvsplice_hf.attend.triton.backend import TritonBackend
 from kvsplice_hf.code import trellis
 from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.heads import HeadSplices, turns_for
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import KVSpliceError
 
@@ -139,6 +141,61 @@ def encode(
     kind = ("encode", codec is None, *of_weights, _along(codec), backend.name)
     more = () if keys is None else (keys, turns)  # which only some backends take
     return _either(kind, lambda: backend.encode(latent, k_rot, weights, codec, *more), by_torch, alike)
+
+
+def decode_heads(step: HeadsStep, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """As `decode`, of a layer with ordinary attention: [B, 1, H, v]."""
+    backend = _backend_for_heads("decode_heads", step.numbers, step.splices)
+    if backend is None:
+        return by_torch()
+    given = (
+        step.bias is None,
+        step.exact is None,
+        step.sinks is None,
+        step.query.dtype,
+        _coded(step.turns is not None),
+    )
+    kind = ("decode_heads", *given, _along(step.splices.codec), backend.name)
+    return _either(kind, lambda: backend.decode_heads(step).to(step.query.dtype), by_torch, _numbers_alike)
+
+
+def encode_heads(
+    splices: HeadSplices, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
+) -> torch.Tensor:
+    """The rows [B, 1, T, bytes] that a cache stores of values [B, K, T, v] and keys [B, K, T, d], side by side.
+
+    `turns` uint8 [B or 1, 1, T, F], where keys are coded before their rotation.
+    """
+    sizes = [0, *itertools.accumulate(splices.row_bytes)]
+
+    def by_torch() -> torch.Tensor:
+        parts = zip(splices, splices.split(values, keys), strict=True)
+        return torch.cat([encode(head, *part, turns_for(head, turns)) for head, part in parts], dim=-1)
+
+    def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
+        parts = zip(splices, splices.split(values, keys), itertools.pairwise(sizes), strict=True)
+        return all(
+            _packed_alike(head.codec, functools.partial(head.numbers_to_store, *part, turns_for(head, turns)))(
+                found[..., slice(*place)], expected[..., slice(*place)]
+            )
+            for head, part, place in parts
+        )
+
+    backend = None
+    if keys.shape[0] * keys.shape[2] <= _MOST_TOKENS:
+        backend = _backend_for_heads("encode_heads", (values, keys), splices)
+    if backend is None:
+        return by_torch()
+    kind = ("encode_heads", keys.dtype, _coded(turns is not None), _along(splices.codec), backend.name)
+    return _either(kind, lambda: backend.encode_heads(splices, values, keys, turns), by_torch, alike)
+
+
+def _backend_for_heads(operation: str, tensors: Sequence[torch.Tensor], splices: HeadSplices) -> Backend | None:
+    """As `_backend_for`, of a call on the key heads of a layer."""
+    backend = _backend_for(operation, tensors, splices.codec, coded_keys=splices.keys is not None)
+    if backend is None or backend.refusal_of_heads(splices) is not None:
+        return None
+    return backend
 
 
 def pack(rows: torch.Tensor, codec: Codec) -> torch.Tensor:

@@ -3,25 +3,16 @@
 Legend: `B` batch, `T` new tokens, `S` stored tokens, `K` key heads, `d` numbers of a key, `v` of a value.
 """
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import torch
 
 from kvsplice_hf import upstream
-from kvsplice_hf.attend.choice import encode
 from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.cache.turns import Turns
-from kvsplice_hf.code.heads import HeadSplices, turns_for
-
-
-def encode_heads(
-    splice: HeadSplices, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
-) -> torch.Tensor:
-    """Rows [B, 1, T, bytes] of values [B, K, T, v] and keys [B, K, T, d]."""
-    parts = zip(splice, splice.split(values, keys), strict=True)
-    return torch.cat([encode(head, *part, turns_for(head, turns)) for head, part in parts], dim=-1)
+from kvsplice_hf.code.heads import HeadSplices
 
 
 def exact_heads(values: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -32,16 +23,11 @@ def exact_heads(values: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 class CompressedHeads:
     """What a spliced cache layer's `update` returns in place of keys and values of ordinary attention.
 
-    Attributes:
-        heads: the rows of each key head, as `CompressedLatent` of values and keys.
+    Attributes as of `CompressedLatent`, of all heads: rows [B, 1, S, bytes] of the heads side by side.
     """
 
-    def __init__(self, heads: Sequence[CompressedLatent]) -> None:
-        self.heads = list(heads)
-
-    @classmethod
-    def of_rows(
-        cls,
+    def __init__(
+        self,
         rows: torch.Tensor,
         splice: HeadSplices,
         exact: ExactTokens | None,
@@ -50,28 +36,36 @@ class CompressedHeads:
         dtype: torch.dtype,
         fresh: tuple[torch.Tensor, torch.Tensor] | None,
         turns: Turns | None,
-    ) -> "CompressedHeads":
-        """Arguments as of `CompressedLatent`, of all heads."""
+    ) -> None:
+        self.rows = rows
+        self.splice = splice
+        self.exact = exact
+        self.new_tokens = new_tokens
+        self.first_row = first_row
+        self.dtype = dtype
+        self.fresh = fresh
+        self.turns = turns
+
+    @functools.cached_property
+    def heads(self) -> list[CompressedLatent]:
+        """Of each key head the rows, as values and keys that are read like a latent and its key."""
+        splice, exact = self.splice, self.exact
         sizes, count = splice.row_bytes, len(splice.heads)
         kept = [None] * count if exact is None else exact.latents.chunk(count, dim=-1)
-        new = [None] * count if fresh is None else splice.split(*fresh)
+        new = [None] * count if self.fresh is None else splice.split(*self.fresh)
         made = []
-        for head, part, latents, states in zip(splice, rows.split(sizes, dim=-1), kept, new, strict=True):
+        for head, part, latents, states in zip(splice, self.rows.split(sizes, dim=-1), kept, new, strict=True):
             own = None if exact is None or latents is None else ExactTokens(latents, exact.positions)
-            of_keys = None if head.keys is None else turns
-            made.append(CompressedLatent(part, head, own, new_tokens, first_row, dtype, states, of_keys))
-        return cls(made)
-
-    @property
-    def fresh(self) -> Any:
-        return self.heads[0].fresh
+            of_keys = None if head.keys is None else self.turns
+            of_call = (self.new_tokens, self.first_row, self.dtype, states, of_keys)
+            made.append(CompressedLatent(part, head, own, *of_call))
+        return made
 
     @property
     def shape(self) -> torch.Size:
         """[B, K, S, v + d]: models read the number of keys from it."""
-        first = self.heads[0]
-        width = first.splice.latent_dim
-        return torch.Size((first.rows.shape[0], len(self.heads), first.rows.shape[2], width))
+        width = next(iter(self.splice)).latent_dim
+        return torch.Size((self.rows.shape[0], len(self.splice.heads), self.rows.shape[2], width))
 
     def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys [B, K, S, d] and values [B, K, S, v], decoded, the exact ones in their places."""

@@ -16,9 +16,9 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvsplice_hf import upstream
-from kvsplice_hf.attend.choice import encode
+from kvsplice_hf.attend.choice import encode, encode_heads
 from kvsplice_hf.cache.exact import ExactTokens, empty_exact_tokens, fill_exact_tokens
-from kvsplice_hf.cache.heads import CompressedHeads, encode_heads, exact_heads
+from kvsplice_hf.cache.heads import CompressedHeads, exact_heads
 from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
 from kvsplice_hf.cache.turns import SLOT_DTYPE, FixedTurns, Turns, TurnTable, as_values
 from kvsplice_hf.code.heads import HeadSplices
@@ -133,9 +133,7 @@ class SplicedLayerMixin(_StockLayer):
         fresh = (latents, k_rot) if self._wants_gradients(latents, k_rot) else None
         turns = self._turns_of(all_slots, new_turns)
         if in_heads:
-            heads = CompressedHeads.of_rows(
-                all_rows, splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns
-            )
+            heads = CompressedHeads(all_rows, splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns)
             return heads, heads
         latent = CompressedLatent(all_rows, splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns)
         return latent, latent if latent.is_packed else latent.k_rot

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from kvsplice_hf.attend.backend import Attended, CodedKeys, Step
 from kvsplice_hf.attend.choice import attend, decode
 from kvsplice_hf.cache.exact import ExactTokens, visible_keys
+from kvsplice_hf.cache.heads import CompressedHeads
 from kvsplice_hf.cache.rows import CompressedLatent
 
 
@@ -106,7 +107,7 @@ def absorbed_attention(
     Returns:
         The output [B, T, H, V], and the weights [B, H, T, S] or None.
     """
-    mask = _four_dimensional(mask, latent, query.shape[2], sliding_window)
+    mask = four_dimensional(mask, latent, query.shape[2], sliding_window)
 
     def in_torch() -> tuple[torch.Tensor, torch.Tensor | None]:
         weights = split_weight(weight, weight.shape[0] // query.shape[1] - v_dim, v_dim)
@@ -139,7 +140,7 @@ def _step(
         projection=latent.splice.weights(),
         exact=None if latent.exact is None else latent.exact.latents,
         positions=None if latent.exact is None else latent.exact.positions,
-        bias=None if mask is None else _as_bias(mask)[:, 0],
+        bias=None if mask is None else as_bias(mask)[:, 0],
         sinks=learned_sinks,
         scaling=scaling,
     )
@@ -183,8 +184,8 @@ def _attention_in_torch(
     return output, _weights(queries, latent, keys, on_rows, shares)
 
 
-def _four_dimensional(
-    mask: torch.Tensor | None, latent: CompressedLatent, queries: int, sliding_window: int | None
+def four_dimensional(
+    mask: torch.Tensor | None, latent: CompressedLatent | CompressedHeads, queries: int, sliding_window: int | None
 ) -> torch.Tensor | None:
     """Spell out what a missing or two-dimensional mask leaves to the attention function: causality and the window."""
     keys, device = latent.rows.shape[2], latent.rows.device
@@ -205,7 +206,7 @@ def _four_dimensional(
     return visible & visible_keys(mask.to(device))[:, None, None, -keys:]
 
 
-def _as_bias(mask: torch.Tensor) -> torch.Tensor:
+def as_bias(mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype != torch.bool:
         return mask.float()
     return _hide(None, ~mask)
@@ -226,7 +227,7 @@ def _select_keys(
 ) -> _Keys:
     rows, row_index, coded = latent.rows[:, 0], None, latent.coded_keys
     keys = rows.shape[1]
-    bias = None if mask is None else _as_bias(mask)
+    bias = None if mask is None else as_bias(mask)
     if indices is not None and indices.shape[1] == 1 and indices.shape[-1] < keys:
         # One query: read its k rows only. Several queries select different rows, for which a mask is cheaper.
         row_index = indices[:, 0].long()

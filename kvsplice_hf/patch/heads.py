@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from kvsplice_hf import upstream
+from kvsplice_hf.attend.backend import HeadsStep
+from kvsplice_hf.attend.choice import decode_heads
 from kvsplice_hf.cache.heads import CompressedHeads
 from kvsplice_hf.call import note_expansion, running_call
-from kvsplice_hf.patch.absorbed import absorbed_attention
+from kvsplice_hf.patch.absorbed import absorbed_attention, as_bias, four_dimensional
 from kvsplice_hf.patch.attention import attend_expanded
 from kvsplice_hf.patch.sequences import round_trip_of_sequences
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
@@ -53,7 +55,51 @@ def attend_heads(
     refused = decoding_refusal(module, patched) or upstream.further_arguments(kwargs, _DONE_ON_ROWS)
     if query.shape[2] > 1 or key.fresh is not None or refused:
         return stock(*key.keys_and_values())
-    sinks = kwargs.get("s_aux")
+    sinks, window = kwargs.get("s_aux"), kwargs.get("sliding_window")
+    mask = four_dimensional(attention_mask, key, 1, window)
+
+    def by_head() -> tuple[torch.Tensor, torch.Tensor | None]:
+        return _attend_by_head(query, key, mask, scaling, dropout, sinks, return_weights=base == "eager")
+
+    if dropout or base == "eager":
+        return by_head()
+    return decode_heads(_step(query, key, mask, scaling, sinks), lambda: by_head()[0]), None
+
+
+def _step(
+    query: torch.Tensor,
+    key: CompressedHeads,
+    mask: torch.Tensor | None,
+    scaling: float,
+    sinks: torch.Tensor | None,
+) -> HeadsStep:
+    return HeadsStep(
+        query=query,
+        rows=key.rows,
+        splices=key.splice,
+        turns=key.turns,
+        exact=None
+        if key.exact is None
+        else key.exact.latents[:, 0]
+        if key.exact.latents.dim() == 4
+        else key.exact.latents,
+        positions=None if key.exact is None else key.exact.positions,
+        bias=None if mask is None else as_bias(mask)[:, 0],
+        sinks=sinks,
+        scaling=scaling,
+    )
+
+
+def _attend_by_head(
+    query: torch.Tensor,
+    key: CompressedHeads,
+    mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+    sinks: torch.Tensor | None,
+    return_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A step of one key head after the other, with a mask of four dimensions or none."""
     heads = zip(
         query.chunk(len(key.heads), dim=1),
         key.heads,
@@ -66,12 +112,11 @@ def attend_heads(
             latent,
             _values_as_they_are(part.shape[1], latent.splice.latent_dim, part.dtype, part.device),
             latent.splice.latent_dim,
-            attention_mask,
+            mask,
             scaling,
             dropout=dropout,
-            sliding_window=kwargs.get("sliding_window"),
             learned_sinks=own_sinks,
-            return_weights=base == "eager",
+            return_weights=return_weights,
         )
         for part, latent, own_sinks in heads
     ]

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, Step
-from kvsplice_hf.attend.native import calls
+from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, HeadsStep, Step
+from kvsplice_hf.attend.native import calls, heads
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
+from kvsplice_hf.code.heads import HeadSplices
 from kvsplice_hf.code.keys import KeyWeights
 from kvsplice_hf.code.projection import SpliceWeights
 from kvsplice_hf.code.trellis import TrellisCodec, TrellisTables
@@ -17,7 +18,7 @@ class NativeBackend(Backend):
     """C++ on a CPU, for all operations."""
 
     name = "C++"
-    operations = frozenset({"attend", "decode", "encode", "pack", "search"})
+    operations = frozenset({"attend", "decode", "encode", "pack", "search", "decode_heads", "encode_heads"})
     codecs = frozenset({RowCodec.kind, TrellisCodec.kind})
     reads_coded_keys = True
 
@@ -62,6 +63,17 @@ class NativeBackend(Backend):
     ) -> torch.Tensor:
         packer = None if codec is None else calls.row_codec(codec)
         return calls.encode(latent, k_rot, weights, packer, keys, turns)
+
+    def refusal_of_heads(self, splices: HeadSplices) -> str | None:
+        return heads.prepared(splices).refusal
+
+    def decode_heads(self, step: HeadsStep) -> torch.Tensor:
+        return heads.decode_heads(step)
+
+    def encode_heads(
+        self, splices: HeadSplices, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
+    ) -> torch.Tensor:
+        return heads.encode_heads(splices, values, keys, turns)
 
     def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:
         return calls.encode_pack(rows, calls.row_codec(codec))

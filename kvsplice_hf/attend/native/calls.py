@@ -106,7 +106,7 @@ def decode(step: Step) -> torch.Tensor:
         ConfigError: shapes, dtypes or strides other than those of a `Step`.
         UnsupportedError: the library is not there.
     """
-    library = _require_library()
+    library = require_library()
     # Kept by name until the library is done: it sees addresses only.
     projection, weight = _contiguous(step.projection), step.weight.contiguous()
     codec = None if step.codec is None else row_codec(step.codec)
@@ -120,7 +120,7 @@ def decode(step: Step) -> torch.Tensor:
     exact, positions, keys = step.exact, step.positions, contiguous_keys(step.keys)
     if exact is not None and positions is not None:
         exact, positions = exact.contiguous(), positions.contiguous()
-    output = _room(batch, 1, heads, step.v_dim)
+    output = room(batch, 1, heads, step.v_dim)
     rows = problem_of(
         step.rows,
         codec,
@@ -145,12 +145,12 @@ def decode(step: Step) -> torch.Tensor:
         query=types.address(query, torch.float32, batch * heads * width),
         weight=types.numbers_of(weight, heads * (nope_dim + step.v_dim) * latent_dim),
         expand=types.numbers_of(projection.expand, latent_dim * rank),
-        transform=_transform_of(projection),
+        transform=transform_of(projection),
         exact=types.numbers_of(exact, 0 if exact is None else exact.numel()),  # its sizes are checked above
         sinks=types.address(sinks, torch.float32, heads),
         output=types.address(output, torch.float32, batch * heads * step.v_dim),
     )
-    _run(library.kvsplice_decode, given)
+    run(library.kvsplice_decode, given)
     return output
 
 
@@ -169,7 +169,7 @@ def _contiguous(weights: SpliceWeights) -> SpliceWeights:
     return SpliceWeights._make(None if tensor is None else tensor.contiguous() for tensor in weights)
 
 
-def _transform_of(weights: SpliceWeights) -> types.Transform:
+def transform_of(weights: SpliceWeights) -> types.Transform:
     count = weights.expand.shape[0]
     scale, shift, offset = (
         types.numbers_of(tensor, count) for tensor in (weights.scale, weights.shift, weights.offset)
@@ -177,7 +177,7 @@ def _transform_of(weights: SpliceWeights) -> types.Transform:
     return types.Transform(scale, shift, offset)
 
 
-def _room(*sizes: int) -> torch.Tensor:
+def room(*sizes: int) -> torch.Tensor:
     """Where the library writes float32 numbers."""
     return torch.empty(*sizes, dtype=torch.float32, device="cpu")
 
@@ -241,7 +241,7 @@ def encode(
         ConfigError: shapes that do not fit, or other dtypes.
         UnsupportedError: the library is not there.
     """
-    library = _require_library()
+    library = require_library()
     latent, k_rot, projection = latent.contiguous(), k_rot.contiguous(), _contiguous(projection)
     keys = None if keys is None else KeyWeights._make(tensor.contiguous() for tensor in keys)
     turns = None if turns is None else turns.contiguous()
@@ -267,7 +267,7 @@ def encode(
         rotated=rotated,
         latents=types.numbers_of(latent, tokens * latent_dim),
         rotations=types.numbers_of(k_rot, tokens * rotated),
-        transform=_transform_of(projection),
+        transform=transform_of(projection),
         compress=types.numbers_of(projection.compress, rank * latent_dim),
         expand=types.numbers_of(projection.expand, latent_dim * (rank + predicted)),
         predicted=predicted,
@@ -277,7 +277,7 @@ def encode(
         rows=types.address(rows, dtype, tokens * width),
         threads=threads_for(tokens * rank * latent_dim),
     )
-    _run(library.kvsplice_encode, given)
+    run(library.kvsplice_encode, given)
     return rows
 
 
@@ -304,7 +304,7 @@ def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
         packer=types.packer_of(codec),
         threads=threads_for(_PRODUCTS_PER_LOGARITHM * rows.numel()),
     )
-    _run(_require_library().kvsplice_pack, packing)
+    run(require_library().kvsplice_pack, packing)
     return packed
 
 
@@ -327,11 +327,11 @@ def search(unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
         codes=types.address(codes, torch.uint8, count * columns),
         threads=threads_for(_PRODUCTS_PER_LOGARITHM * unit.numel()),
     )
-    _run(_require_library().kvsplice_search, given)
+    run(require_library().kvsplice_search, given)
     return codes
 
 
-def _require_library() -> ctypes.CDLL:
+def require_library() -> ctypes.CDLL:
     library = load_library()
     if library is None:
         raise UnsupportedError("The C++ code could not be compiled on this machine; a warning has said why.")
@@ -347,15 +347,15 @@ def _attend(
     scaling: float,
     keys: CodedKeys | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    library = _require_library()
+    library = require_library()
     batch, queries, dim = query.shape
     if value_dim > dim:
         raise ConfigError(f"Got {value_dim} values in rows of {dim} numbers.")
     if batch * queries * rows.shape[-2] == 0:  # nothing to attend to, or nobody
-        return _room(batch, queries, value_dim).zero_(), _room(batch, queries).fill_(float("-inf"))
+        return room(batch, queries, value_dim).zero_(), room(batch, queries).fill_(float("-inf"))
     in_bf16 = query.dtype is torch.bfloat16
     query, bias = query.float().contiguous(), read_in_order(bias, rows, queries)
-    output, sizes = _room(batch, queries, value_dim), _room(batch, queries)
+    output, sizes = room(batch, queries, value_dim), room(batch, queries)
     problem = problem_of(
         rows,
         codec,
@@ -371,11 +371,20 @@ def _attend(
         output=types.address(output, torch.float32, batch * queries * value_dim),
         sizes=types.address(sizes, torch.float32, batch * queries),
     )
-    _run(library.kvsplice_attend, problem)
+    run(library.kvsplice_attend, problem)
     return output, sizes
 
 
-def _run(function: Any, given: Any) -> None:
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def run(function: Any, given: Any) -> int:
+    """Call the library with a structure; what it returned.
+
+    Raises:
+        MemoryError: it got none to work in.
+    """
     handed = types.as_bytes(given)
     if getattr(torch.autograd.profiler, "_is_profiler_enabled", False):
         # Under a name of its own, so that a profile shows the time; without a profile the name alone would cost some.
@@ -383,5 +392,6 @@ def _run(function: Any, given: Any) -> None:
             failed = function(handed)
     else:
         failed = function(handed)
-    if failed:
+    if failed == 1:
         raise MemoryError("The C++ code got no memory to work in.")
+    return int(failed)

@@ -34,9 +34,23 @@ def keys_of(
         if codec is not None and len(codec.key_sigmas):
             raise ConfigError("Got rows with a gain for their keys, and nothing that says how those are read.")
         return types.NO_KEYS
-    rope_dim, rank = dim - value_dim, keys.expand.shape[1]
+    rope_dim = dim - value_dim
+    basis = basis_of(keys, codec, rope_dim, value_dim)
+    turned = turned_keys(basis, keys.table, keys.slots, batch, rows)
+    if turned is None:
+        sizes = {name: [tensor.dtype, *tensor.shape] for name, tensor in keys._asdict().items()}
+        raise ConfigError(
+            f"Got keys by {sizes}, for {rows} rows of {batch} sequences and queries of {dim} numbers with values of "
+            f"{value_dim}; the library reads tables of which each line lies side by side, of rows of which all that is "
+            "ahead of the key, and nothing else, shares a gain."
+        )
+    return turned
+
+
+def basis_of(keys: CodedKeys | KeyWeights, codec: RowCodec | None, rope_dim: int, value_dim: int) -> types.Keys | None:
+    """How keys are read, but for their table and slots; None where the library does not read such keys."""
+    rank = keys.expand.shape[1]
     start = 0 if codec is None else codec.row_dim - rank
-    slots, table = keys.slots, keys.table
     fits = (
         codec is not None
         and len(codec.sigmas) == start
@@ -48,30 +62,37 @@ def keys_of(
         and keys.pairs.shape == (3, rope_dim // 2)
         and keys.expand.shape == (rope_dim, rank)
         and keys.mean.shape == (rope_dim,)
-        and _lies_in_lines(table, (rope_dim // 2, table.shape[-1]), TURN_DTYPE)
-        and table.shape[-1] > 0
-        and _lies_in_lines(slots, (batch, rows), torch.int32)
     )
     if not fits:
-        sizes = {name: [tensor.dtype, *tensor.shape] for name, tensor in keys._asdict().items()}
-        raise ConfigError(
-            f"Got keys by {sizes}, for {rows} rows of {batch} sequences and queries of {dim} numbers with values of "
-            f"{value_dim}; the library reads tables of which each line lies side by side, of rows of which all that is "
-            "ahead of the key, and nothing else, shares a gain."
-        )
-    return types.Keys(
+        return None
+    return types.NO_KEYS._replace(
         dim=rope_dim,
         rank=rank,
         start=start,
         expand=types.numbers_of(keys.expand, rope_dim * rank),
         mean=types.numbers_of(keys.mean, rope_dim),
         pairs=types.address(keys.pairs, torch.int64, 3 * (rope_dim // 2)),
+    )
+
+
+def turned_keys(
+    basis: types.Keys | None, table: torch.Tensor, slots: torch.Tensor, batch: int, rows: int
+) -> types.Keys | None:
+    """The same keys with the table and the slots of `batch` times `rows` rows; None where these are not such."""
+    fits = (
+        basis is not None
+        and _lies_in_lines(table, (basis.dim // 2, table.shape[-1]), TURN_DTYPE)
+        and table.shape[-1] > 0
+        and _lies_in_lines(slots, (batch, rows), torch.int32)
+    )
+    if basis is None or not fits:
+        return None
+    return basis._replace(
         table=table.data_ptr(),
         table_stride=table.stride(0),
         table_slots=table.shape[1],
         slots=slots.data_ptr(),
         slots_stride=slots.stride(0),
-        room=0,
     )
 
 
@@ -80,7 +101,7 @@ def _lies_in_lines(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dt
     return tensor.is_cpu and tensor.dtype is dtype and tensor.shape == shape and side_by_side
 
 
-def columns_of(codec: RowCodec, keys: CodedKeys | None, value_dim: int) -> tuple[int, int]:
+def columns_of(codec: RowCodec, keys: CodedKeys | KeyWeights | None, value_dim: int) -> tuple[int, int]:
     """How many columns of packed rows queries score, and how many of those, from the first, hold their values."""
     if keys is None:
         return len(codec.column_index), codec.value_columns(value_dim)

@@ -34,11 +34,17 @@ def problem_of(
     keys: CodedKeys | None = None,
     hidden: torch.Tensor | None = None,
     other_products: int = 0,
+    products: int | None = None,
+    parts: int | None = None,
     query: int = 0,
     output: int = 0,
     sizes: int = 0,
 ) -> types.Problem:
-    """Rows are [B, S, n] or [B, 1, S, n]; `other_products` are worth threads as well."""
+    """Rows are [B, S, n] or [B, 1, S, n].
+
+    `other_products` are worth threads as well. `products` that reading all rows takes, and `parts` that there are
+    anyhow: where they are not known from the other arguments.
+    """
     count = rows.shape[-2]
     one_head = rows.dim() == 3 or (rows.dim() == 4 and rows.shape[1] == 1)
     side_by_side = rows.stride(-1) == 1 or rows.shape[-1] == 1
@@ -50,8 +56,8 @@ def problem_of(
     columns, mixed = dim, value_dim
     if codec is not None:
         columns, mixed = columns_of(codec, keys, value_dim)
-    products = batch * queries * count * (columns + mixed)
-    parts = -(-_PARTS_PER_THREAD * threads_for(products) // batch)
+    products = batch * queries * count * (columns + mixed) if products is None else products
+    splits = -(-_PARTS_PER_THREAD * threads_for(products) // (parts or batch))
     return types.Problem(
         batch=batch,
         queries=queries,
@@ -64,6 +70,8 @@ def problem_of(
         batch_stride=rows.stride(0) * rows.itemsize,
         row_stride=rows.stride(-2) * rows.itemsize,
         query=query,
+        query_stride=queries * dim,
+        unscored=0,
         scaling=scaling,
         bias=0 if bias is None else bias.data_ptr(),  # float32, with strides; see `read_in_order`
         bias_queries=1 if bias is None else bias.shape[1],
@@ -73,7 +81,7 @@ def problem_of(
         mixed=mixed,
         codec=types.codec_of(codec),
         keys=keys_of(keys, codec, batch, count, dim, value_dim),
-        splits=max(1, min(parts, count // _SMALLEST_PART)),
+        splits=max(1, min(splits, count // _SMALLEST_PART)),
         threads=max(threads_for(products), threads_for(other_products)),
         hidden=types.address(hidden, torch.int64, 0 if hidden is None else batch * hidden.shape[1]),
         hidden_count=0 if hidden is None else hidden.shape[1],

@@ -84,6 +84,8 @@ class Problem(NamedTuple):
     batch_stride: int
     row_stride: int
     query: int
+    query_stride: int
+    unscored: int
     scaling: float
     bias: int
     bias_queries: int
@@ -209,12 +211,62 @@ class Encoding(NamedTuple):
     room: int = 0
 
 
+class Head(NamedTuple):
+    """`Head` of csrc/heads.h."""
+
+    coding: Encoding
+    keys: Keys
+    columns: int
+    mixed: int
+    first_byte: int
+    folded: int = 0
+
+
+class HeadsDecoding(NamedTuple):
+    """`HeadsDecoding` of csrc/heads.h."""
+
+    count_: int  # as with `index_`
+    heads: int
+    rows: Problem
+    value: int
+    exact: Numbers
+    sinks: int
+    output: int
+    room: int = 0
+
+
+class Strides(NamedTuple):
+    """Of sequences, heads and tokens."""
+
+    sequence: int
+    head: int
+    token: int
+
+
+class HeadsEncoding(NamedTuple):
+    """`HeadsEncoding` of csrc/heads.h."""
+
+    count_: int  # as with `index_`
+    heads: int
+    batch: int
+    tokens: int
+    values: Numbers
+    keys: Numbers
+    value_strides: Strides
+    key_strides: Strides
+    turns: int
+    turns_stride: int
+    rows: int
+    row_bytes: int
+    threads: int
+
+
 _NO_CODEC = Codec(*[0] * len(Codec._fields))
 _NO_TRELLIS = Trellis(*[0] * len(Trellis._fields))
 _NO_PACKER = Packer(_NO_CODEC, 0, 0, 0, 0, 0, 0, _NO_TRELLIS, _NO_TRELLIS)
-_NO_NUMBERS = Numbers(0, 0)
-NO_KEYS = Keys(0, 0, 0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0, 0, 0, 0, 0)
-NO_KEY_CODING = KeyCoding(0, _NO_NUMBERS, _NO_NUMBERS, 0, 0, 0)
+NO_NUMBERS = Numbers(0, 0)
+NO_KEYS = Keys(0, 0, 0, NO_NUMBERS, NO_NUMBERS, 0, 0, 0, 0, 0, 0, 0)
+NO_KEY_CODING = KeyCoding(0, NO_NUMBERS, NO_NUMBERS, 0, 0, 0)
 
 
 def as_bytes(given: Any) -> bytes:
@@ -263,7 +315,7 @@ def numbers_of(tensor: torch.Tensor | None, count: int) -> Numbers:
         ConfigError: it is anything else.
     """
     if tensor is None:
-        return _NO_NUMBERS
+        return NO_NUMBERS
     if tensor.dtype not in _NUMBERS or not _lies_ready(tensor, count):
         _refuse(tensor, f"{count} numbers, float32 or bfloat16")
     return Numbers(tensor.data_ptr(), int(tensor.dtype is torch.bfloat16))

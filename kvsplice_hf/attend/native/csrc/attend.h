@@ -154,13 +154,13 @@ bool attend_part(const Problem& problem, int64_t sequence, int64_t split) {
 // One query row as rows want it, and what it scores on the centres of packed ones.
 template <class Rows>
 void turn_query(const Problem& problem, int64_t sequence, int64_t query) {
-  const float* from = problem.query + (sequence * problem.queries + query) * problem.dim;
+  const float* from = problem.query + sequence * problem.query_stride + query * (problem.dim - problem.unscored);
   Rows::turn(problem, from, query, turned_of(problem, sequence));
   float constant = 0;
   // Where keys were coded before their rotation, the centres of their codes are in their mean.
   const int64_t centred = problem.kind != kPacked ? 0 : problem.keys.dim ? problem.values : problem.dim;
-  for (int64_t number = 0; number < centred; ++number) {
-    constant += from[number] * problem.codec.base(number);
+  for (int64_t number = problem.unscored; number < centred; ++number) {
+    constant += from[number - problem.unscored] * problem.codec.base(number);
   }
   constants_of(problem)[sequence * problem.queries + query] = constant * static_cast<float>(problem.scaling);
 }

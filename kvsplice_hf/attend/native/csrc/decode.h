@@ -193,7 +193,8 @@ inline bool decode(const Decoding& given) {
   const DecodingRoom room(given);
   const int64_t heads = given.rows.queries, queries = given.rows.batch * heads;
   Problem rows = given.rows;
-  rows.query = room.queries, rows.output = room.mixed, rows.sizes = room.sizes;
+  rows.query = room.queries, rows.query_stride = heads * rows.dim;
+  rows.output = room.mixed, rows.sizes = room.sizes;
   set_room(rows, room.rest);
   // What is behind the last number of a latent must be 0 for whole vectors.
 #pragma omp for schedule(static) nowait

@@ -43,9 +43,11 @@ struct EncodingRoom {
   int64_t latent, key, dim, kept;  // numbers from one token to the next
   float *latents, *keys, *rows;
   float* key_codes;  // as they will be read, where latents are predicted from that
+  SearchRoom search{nullptr, 0};
   float* rest;
 
-  explicit EncodingRoom(const Encoding& given) {
+  // `thread` of those that share the room.
+  explicit EncodingRoom(const Encoding& given, int64_t thread = 0) {
     latent = round_up(given.latent, kLanes);
     key = given.keys.rank ? round_up(given.rotated, kLanes) : 0;
     dim = given.rank + (given.keys.rank ? given.keys.rank : given.rotated);
@@ -54,13 +56,14 @@ struct EncodingRoom {
     rows = keys + given.tokens * key;
     kept = round_up(given.predicted, kLanes);
     key_codes = rows + given.tokens * dim;
-    rest = key_codes + given.tokens * kept;
+    const Trellis& longest = given.packer.longest();
+    float* rooms = key_codes + given.tokens * kept;
+    search = SearchRoom(rooms + thread * SearchRoom::size(longest.columns), longest.columns);
+    rest = rooms + given.threads * SearchRoom::size(longest.columns);
   }
 };
 
-inline int64_t room_of(const Encoding& given) {
-  return EncodingRoom(given).rest - given.room + given.threads * SearchRoom::size(given.packer.longest().columns);
-}
+inline int64_t room_of(const Encoding& given) { return EncodingRoom(given).rest - given.room; }
 
 inline float rounded(float number, bool to_half) { return to_half ? number_of(to_bfloat16(number)) : number; }
 
@@ -88,7 +91,7 @@ inline void subtract_predicted(const Encoding& given, const EncodingRoom& room, 
 
 inline void read_key_back(const Encoding& given, const EncodingRoom& room, int64_t token) {
   float* kept = room.key_codes + token * room.kept;
-  read_back(given.packer, room.rows + token * room.dim, given.rank, kept, own_room(room.rest, given.packer.longest()));
+  read_back(given.packer, room.rows + token * room.dim, given.rank, kept, room.search);
   for (int64_t number = given.predicted; number < room.kept; ++number) kept[number] = 0;
 }
 
@@ -140,8 +143,7 @@ inline void store_row(const Encoding& given, const EncodingRoom& room, int64_t t
     row[given.rank + column] = rounded(number, given.latents.is_bfloat16);
   }
   if (given.kind == kPacked) {
-    pack_row(given.packer, row, static_cast<uint8_t*>(given.rows) + token * given.packer.codec.row_bytes,
-             own_room(room.rest, given.packer.longest()));
+    pack_row(given.packer, row, static_cast<uint8_t*>(given.rows) + token * given.packer.codec.row_bytes, room.search);
   } else if (given.kind == kBfloat16) {
     Bfloat16* stored = static_cast<Bfloat16*>(given.rows) + token * room.dim;
     for (int64_t column = 0; column < room.dim; ++column) stored[column] = to_bfloat16(row[column]);
@@ -150,33 +152,41 @@ inline void store_row(const Encoding& given, const EncodingRoom& room, int64_t t
   }
 }
 
-// The steps of all of it. Called by all threads of a parallel region.
-inline void encode(const Encoding& given) {
-  const EncodingRoom room(given);
-#pragma omp for schedule(static) nowait
-  for (int64_t token = 0; token < given.tokens; ++token) {
-    for (int64_t column = given.latent; column < room.latent; ++column) room.latents[token * room.latent + column] = 0;
+// Who takes the parts of each step: all threads of a parallel region, or the calling one.
+struct AllThreads {
+  template <class Work>
+  static void each(int64_t count, Work&& work) {
+#pragma omp for schedule(static)
+    for (int64_t index = 0; index < count; ++index) work(index);
   }
-#pragma omp for schedule(static)
-  for (int64_t column = 0; column < given.latent; ++column) transform_column(given, room, column);
+};
+struct ThisThread {
+  template <class Work>
+  static void each(int64_t count, Work&& work) {
+    for (int64_t index = 0; index < count; ++index) work(index);
+  }
+};
+
+// The steps of all of it.
+template <class Who>
+void encode(const Encoding& given, const EncodingRoom& room) {
+  Who::each(given.tokens, [&](int64_t token) {
+    for (int64_t column = given.latent; column < room.latent; ++column) room.latents[token * room.latent + column] = 0;
+  });
+  Who::each(given.latent, [&](int64_t column) { transform_column(given, room, column); });
   if (given.keys.rank) {
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < given.tokens; ++token) undo_turns(given, room, token);
-#pragma omp for schedule(static)
-    for (int64_t block = 0; block < blocks_of(given.keys.rank, kRowsAtOnce); ++block) compress_keys(given, room, block);
+    Who::each(given.tokens, [&](int64_t token) { undo_turns(given, room, token); });
+    Who::each(blocks_of(given.keys.rank, kRowsAtOnce), [&](int64_t block) { compress_keys(given, room, block); });
   }
   if (given.predicted) {
-#pragma omp for schedule(static)
-    for (int64_t token = 0; token < given.tokens; ++token) read_key_back(given, room, token);
-#pragma omp for schedule(static)
-    for (int64_t block = 0; block < blocks_of(given.latent, kRowsAtOnce); ++block) {
-      subtract_predicted(given, room, block);
-    }
+    Who::each(given.tokens, [&](int64_t token) { read_key_back(given, room, token); });
+    Who::each(blocks_of(given.latent, kRowsAtOnce), [&](int64_t block) { subtract_predicted(given, room, block); });
   }
-#pragma omp for schedule(static)
-  for (int64_t block = 0; block < blocks_of(given.rank, kRowsAtOnce); ++block) compress_latents(given, room, block);
-#pragma omp for schedule(static)
-  for (int64_t token = 0; token < given.tokens; ++token) store_row(given, room, token);
+  Who::each(blocks_of(given.rank, kRowsAtOnce), [&](int64_t block) { compress_latents(given, room, block); });
+  Who::each(given.tokens, [&](int64_t token) { store_row(given, room, token); });
 }
+
+// Called by all threads of a parallel region.
+inline void encode(const Encoding& given) { encode<AllThreads>(given, EncodingRoom(given, omp_get_thread_num())); }
 
 }  // namespace kvsplice

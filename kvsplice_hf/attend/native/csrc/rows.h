@@ -25,7 +25,9 @@ struct Problem {
   int64_t in_bf16;  // whether products may be taken of bf16 numbers, sums being float32
   const uint8_t* data;
   int64_t batch_stride, row_stride;
-  const float* query;  // [B, M, n]
+  const float* query;  // [B, M, n], without the first `unscored` numbers
+  int64_t query_stride;  // from one sequence to the next
+  int64_t unscored;      // numbers of a row, from the first, that no query meets: none or all values
   double scaling;      // of the scores
   const float* bias;   // [B or 1, bias_queries, S], for query row m that of m % bias_queries; or null
   int64_t bias_queries, bias_batch_stride, bias_query_stride;
@@ -42,6 +44,8 @@ struct Problem {
 
   // Whether latents are predicted from their keys, so that codes of keys are values as well.
   bool mixes_keys() const { return keys.dim > 0 && values > keys.start; }
+  // The first column that a query meets. Turned keys are the last ones; other keys lie among the values.
+  int64_t first_scored() const { return unscored && keys.dim ? columns - keys.dim : 0; }
   // Where keys were coded before their rotation, columns are those of latents with a gain, of the other latents (or all
   // of the codec), and of turned keys. Which column of the codec one of the first two kinds is.
   int64_t codec_column(int64_t column) const {
@@ -172,13 +176,15 @@ class PackedRows {
     const int64_t of_codec = problem.columns - problem.keys.dim;
     const auto number = [&](int64_t column) {
       if (column >= problem.columns) return 0.0f;
-      if (column >= of_codec) return from[problem.values + problem.keys.number_of(column - of_codec)];
-      const int64_t as_read = problem.codec_column(column);
-      return from[problem.codec.index[as_read]] * problem.codec.scale(as_read);
+      if (column >= of_codec) {
+        return from[problem.values - problem.unscored + problem.keys.number_of(column - of_codec)];
+      }
+      const int64_t as_read = problem.codec_column(column), met = problem.codec.index[as_read] - problem.unscored;
+      return met < 0 ? 0.0f : from[met] * problem.codec.scale(as_read);
     };
     if constexpr (In::kInPairs) {
       Query* to = reinterpret_cast<Query*>(turned) + 2 * query;
-      const int64_t gained = problem.codec.gained;
+      const int64_t gained = gained_of(problem), first_scored = problem.first_scored();
       const auto add = [&](int64_t first, int64_t last, int64_t from_column, int64_t to_column) {
         for (int64_t column = first; column < last; column += 2, to += 2 * problem.queries) {
           set(to[0], column >= from_column ? number(column) : 0.0f);
@@ -186,9 +192,9 @@ class PackedRows {
         }
       };
       add(0, gained, 0, gained);
-      add(gained / 2 * 2, problem.columns, gained, problem.columns);
+      add((first_scored + gained) / 2 * 2, problem.columns, first_scored + gained, problem.columns);
     } else {
-      for (int64_t column = 0; column < problem.columns; ++column) {
+      for (int64_t column = problem.first_scored(); column < problem.columns; ++column) {
         turned[column * problem.queries + query] = number(column);
       }
     }
@@ -226,7 +232,7 @@ class PackedRows {
                             smaller(kStrip, tile_.count - row), codec.row_bytes, lines_);
       coded_columns<Query>(codec, lines_, 0, coded, [&](int64_t column) { return columns + column * kStrip; });
       raw_columns<Query>(codec, lines_, 0, raw, [&](int64_t column) { return columns + (coded + column) * kStrip; });
-      if (has_keys) keys.read(lines_, row / kStrip, columns + (coded + raw) * kStrip);
+      if (has_keys) keys.read(lines_, row / kStrip, apart ? nullptr : columns, columns + (coded + raw) * kStrip);
       std::memset(columns + problem_.columns * kStrip, 0, kLanes * kStrip * sizeof(Query));
       for (int index = 0; index < kStrip; ++index) {
         gains_[row + row_at<Query>(index)] = codec.has_gain ? codec.gains[lines_[index]] : 1.0f;
@@ -236,16 +242,20 @@ class PackedRows {
 
   void score(int64_t start, int64_t queries, Ahead& ahead) const {
     constexpr int together = In::kInPairs ? kStrip : kRowVectors * kLanes;
+    const int64_t gained = gained_of(problem_), first = problem_.first_scored(), count = problem_.columns - first;
     for (int64_t row = 0; row < round_up(tile_.count, kStrip); row += together) {
       const Query* columns = columns_ + row / kStrip * strip_of(problem_) + row % kStrip;
       in_groups<kScoredTogether>(queries, [&]<int heads>(int64_t head) {
         float* scores = weights + head * kStride + row;
         if constexpr (In::kInPairs) {
-          score_column_pairs<heads>(columns, problem_.codec.gained, problem_.columns, turned_ + 2 * (start + head),
-                                    problem_.queries, gains_ + row, scores, kStride, ahead);
+          // Pairs begin at an even column; what is ahead of the first one that is met, a query has 0 for.
+          score_column_pairs<heads>(columns + first / 2 * 2 * kStrip, gained, count + first % 2,
+                                    turned_ + 2 * (start + head), problem_.queries, gains_ + row, scores, kStride,
+                                    ahead);
         } else {
-          score_columns<heads>(columns, problem_.codec.gained, problem_.columns, turned_ + start + head,
-                               problem_.queries, gains_ + row, scores, kStride, ahead);
+          score_columns<heads>(columns + first * kStrip, gained, count,
+                               turned_ + first * problem_.queries + start + head, problem_.queries, gains_ + row,
+                               scores, kStride, ahead);
         }
       });
     }
@@ -281,10 +291,12 @@ class PackedRows {
 
   // `mix_columns` takes columns in blocks, the last of which may reach beyond them.
   static int64_t strip_of(const Problem& problem) { return (problem.columns + kLanes) * kStrip; }
+  // Columns with a gain that a query meets.
+  static int64_t gained_of(const Problem& problem) { return problem.first_scored() ? 0 : problem.codec.gained; }
   // Of columns with a gain, and of the others; see `score_column_pairs`.
   static int64_t pairs_of(const Problem& problem) {
-    const int64_t gained = problem.codec.gained;
-    return blocks_of(gained, 2) + blocks_of(problem.columns, 2) - gained / 2;
+    const int64_t gained = gained_of(problem), behind = problem.first_scored() + gained;
+    return blocks_of(gained, 2) + blocks_of(problem.columns, 2) - behind / 2;
   }
 
   const Problem& problem_;

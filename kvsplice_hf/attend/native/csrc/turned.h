@@ -145,15 +145,23 @@ class KeyReader {
   // To be called before a tile is read: `count` rows from `row` on.
   void prepare(int64_t sequence, int64_t row, int64_t count) const { take_turns(keys_, sequence, row, count, turns_); }
 
-  // Turned keys as columns, [P, kStrip], of the lines of one strip of the tile.
-  void read(const uint8_t* lines, int64_t strip, Query* to) const {
+  // Turned keys as columns, [P, kStrip], of the lines of one strip of the tile. `read_already`: all columns of the
+  // codec, or null.
+  void read(const uint8_t* lines, int64_t strip, const Query* read_already, Query* to) const {
     const int64_t coded = codec_.coded - codec_.gained, gained = folded_.gained;
     const auto at = [&](int64_t column) { return columns_ + folded_.places[column] * kStrip; };
     clear_gaps();
-    coded_columns<Query>(codec_, lines, codec_.gained, codec_.coded,
-                         [&](int64_t column) { return at(column - codec_.gained); });
-    raw_columns<Query>(codec_, lines, codec_.gained_raw, codec_.raw,
-                       [&](int64_t column) { return at(coded + column - codec_.gained_raw); });
+    if (read_already) {
+      for (int64_t column = 0; column < folded_.columns; ++column) {
+        const Query* from = read_already + FoldedKeys::codec_column(codec_, column) * kStrip;
+        std::memcpy(at(column), from, kStrip * sizeof(Query));
+      }
+    } else {
+      coded_columns<Query>(codec_, lines, codec_.gained, codec_.coded,
+                           [&](int64_t column) { return at(column - codec_.gained); });
+      raw_columns<Query>(codec_, lines, codec_.gained_raw, codec_.raw,
+                         [&](int64_t column) { return at(coded + column - codec_.gained_raw); });
+    }
     for (int index = 0; index < kStrip && folded_.gained; ++index) {
       gains_[row_at<Query>(index)] = codec_.gains[lines[codec_.has_gain * kStrip + index]];
     }
