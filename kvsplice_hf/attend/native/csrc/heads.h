@@ -1,0 +1,315 @@
+// Layers with ordinary attention, on the CPU: all key heads of a layer in one call. A key head is a latent (its value)
+// and a rotated key; no query meets values. See `kvsplice_hf.code.heads`.
+//
+// Legend: B sequences, K key heads, G queries of each, S stored rows, T new tokens, v and d numbers of a value and of a
+// key, E exact tokens.
+#pragma once
+
+#include "attend.h"
+#include "encode.h"
+#include "transform.h"
+#include "weights.h"
+
+namespace kvsplice {
+
+// What is the same at each step of a model. `prepare_keys` fills `folded`.
+struct Head {
+  Encoding coding;    // of one token; what belongs to a call is left open
+  Keys keys;          // how they are read; the same
+  int64_t columns, mixed;  // see `Problem`
+  int64_t first_byte;      // of its row in that of the layer
+  float* folded;           // a mark, and what is prepared of keys; or null where there is nothing to prepare
+};
+
+// ---- What is prepared of keys once
+
+constexpr int kMarkNumbers = 16;  // that a mark takes, in which whole vectors go on
+
+// Tells what keys were prepared of.
+class Mark {
+ public:
+  template <class Number>
+  void add(const Number* numbers, int64_t count) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(numbers);
+    const int64_t size = count * sizeof(Number), step = sizeof(Ints);
+    for (int64_t at = 0; at < size; at += 2 * step) {
+      one_ = one_ * 0x01000193 ^ part(bytes, at, size);
+      other_ = other_ * 0x01000193 ^ part(bytes, at + step, size);
+    }
+  }
+  void add(const Numbers& numbers, int64_t count) {
+    with_type(numbers, [&](const auto* data) { add(data, count); });
+  }
+  uint64_t value() const {
+    uint64_t sum = 0xCBF29CE484222325;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (const uint32_t part : {static_cast<uint32_t>(one_[lane]), static_cast<uint32_t>(other_[lane])}) {
+        sum = (sum ^ part) * 0x100000001B3;
+      }
+    }
+    return sum;
+  }
+
+ private:
+  typedef uint32_t Parts __attribute__((vector_size(kLanes * 4)));
+  static Parts part(const uint8_t* bytes, int64_t at, int64_t size) {
+    Parts found = {};
+    if (at + int64_t{sizeof found} <= size) return load<Parts>(bytes + at);
+    if (at < size) std::memcpy(&found, bytes + at, size - at);
+    return found;
+  }
+  Parts one_ = {}, other_ = {};
+};
+
+inline uint64_t mark_of(const Head& head, bool in_bf16) {
+  const Keys& keys = head.keys;
+  const Codec& codec = head.coding.packer.codec;
+  const int64_t numbers = head.coding.packer.numbers, sizes[] = {in_bf16, keys.dim, keys.rank, keys.start, numbers};
+  Mark mark;
+  mark.add(sizes, 5);
+  mark.add(keys.expand, keys.dim * keys.rank);
+  mark.add(keys.mean, keys.dim);
+  mark.add(keys.pairs, keys.dim);
+  mark.add(codec.index, codec.coded + codec.raw);
+  mark.add(codec.reaches, codec.coded);
+  mark.add(codec.scales, numbers);
+  mark.add(codec.centres, numbers);
+  mark.add(codec.widths, numbers);
+  return mark.value();
+}
+
+inline int64_t prepared_size(const Head& head) {
+  return head.keys.dim ? kMarkNumbers + folded_size(head.keys, head.coding.packer.codec) : 0;
+}
+
+inline bool is_prepared(const Head& head, bool in_bf16) {
+  return head.keys.dim == 0 || (head.folded && load<uint64_t>(head.folded) == mark_of(head, in_bf16));
+}
+
+// Whether products are taken of bf16 numbers two by two.
+inline bool takes_twins(bool in_bf16) { return KVSPLICE_TWINS && in_bf16; }
+
+inline void prepare_keys(const Head& head, bool in_bf16) {
+  if (head.keys.dim == 0) return;
+  Keys keys = head.keys;
+  keys.room = head.folded + kMarkNumbers;
+  Problem problem{};
+  problem.kind = kPacked, problem.in_bf16 = in_bf16;
+  with_rows(problem, [&]<class Rows>() {
+    fold_keys<typename Rows::Kind>(keys, head.coding.packer.codec, keys.start);
+    return true;
+  });
+  store(head.folded, mark_of(head, in_bf16));
+}
+
+// ---- A step: one new query per sequence and query head
+
+struct HeadsDecoding {
+  int64_t count;  // K
+  const Head* heads;
+  Problem rows;        // what all have in common: G queries; the table and slots of their keys; splits and threads
+  int64_t value;       // v
+  Numbers exact;       // [B, E, K (v + d)]: each head's value and key
+  const float* sinks;  // one logit per query head that carries no value, [K G]; or null
+  float* output;       // [B, K G, v]
+  float* room;         // as many numbers as `room_of` says
+};
+
+inline int64_t room_of_head(const HeadsDecoding& given, const Problem& problem) {
+  const int64_t queries = problem.batch * problem.queries;
+  return round_up(room_without_keys(problem) + queries * (problem.values + 1), kLanes);
+}
+
+// The rows of one key head as any other rows.
+inline Problem head_problem(const HeadsDecoding& given, int64_t index) {
+  const Head& head = given.heads[index];
+  Problem problem = given.rows;
+  problem.values = head.coding.rank + head.coding.predicted;
+  problem.dim = problem.values + head.coding.rotated;
+  problem.unscored = problem.values;
+  problem.data += head.first_byte;
+  problem.query += index * problem.queries * head.coding.rotated;
+  problem.columns = head.columns, problem.mixed = head.mixed;
+  problem.codec = head.coding.packer.codec;
+  Keys keys = head.keys;
+  keys.table = problem.keys.table, keys.table_stride = problem.keys.table_stride;
+  keys.table_slots = problem.keys.table_slots;
+  keys.slots = problem.keys.slots, keys.slots_stride = problem.keys.slots_stride;
+  keys.room = head.folded ? head.folded + kMarkNumbers : nullptr;
+  problem.keys = keys;
+  return problem;
+}
+
+// With its part of the room, of which each head has as much.
+inline Problem head_problem(const HeadsDecoding& given, int64_t index, int64_t room_of_each) {
+  Problem problem = head_problem(given, index);
+  problem.room = given.room + index * room_of_each;
+  problem.output = problem.room + room_without_keys(problem);
+  problem.sizes = problem.output + problem.batch * problem.queries * problem.values;
+  return problem;
+}
+
+inline int64_t room_of_each(const HeadsDecoding& given) {
+  int64_t most = 0;
+  for (int64_t index = 0; index < given.count; ++index) {
+    const int64_t room = room_of_head(given, head_problem(given, index));
+    most = most < room ? room : most;
+  }
+  return most;
+}
+
+inline int64_t room_of(const HeadsDecoding& given) { return given.count * room_of_each(given); }
+
+// Calls `take(exact token, its value and key)`.
+template <class Take>
+void each_exact(const HeadsDecoding& given, const Problem& problem, int64_t index, int64_t sequence, Take&& take) {
+  const int64_t width = given.value + problem.dim - problem.values;
+  with_type(given.exact, [&](const auto* exact) {
+    for (int64_t token = 0; token < problem.hidden_count; ++token) {
+      take(token, exact + ((sequence * problem.hidden_count + token) * given.count + index) * width);
+    }
+  });
+}
+
+// Shares of a query in one softmax: `shares[0]` is that of all rows, those behind it are of the exact tokens. What the
+// sink has of it is lost.
+inline void find_shares(const HeadsDecoding& given, const Problem& problem, int64_t index, int64_t sequence,
+                        int64_t query, float* shares) {
+  const int64_t keys = problem.dim - problem.values, exact_tokens = problem.hidden_count;
+  const float* from = problem.query + sequence * problem.query_stride + query * keys;
+  shares[0] = problem.sizes[sequence * problem.queries + query];
+  each_exact(given, problem, index, sequence, [&](int64_t token, const auto* exact) {
+    const int64_t position = problem.hidden[sequence * exact_tokens + token];
+    const bool is_there = position >= 0 && position < problem.rows;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t number = 0; number < keys; ++number) sum += from[number] * number_of(exact + given.value + number);
+    const float bias = is_there && problem.bias ? bias_of(problem, sequence, query)[position] : 0.0f;
+    shares[1 + token] = is_there ? sum * static_cast<float>(problem.scaling) + bias : kLowest;
+  });
+  const float sink = given.sinks ? given.sinks[index * problem.queries + query] : kLowest;
+  float peak = sink;
+  for (int64_t token = 0; token <= exact_tokens; ++token) peak = std::fmax(peak, shares[token]);
+  float total = std::exp(sink - peak);
+  for (int64_t token = 0; token <= exact_tokens; ++token) total += shares[token] = std::exp(shares[token] - peak);
+  for (int64_t token = 0; token <= exact_tokens; ++token) shares[token] /= total;
+}
+
+// The output of the queries of one head and sequence: their mixed codes decoded, and exact values. Whether there was
+// the memory for it.
+inline bool decode_mixed(const HeadsDecoding& given, const Problem& problem, int64_t index, int64_t sequence) {
+  thread_local Workspace workspace;
+  const Encoding& coding = given.heads[index].coding;
+  const int64_t queries = problem.queries, first = sequence * queries, width = problem.hidden_count + 1;
+  float *outputs = given.output + (sequence * given.count + index) * queries * given.value,
+        *shares = workspace.take(queries * width);
+  if (shares == nullptr) return false;
+  for (int64_t query = 0; query < queries; ++query) {
+    merge(problem, sequence, query);
+    find_shares(given, problem, index, sequence, query, shares + query * width);
+  }
+  with_type(coding.expand, [&](const auto* expand) {
+    for (int64_t number = 0; number < given.value; ++number, expand += problem.values) {
+      float divisor, offset;
+      invert(coding.transform, number, divisor, offset);
+      for (int64_t query = 0; query < queries; ++query) {
+        const float* codes = problem.output + (first + query) * problem.values;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t code = 0; code < problem.values; ++code) sum += number_of(expand + code) * codes[code];
+        outputs[query * given.value + number] = shares[query * width] * (sum / divisor + offset);
+      }
+    }
+  });
+  each_exact(given, problem, index, sequence, [&](int64_t token, const auto* exact) {
+    for (int64_t query = 0; query < queries; ++query) {
+      const float share = shares[query * width + 1 + token];
+      for (int64_t number = 0; number < given.value; ++number) {
+        outputs[query * given.value + number] += share * number_of(exact + number);
+      }
+    }
+  });
+  return true;
+}
+
+// The steps of all of it. Called by all threads of a parallel region. False in the one that had no memory.
+template <class Rows>
+bool decode_heads(const HeadsDecoding& given) {
+  const int64_t room = room_of_each(given), batch = given.rows.batch, queries = given.rows.queries;
+  bool done = true;
+#pragma omp for schedule(static)
+  for (int64_t task = 0; task < given.count * batch; ++task) {
+    const Problem problem = head_problem(given, task / batch, room);
+    for (int64_t query = 0; query < queries; ++query) turn_query<Rows>(problem, task % batch, query);
+  }
+  const int64_t parts = batch * given.rows.splits;
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t task = 0; task < given.count * parts; ++task) {
+    const Problem problem = head_problem(given, task / parts, room);
+    done &= attend_part<Rows>(problem, task % parts / problem.splits, task % problem.splits);
+  }
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t task = 0; task < given.count * batch; ++task) {
+    done &= decode_mixed(given, head_problem(given, task / batch, room), task / batch, task % batch);
+  }
+  return done;
+}
+
+inline bool decode_heads(const HeadsDecoding& given) {
+  return with_rows(given.rows, [&]<class Rows>() { return decode_heads<Rows>(given); });
+}
+
+// ---- New tokens
+
+// Strides count numbers.
+struct HeadsEncoding {
+  int64_t count;  // K
+  const Head* heads;
+  int64_t batch, tokens;
+  Numbers values, keys;  // [B, K, T, v] and [B, K, T, d], the last numbers side by side
+  int64_t value_strides[3], key_strides[3];
+  const uint8_t* turns;  // the angles of keys, [B or 1, T, d / 2]; or null
+  int64_t turns_stride;  // from one sequence to the next
+  uint8_t* rows;         // [B, T, row_bytes]
+  int64_t row_bytes, threads;
+};
+
+inline Numbers numbers_at(const Numbers& numbers, int64_t index) {
+  const int64_t size = numbers.is_bfloat16 ? sizeof(Bfloat16) : sizeof(float);
+  return {static_cast<const uint8_t*>(numbers.data) + index * size, numbers.is_bfloat16};
+}
+
+// Whether there was the memory for it.
+inline bool encode_head(const HeadsEncoding& given, int64_t index, int64_t sequence, int64_t token) {
+  thread_local Workspace workspace;
+  const Head& head = given.heads[index];
+  const auto at = [&](const int64_t* strides) {
+    return sequence * strides[0] + index * strides[1] + token * strides[2];
+  };
+  Encoding coding = head.coding;
+  coding.tokens = coding.threads = 1;
+  coding.latents = numbers_at(given.values, at(given.value_strides));
+  coding.rotations = numbers_at(given.keys, at(given.key_strides));
+  coding.keys.turns = given.turns + sequence * given.turns_stride + token * (coding.rotated / 2);
+  coding.keys.turned = 1;
+  coding.kind = kPacked;
+  coding.rows = given.rows + (sequence * given.tokens + token) * given.row_bytes + head.first_byte;
+  coding.room = workspace.take(room_of(coding));
+  if (coding.room == nullptr) return false;
+  encode<ThisThread>(coding, EncodingRoom(coding));
+  return true;
+}
+
+// Called by all threads of a parallel region. False in the one that had no memory.
+inline bool encode_heads(const HeadsEncoding& given) {
+  bool done = true;
+#pragma omp for schedule(dynamic, 1) collapse(3)
+  for (int64_t sequence = 0; sequence < given.batch; ++sequence) {
+    for (int64_t index = 0; index < given.count; ++index) {
+      for (int64_t token = 0; token < given.tokens; ++token) done &= encode_head(given, index, sequence, token);
+    }
+  }
+  return done;
+}
+
+}  // namespace kvsplice

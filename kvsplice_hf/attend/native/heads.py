@@ -1,0 +1,312 @@
+"""All key heads of a layer with ordinary attention in one call of the C++ code: their steps, and their new rows.
+
+What is the same at each step is put together once per layer: which tables there are, where they lie, and what is
+prepared of the bases of keys. It is made again when a tensor of the splices is another one or lies elsewhere; and what
+is prepared of keys, when the C++ code finds that their numbers have changed.
+
+Legend: `B` sequences, `H` query heads, `K` key heads, `S` stored rows, `T` new tokens, `d`, `v` numbers of a key and of
+a value.
+"""
+
+import ctypes
+import itertools
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from kvsplice_hf.attend.backend import HeadsStep
+from kvsplice_hf.attend.native import types
+from kvsplice_hf.attend.native.calls import contiguous, reads, require_library, room, row_codec, run, transform_of
+from kvsplice_hf.attend.native.keys import basis_of, columns_of, key_coding_of, turned_keys
+from kvsplice_hf.attend.native.problems import problem_of, read_in_order, threads_for
+from kvsplice_hf.code.heads import HeadSplices
+from kvsplice_hf.code.projection import LearnedKVSplice
+from kvsplice_hf.errors import ConfigError
+
+
+# `kNotPrepared` of csrc/library.cpp.
+_NOT_PREPARED = 2
+# Products that a number costs that is packed along a trellis.
+_PRODUCTS_PER_NUMBER = 1024
+
+
+class PreparedHeads(NamedTuple):
+    """What the C++ code is handed of the splices of a layer at each call.
+
+    Attributes:
+        tensors: what was looked at, kept so that no other tensor takes its place in memory.
+        addresses: of those.
+        heads: the structures.
+        basis: of the first head whose keys are coded before their rotation; or None.
+        in_memory: for products of float32, and of bf16 numbers: what is prepared of keys, and the structures as they
+            lie in memory. Filled when they are first needed.
+        refusal: why the C++ code does not read these heads; or None.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    addresses: list[int]
+    heads: tuple[types.Head, ...]
+    basis: types.Keys | None
+    in_memory: dict[bool, tuple[torch.Tensor, torch.Tensor]]
+    refusal: str | None
+
+
+_known: "weakref.WeakKeyDictionary[HeadSplices, PreparedHeads]" = weakref.WeakKeyDictionary()
+
+
+def prepared(splices: HeadSplices) -> PreparedHeads:
+    """What was put together of the splices of a layer, or is now."""
+    tensors = [tensor for head in splices.heads for tensor in _tensors_of(head)]
+    addresses = [tensor.data_ptr() if type(tensor) in _PLAIN else -1 for tensor in tensors]
+    known = _known.get(splices)
+    if known is None or known.addresses != addresses:
+        known = _known[splices] = _look_at(splices, tensors, addresses)
+    return known
+
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def _tensors_of(module: Any) -> list[torch.Tensor]:
+    """Parameters and buffers, past the lookup of attributes in modules, which is slow."""
+    found = [tensor for held in (module._parameters, module._buffers) for tensor in held.values() if tensor is not None]
+    for part in module._modules.values():
+        if part is not None:
+            found += _tensors_of(part)
+    return found
+
+
+def _look_at(splices: HeadSplices, tensors: list[torch.Tensor], addresses: list[int]) -> PreparedHeads:
+    kept = tuple(tensor.detach() if type(tensor) in _PLAIN else tensor for tensor in tensors)
+    refusal = _refusal(splices, tensors)
+    if refusal is not None:
+        return PreparedHeads(kept, addresses, (), None, {}, refusal)
+    heads, first_byte = [], 0
+    for splice in splices:
+        heads.append(_head(splice, first_byte))
+        first_byte += heads[-1].coding.packer.codec.row_bytes
+    basis = next((head.keys for head in heads if head.keys.dim), None)
+    return PreparedHeads(kept, addresses, tuple(heads), basis, {}, None)
+
+
+def _refusal(splices: HeadSplices, tensors: list[torch.Tensor]) -> str | None:
+    unread = next((t for t in tensors if t.numel() and not (type(t) in _PLAIN and t.is_cpu)), None)
+    if unread is not None:
+        return f"the C++ code does not read {type(unread).__name__}s on {unread.device}"
+    weights = [tensor for head in splices for tensor in head.weights() if tensor is not None]
+    odd = next((tensor for tensor in weights if not (reads(tensor) and tensor.is_contiguous())), None)
+    if odd is not None:
+        return f"the C++ code does not read projections in {odd.dtype} that lie like this"
+    if any(head.code_norm is not None for head in splices):
+        return "the C++ code does not normalise codes"
+    return None
+
+
+def _head(splice: LearnedKVSplice, first_byte: int) -> types.Head:
+    """One head, from what its splice holds.
+
+    Raises:
+        ConfigError: it holds something else than `calibration` makes.
+    """
+    assert splice.codec is not None
+    codec, weights = row_codec(splice.codec), splice.weights()
+    keys = None if splice.keys is None else splice.keys.weights()
+    rank, latent_dim = weights.compress.shape
+    rotated = codec.row_dim - rank if keys is None else len(keys.mean)
+    basis = types.NO_KEYS if keys is None else basis_of(keys, codec, rotated, splice.value_dim)
+    fits = basis is not None and (splice.predicted_from == 0 or len(codec.sigmas) == rank)
+    if basis is None or not fits:
+        raise ConfigError(
+            f"Got a key head of {latent_dim} numbers, coded by {rank}, with keys of {rotated}, and a codec of rows of "
+            f"{codec.row_dim} numbers; the library reads heads of which all that is ahead of the key, and nothing "
+            "else, shares a gain."
+        )
+    one_token = torch.Size((1, 1, 1))
+    turns = None if keys is None else torch.empty(1, 1, 1, rotated // 2, dtype=torch.uint8, device="cpu")
+    columns, mixed = columns_of(codec, keys, splice.value_dim)
+    coding = types.Encoding(
+        tokens=1,
+        latent=latent_dim,
+        rank=rank,
+        rotated=rotated,
+        latents=types.NO_NUMBERS,
+        rotations=types.NO_NUMBERS,
+        transform=transform_of(weights),
+        compress=types.numbers_of(weights.compress, rank * latent_dim),
+        expand=types.numbers_of(weights.expand, latent_dim * splice.value_dim),
+        predicted=splice.predicted_from,
+        keys=key_coding_of(keys, turns, torch.Size((*one_token, rotated)), one_token)._replace(turns=0, turned=0),
+        kind=types.KINDS[torch.uint8],
+        packer=types.packer_of(codec),
+        rows=0,
+        threads=1,
+    )
+    return types.Head(coding, basis, columns, mixed, first_byte)
+
+
+def _in_memory(known: PreparedHeads, in_bf16: bool, anew: bool = False) -> int:
+    """Where the structures of the heads lie, for products of one kind, with what is prepared of their keys."""
+    if anew or in_bf16 not in known.in_memory:
+        library = require_library()
+        sizes = [library.kvsplice_prepared_size(types.as_bytes(head)) for head in known.heads]
+        starts = list(itertools.accumulate(sizes, initial=0))
+        numbers = torch.empty(starts[-1], dtype=torch.float32, device="cpu")
+        heads = [
+            head._replace(folded=numbers.data_ptr() + 4 * start if size else 0)
+            for head, start, size in zip(known.heads, starts, sizes, strict=False)
+        ]
+        for head in heads:
+            library.kvsplice_prepare_keys(types.as_bytes(head), ctypes.c_int64(in_bf16))
+        packed = torch.frombuffer(bytearray(b"".join(map(types.as_bytes, heads))), dtype=torch.uint8)
+        # Put in place when it is done: another thread may be in the middle of a call with those of before.
+        known.in_memory[in_bf16] = numbers, packed
+    return known.in_memory[in_bf16][1].data_ptr()
+
+
+def decode_heads(step: HeadsStep) -> torch.Tensor:
+    """The attention output of one new token per sequence, in float32: [B, 1, H, v].
+
+    Raises:
+        ConfigError: shapes, dtypes or strides other than those of a `HeadsStep`.
+        UnsupportedError: the library is not there.
+    """
+    library, known = require_library(), prepared(step.splices)
+    first = known.heads[0].coding
+    (batch, heads, _, width), count = step.query.shape, len(known.heads)
+    queries, rows = heads // count, step.rows.shape[-2]
+    _check(step, known)
+    # Kept by name until the library is done: it sees addresses only.
+    query, bias = step.query.float().contiguous(), read_in_order(step.bias, step.rows, 1)
+    sinks = None if step.sinks is None else step.sinks.float().contiguous()
+    exact, positions = contiguous(step.exact), contiguous(step.positions)
+    output, in_bf16 = room(batch, 1, heads, first.latent), step.query.dtype is torch.bfloat16
+    of_row = sum(queries * (head.columns + head.mixed) + head.keys.dim * head.keys.rank for head in known.heads)
+    problem = problem_of(
+        step.rows,
+        None,
+        batch,
+        queries,
+        width,
+        0,
+        bias,
+        step.scaling,
+        in_bf16=in_bf16,
+        hidden=positions,
+        products=batch * rows * of_row,
+        parts=batch * count,
+        query=types.address(query, torch.float32, batch * heads * width),
+    )._replace(keys=_keys_of(step, known), query_stride=heads * width)
+    given = types.HeadsDecoding(
+        count_=count,
+        heads=_in_memory(known, in_bf16),
+        rows=problem,
+        value=first.latent,
+        exact=types.numbers_of(exact, 0 if exact is None else exact.numel()),  # its sizes are checked above
+        sinks=types.address(sinks, torch.float32, heads),
+        output=types.address(output, torch.float32, batch * heads * first.latent),
+    )
+    if run(library.kvsplice_decode_heads, given) == _NOT_PREPARED:  # somebody has written to the parameters
+        given = given._replace(heads=_in_memory(known, in_bf16, anew=True))
+        run(library.kvsplice_decode_heads, given)
+    return output
+
+
+def _keys_of(step: HeadsStep, known: PreparedHeads) -> types.Keys:
+    """The table and the slots of keys.
+
+    Raises:
+        ConfigError: these are not those of the rows.
+    """
+    if known.basis is None:
+        return types.NO_KEYS
+    keys = step.turns and turned_keys(known.basis, *step.turns, step.rows.shape[0], step.rows.shape[-2])
+    if keys is None:
+        found = step.turns and [[tensor.dtype, *tensor.shape] for tensor in step.turns]
+        raise ConfigError(f"Got {found} for the rotations of rows {list(step.rows.shape)}.")
+    return keys
+
+
+def _check(step: HeadsStep, known: PreparedHeads) -> None:
+    """Refuse tensors that the library would read beyond."""
+    batch, heads, tokens, width = step.query.shape
+    row_bytes = sum(head.coding.packer.codec.row_bytes for head in known.heads)
+    sizes = {(head.coding.latent, head.coding.rotated) for head in known.heads}
+    value = known.heads[0].coding.latent
+    fits = (
+        tokens == 1
+        and batch > 0
+        and heads % len(known.heads) == 0
+        and sizes == {(value, width)}
+        and step.rows.shape[-1] == row_bytes
+        and step.rows.dtype is torch.uint8
+        and step.rows.shape[-2] > 0
+        and (step.sinks is None or step.sinks.numel() == heads)
+    )
+    if step.exact is not None:
+        kept = None if step.positions is None or step.positions.dtype is not torch.int64 else step.positions.shape
+        exact_width = len(known.heads) * (value + width)
+        fits = fits and kept is not None and kept[0] == batch and step.exact.shape == (*kept, exact_width)
+    if not fits:
+        found = {name: list(part.shape) for name, part in step._asdict().items() if isinstance(part, torch.Tensor)}
+        raise ConfigError(
+            f"Got {found} for {len(known.heads)} key heads of {sorted(sizes)} numbers (values, keys) in rows of "
+            f"{row_bytes} bytes."
+        )
+
+
+def encode_heads(
+    splices: HeadSplices, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
+) -> torch.Tensor:
+    """Rows uint8 [B, 1, T, bytes] of values [B, K, T, v] and keys [B, K, T, d], with angles [B or 1, 1, T, d / 2].
+
+    Raises:
+        ConfigError: shapes or dtypes other than these.
+        UnsupportedError: the library is not there.
+    """
+    library, known = require_library(), prepared(splices)
+    batch, count, tokens, width = keys.shape
+    values, keys, turns = _in_lines(values), _in_lines(keys), contiguous(turns)
+    pairs, shape = width // 2, None if turns is None else turns.shape
+    sizes = {(head.coding.latent, head.coding.rotated) for head in known.heads}
+    turned = shape in ((batch, 1, tokens, pairs), (1, 1, tokens, pairs))
+    fits = count == len(known.heads) and sizes == {(values.shape[-1], width)} and values.shape[:3] == keys.shape[:3]
+    if not fits or (known.basis is not None and not turned):
+        raise ConfigError(
+            f"Got values {list(values.shape)} and keys {list(keys.shape)}, turned by {shape and list(shape)}, for "
+            f"{len(known.heads)} key heads of {sorted(sizes)} numbers (values, keys)."
+        )
+    row_bytes = sum(head.coding.packer.codec.row_bytes for head in known.heads)
+    rows = torch.empty(batch, 1, tokens, row_bytes, dtype=torch.uint8, device="cpu")
+    given = types.HeadsEncoding(
+        count_=count,
+        heads=_in_memory(known, in_bf16=False),
+        batch=batch,
+        tokens=tokens,
+        values=_numbers_in_lines(values),
+        keys=_numbers_in_lines(keys),
+        value_strides=types.Strides._make(values.stride()[:3]),
+        key_strides=types.Strides._make(keys.stride()[:3]),
+        turns=0 if turns is None else turns.data_ptr(),
+        turns_stride=0 if turns is None or turns.shape[0] == 1 else turns.stride(0),
+        rows=rows.data_ptr(),
+        row_bytes=row_bytes,
+        threads=min(batch * count * tokens, threads_for(_PRODUCTS_PER_NUMBER * (keys.numel() + values.numel()))),
+    )
+    run(library.kvsplice_encode_heads, given)
+    return rows
+
+
+def _in_lines(tensor: torch.Tensor) -> torch.Tensor:
+    """With the numbers of a token side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _numbers_in_lines(tensor: torch.Tensor) -> types.Numbers:
+    """As `types.numbers_of`, of a tensor whose other strides are handed over beside."""
+    if not reads(tensor):
+        raise ConfigError(
+            f"Got values or keys in {tensor.dtype} on {tensor.device}; the library reads float32 and bf16."
+        )
+    return types.Numbers(tensor.data_ptr(), int(tensor.dtype is torch.bfloat16))
