@@ -383,7 +383,7 @@ def register_attention_function(name: str, function: Callable[..., Any], base: s
 
 def further_arguments(kwargs: Mapping[str, Any], known: frozenset[str]) -> list[str]:
     """Keyword arguments that an attention function got and that may change what it computes, but for those `known`."""
-    return [name for name, value in kwargs.items() if value is not None and name not in _PLAIN_ARGUMENTS | known]
+    return [n for n, value in kwargs.items() if value is not None and n not in known and n not in _PLAIN_ARGUMENTS]
 
 
 # ------------------------------------------------------------------------------------------ continuous batching

@@ -9,7 +9,7 @@ Legend: as in `reference`, and `R` kv_lora_rank, `P` qk_rope_head_dim, `N` qk_no
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -111,6 +111,7 @@ class HeadsStep(NamedTuple):
         query: rotated, [B, H, 1, d].
         rows: of all key heads side by side, uint8 [B, 1, S, bytes].
         splices: of the key heads.
+        identity: of those, as it is now; or "" where it was not looked up in this call.
         turns: how the keys were rotated, a table uint8 [d / 2, slots] and the slots int32 [B, S]; or None.
         exact: of each exact token the value and key of each head, [B, E, K (v + d)]; or None.
         positions, bias, sinks, scaling: as in `Step`.
@@ -119,6 +120,7 @@ class HeadsStep(NamedTuple):
     query: torch.Tensor
     rows: torch.Tensor
     splices: HeadSplices
+    identity: str
     turns: tuple[torch.Tensor, torch.Tensor] | None
     exact: torch.Tensor | None
     positions: torch.Tensor | None
@@ -189,16 +191,22 @@ class Backend(ABC):
         """
         raise NotImplementedError
 
-    def refusal_of_heads(self, splices: HeadSplices) -> str | None:
-        """Why it does not serve the key heads of a layer, or None where it does."""
+    def prepare_heads(self, splices: HeadSplices, identity: str) -> Any:
+        """What the next two are handed of the key heads of a layer, kept from call to call.
+
+        `identity` as in `HeadsStep`.
+
+        Raises:
+            UnsupportedError: it does not serve these heads; the message says why.
+        """
         raise NotImplementedError
 
-    def decode_heads(self, step: HeadsStep) -> torch.Tensor:
+    def decode_heads(self, step: HeadsStep, prepared: Any) -> torch.Tensor:
         """The attention output of a step over all key heads, [B, 1, H, v], of any float type."""
         raise NotImplementedError
 
     def encode_heads(
-        self, splices: HeadSplices, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
+        self, prepared: Any, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
     ) -> torch.Tensor:
         """The rows uint8 [B, 1, T, bytes] of values [B, K, T, v] and keys [B, K, T, d]: those of heads side by side.
 

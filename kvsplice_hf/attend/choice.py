@@ -26,7 +26,7 @@ from kvsplice_hf.code import trellis
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.heads import HeadSplices, turns_for
 from kvsplice_hf.code.projection import LearnedKVSplice
-from kvsplice_hf.errors import KVSpliceError
+from kvsplice_hf.errors import KVSpliceError, UnsupportedError
 
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def encode(
 
 def decode_heads(step: HeadsStep, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
     """As `decode`, of a layer with ordinary attention: [B, 1, H, v]."""
-    backend = _backend_for_heads("decode_heads", step.numbers, step.splices)
+    backend, prepared = _backend_for_heads("decode_heads", step.numbers, step.splices, step.identity)
     if backend is None:
         return by_torch()
     given = (
@@ -156,24 +156,24 @@ def decode_heads(step: HeadsStep, by_torch: Callable[[], torch.Tensor]) -> torch
         _coded(step.turns is not None),
     )
     kind = ("decode_heads", *given, _along(step.splices.codec), backend.name)
-    return _either(kind, lambda: backend.decode_heads(step).to(step.query.dtype), by_torch, _numbers_alike)
+    return _either(kind, lambda: backend.decode_heads(step, prepared).to(step.query.dtype), by_torch, _numbers_alike)
 
 
 def encode_heads(
-    splices: HeadSplices, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
+    splices: HeadSplices, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None, identity: str = ""
 ) -> torch.Tensor:
     """The rows [B, 1, T, bytes] that a cache stores of values [B, K, T, v] and keys [B, K, T, d], side by side.
 
-    `turns` uint8 [B or 1, 1, T, F], where keys are coded before their rotation.
+    `turns` uint8 [B or 1, 1, T, F], where keys are coded before their rotation. `identity` as in `HeadsStep`.
     """
-    sizes = [0, *itertools.accumulate(splices.row_bytes)]
 
     def by_torch() -> torch.Tensor:
         parts = zip(splices, splices.split(values, keys), strict=True)
         return torch.cat([encode(head, *part, turns_for(head, turns)) for head, part in parts], dim=-1)
 
     def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
-        parts = zip(splices, splices.split(values, keys), itertools.pairwise(sizes), strict=True)
+        places = itertools.pairwise([0, *itertools.accumulate(splices.row_bytes)])
+        parts = zip(splices, splices.split(values, keys), places, strict=True)
         return all(
             _packed_alike(head.codec, functools.partial(head.numbers_to_store, *part, turns_for(head, turns)))(
                 found[..., slice(*place)], expected[..., slice(*place)]
@@ -181,21 +181,28 @@ def encode_heads(
             for head, part, place in parts
         )
 
-    backend = None
+    backend: Backend | None = None
     if keys.shape[0] * keys.shape[2] <= _MOST_TOKENS:
-        backend = _backend_for_heads("encode_heads", (values, keys), splices)
+        backend, prepared = _backend_for_heads("encode_heads", (values, keys), splices, identity)
     if backend is None:
         return by_torch()
     kind = ("encode_heads", keys.dtype, _coded(turns is not None), _along(splices.codec), backend.name)
-    return _either(kind, lambda: backend.encode_heads(splices, values, keys, turns), by_torch, alike)
+    return _either(kind, lambda: backend.encode_heads(prepared, values, keys, turns), by_torch, alike)
 
 
-def _backend_for_heads(operation: str, tensors: Sequence[torch.Tensor], splices: HeadSplices) -> Backend | None:
-    """As `_backend_for`, of a call on the key heads of a layer."""
-    backend = _backend_for(operation, tensors, splices.codec, coded_keys=splices.keys is not None)
-    if backend is None or backend.refusal_of_heads(splices) is not None:
-        return None
-    return backend
+def _backend_for_heads(
+    operation: str, tensors: Sequence[torch.Tensor], splices: HeadSplices, identity: str
+) -> tuple[Backend | None, Any]:
+    """As `_backend_for`, of a call on the key heads of a layer; and what the backend has prepared of them."""
+    if torch.is_grad_enabled():  # parameters may want gradients
+        tensors = (*tensors, *splices.parameters())
+    backend = _backend_for(operation, tensors, None)
+    if backend is None:
+        return None, None
+    try:
+        return backend, backend.prepare_heads(splices, identity)
+    except UnsupportedError:
+        return None, None
 
 
 def pack(rows: torch.Tensor, codec: Codec) -> torch.Tensor:

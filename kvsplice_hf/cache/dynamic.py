@@ -124,12 +124,12 @@ class _GrowingMixin(_DynamicMixin):
         return buffer
 
     def _track_exact(
-        self, latents: torch.Tensor, first_row: int | torch.Tensor, all_rows: torch.Tensor
+        self, states: tuple[torch.Tensor, torch.Tensor], first_row: int | torch.Tensor, all_rows: torch.Tensor
     ) -> ExactTokens | None:
         self._ever_padded |= self.attention_mask is not None
         if not self._ever_padded and isinstance(first_row, int) and first_row >= self.geometry.sink_tokens:
             return self.exact
-        return super()._track_exact(latents, first_row, all_rows)
+        return super()._track_exact(states, first_row, all_rows)
 
     def offload(self) -> None:
         super().offload()
@@ -160,12 +160,12 @@ class _WindowMixin(_DynamicMixin):
     """A sliding window: rows leave at the front, and the exact tokens among them with them."""
 
     def _track_exact(
-        self, latents: torch.Tensor, first_row: int | torch.Tensor, all_rows: torch.Tensor
+        self, states: tuple[torch.Tensor, torch.Tensor], first_row: int | torch.Tensor, all_rows: torch.Tensor
     ) -> ExactTokens | None:
-        exact = super()._track_exact(latents, first_row, all_rows)
+        exact = super()._track_exact(states, first_row, all_rows)
         if exact is None:
             return None
-        total = int(first_row) + latents.shape[2]
+        total = int(first_row) + states[0].shape[2]
         self.exact = exact.shifted(total - self.keys.shape[-2], self.keys.shape[-2])
         return exact.shifted(total - all_rows.shape[2], all_rows.shape[2])
 

@@ -23,7 +23,8 @@ def exact_heads(values: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 class CompressedHeads:
     """What a spliced cache layer's `update` returns in place of keys and values of ordinary attention.
 
-    Attributes as of `CompressedLatent`, of all heads: rows [B, 1, S, bytes] of the heads side by side.
+    Attributes as of `CompressedLatent`, of all heads: rows [B, 1, S, bytes] of the heads side by side. `identity` is
+    that of the splices, where it was looked up in this call already, and otherwise empty.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class CompressedHeads:
         dtype: torch.dtype,
         fresh: tuple[torch.Tensor, torch.Tensor] | None,
         turns: Turns | None,
+        identity: str = "",
     ) -> None:
         self.rows = rows
         self.splice = splice
@@ -45,6 +47,7 @@ class CompressedHeads:
         self.dtype = dtype
         self.fresh = fresh
         self.turns = turns
+        self.identity = identity
 
     @functools.cached_property
     def heads(self) -> list[CompressedLatent]:

@@ -75,6 +75,8 @@ class SplicedLayerMixin(_StockLayer):
 
         `early_initialization` calls this with the head size of the expanded keys, which does not matter here.
         """
+        if self.geometry.coded_keys:
+            self.splice.require_codec_here()
         row_dtype = self.geometry.row_dtype(key_states.dtype)
         rows = key_states.new_empty(key_states.shape[0], 1, 0, self.geometry.row_dim, dtype=row_dtype)
         super().lazy_initialization(rows, self._values_of(rows, None))
@@ -119,13 +121,12 @@ class SplicedLayerMixin(_StockLayer):
         splice: Any = self.splice
         in_heads = isinstance(splice, HeadSplices)
         latents, k_rot = (value_states, key_states) if in_heads else (key_states, value_states)
-        rows = (encode_heads if in_heads else encode)(splice, latents, k_rot, new_turns)
-        all_rows, all_slots = self._store(rows, slots, *args, **kwargs)
         if in_heads:
-            kept = exact_heads(latents, k_rot)
+            rows = encode_heads(splice, latents, k_rot, new_turns, self.identity)
         else:
-            kept = latents if splice.codec is None else torch.cat([latents, k_rot], dim=-1)
-        exact = self._track_exact(kept, first_row, all_rows)
+            rows = encode(splice, latents, k_rot, new_turns)
+        all_rows, all_slots = self._store(rows, slots, *args, **kwargs)
+        exact = self._track_exact((latents, k_rot), first_row, all_rows)
         for name in _OF_A_CALL:
             setattr(self, name, None)
         if isinstance(first_row, int):  # rows may have left a sliding window at the front
@@ -133,7 +134,9 @@ class SplicedLayerMixin(_StockLayer):
         fresh = (latents, k_rot) if self._wants_gradients(latents, k_rot) else None
         turns = self._turns_of(all_slots, new_turns)
         if in_heads:
-            heads = CompressedHeads(all_rows, splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns)
+            heads = CompressedHeads(
+                all_rows, splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns, self.identity
+            )
             return heads, heads
         latent = CompressedLatent(all_rows, splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns)
         return latent, latent if latent.is_packed else latent.k_rot
@@ -166,7 +169,6 @@ class SplicedLayerMixin(_StockLayer):
         """
         if not self.geometry.coded_keys:
             return None, None
-        self.splice.require_codec_here()
         if self.embeddings is None or self.table is None:
             raise upstream.changed(
                 "a spliced cache layer",
@@ -195,12 +197,19 @@ class SplicedLayerMixin(_StockLayer):
         return stored
 
     def _track_exact(
-        self, latents: torch.Tensor, first_row: int | torch.Tensor, all_rows: torch.Tensor
+        self, states: tuple[torch.Tensor, torch.Tensor], first_row: int | torch.Tensor, all_rows: torch.Tensor
     ) -> ExactTokens | None:
-        """Keep what is new among the exact tokens; return them as indexed in `all_rows`."""
+        """Keep what is new among the exact tokens; return them as indexed in `all_rows`.
+
+        `states`: latents [B, 1, T, R] and rotated keys [B, 1, T, P], or values and keys of ordinary attention.
+        """
         if self.exact is None:
             return None
-        self._set_exact(fill_exact_tokens(self.exact, latents[:, 0], self.attention_mask, first_row))
+        if self.geometry.heads:
+            kept = exact_heads(*states)
+        else:
+            kept = states[0] if self.geometry.packed_bytes is None else torch.cat(states, dim=-1)
+        self._set_exact(fill_exact_tokens(self.exact, kept[:, 0], self.attention_mask, first_row))
         return self.exact
 
     def _set_exact(self, exact: ExactTokens) -> None:

@@ -79,12 +79,12 @@ class _StaticWindowMixin(_StaticMixin):
         return min(self.cumulative_length_int, self.max_cache_len)
 
     def _track_exact(
-        self, latents: torch.Tensor, first_row: int | torch.Tensor, all_rows: torch.Tensor
+        self, states: tuple[torch.Tensor, torch.Tensor], first_row: int | torch.Tensor, all_rows: torch.Tensor
     ) -> ExactTokens | None:
-        exact = super()._track_exact(latents, first_row, all_rows)
+        exact = super()._track_exact(states, first_row, all_rows)
         if exact is None:
             return None
-        window, total = self.keys.shape[-2], int(first_row) + latents.shape[2]
+        window, total = self.keys.shape[-2], int(first_row) + states[0].shape[2]
         kept = exact.shifted(max(total - window, 0), window)
         # Returned are either the stored rows, or all rows before the window closed over them.
         returned = kept if all_rows is self.keys else exact.shifted(total - all_rows.shape[2], all_rows.shape[2])

@@ -8,7 +8,7 @@ Legend: `B` batch, `T` tokens, `K` key heads, `d` numbers of a key, `v` of a val
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -49,14 +49,21 @@ class HeadSplices(nn.Module):
     def __init__(self, heads: Iterable[LearnedKVSplice]) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
+        # What `identity` was made of, and what it was.
+        self._known_identity: tuple[list[str], str] = ([], "")
 
     def __iter__(self) -> Iterator[LearnedKVSplice]:
-        return iter(self.heads)  # type: ignore[arg-type]
+        # Past the lookup of attributes in modules, which is slow.
+        modules: Any = self._modules["heads"]
+        return iter(modules._modules.values())
 
     @property
     def identity(self) -> str:
         """See `LearnedKVSplice.identity`."""
-        return hashlib.sha256(" ".join(head.identity for head in self).encode()).hexdigest()
+        identities = [head.identity for head in self]
+        if self._known_identity[0] != identities:
+            self._known_identity = identities, hashlib.sha256(" ".join(identities).encode()).hexdigest()
+        return self._known_identity[1]
 
     def forget_identity(self) -> None:
         """See `LearnedKVSplice.forget_identity`."""

@@ -12,6 +12,7 @@ those of its code, or P.
 """
 
 import hashlib
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -372,10 +373,13 @@ class LearnedKVSplice(nn.Module):
         return f"latent_dim={self.latent_dim}, rank={self.rank}"
 
 
+_version_of = operator.attrgetter("_version")
+
+
 def _stamp(tensors: list[Any]) -> list[int]:
     """Another one after one of the tensors was written to, replaced or moved."""
-    try:
-        return [number for tensor in tensors for number in (tensor.data_ptr(), tensor._version)]
+    try:  # by functions that are not written in Python
+        return [*map(torch.Tensor.data_ptr, tensors), *map(_version_of, tensors)]
     except RuntimeError:  # spread over processes, or made in inference mode, where no versions are counted
         local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
         return [n for t in local for n in (t.data_ptr(), -1 if t.is_inference() else t._version)]

@@ -77,6 +77,7 @@ def _step(
         query=query,
         rows=key.rows,
         splices=key.splice,
+        identity=key.identity,
         turns=key.turns,
         exact=None
         if key.exact is None

@@ -64,16 +64,16 @@ class NativeBackend(Backend):
         packer = None if codec is None else calls.row_codec(codec)
         return calls.encode(latent, k_rot, weights, packer, keys, turns)
 
-    def refusal_of_heads(self, splices: HeadSplices) -> str | None:
-        return heads.prepared(splices).refusal
+    def prepare_heads(self, splices: HeadSplices, identity: str) -> heads.PreparedHeads:
+        return heads.prepare_heads(splices, identity)
 
-    def decode_heads(self, step: HeadsStep) -> torch.Tensor:
-        return heads.decode_heads(step)
+    def decode_heads(self, step: HeadsStep, prepared: heads.PreparedHeads) -> torch.Tensor:
+        return heads.decode_heads(step, prepared)
 
     def encode_heads(
-        self, splices: HeadSplices, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
+        self, prepared: heads.PreparedHeads, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
     ) -> torch.Tensor:
-        return heads.encode_heads(splices, values, keys, turns)
+        return heads.encode_heads(prepared, values, keys, turns)
 
     def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:
         return calls.encode_pack(rows, calls.row_codec(codec))

@@ -9,8 +9,8 @@ a value.
 """
 
 import ctypes
-import itertools
 import weakref
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +20,11 @@ from kvsplice_hf.attend.backend import HeadsStep
 from kvsplice_hf.attend.native import types
 from kvsplice_hf.attend.native.calls import contiguous, reads, require_library, room, row_codec, run, transform_of
 from kvsplice_hf.attend.native.keys import basis_of, columns_of, key_coding_of, turned_keys
-from kvsplice_hf.attend.native.problems import problem_of, read_in_order, threads_for
+from kvsplice_hf.attend.native.problems import read_in_order, splits_for, threads_for
+from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.heads import HeadSplices
 from kvsplice_hf.code.projection import LearnedKVSplice
-from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.errors import ConfigError, UnsupportedError
 
 
 # `kNotPrepared` of csrc/library.cpp.
@@ -36,69 +37,70 @@ class PreparedHeads(NamedTuple):
     """What the C++ code is handed of the splices of a layer at each call.
 
     Attributes:
-        tensors: what was looked at, kept so that no other tensor takes its place in memory.
-        addresses: of those.
+        identity: of the splices, and whether they were merged.
+        aliases: of all their tensors: what is read stays in memory as long as this does.
         heads: the structures.
+        row_bytes: of all heads together.
         basis: of the first head whose keys are coded before their rotation; or None.
-        in_memory: for products of float32, and of bf16 numbers: what is prepared of keys, and the structures as they
-            lie in memory. Filled when they are first needed.
+        in_memory: for products of float32, and of bf16 numbers: what is prepared, and the structures as they lie in
+            memory. Filled when they are first needed.
         refusal: why the C++ code does not read these heads; or None.
     """
 
-    tensors: tuple[torch.Tensor, ...]
-    addresses: list[int]
+    identity: tuple[str, bool]
+    aliases: list[torch.Tensor]
     heads: tuple[types.Head, ...]
+    row_bytes: int
     basis: types.Keys | None
     in_memory: dict[bool, tuple[torch.Tensor, torch.Tensor]]
     refusal: str | None
 
 
 _known: "weakref.WeakKeyDictionary[HeadSplices, PreparedHeads]" = weakref.WeakKeyDictionary()
+_PLAIN = frozenset({torch.Tensor, nn.Parameter})
 
 
-def prepared(splices: HeadSplices) -> PreparedHeads:
-    """What was put together of the splices of a layer, or is now."""
-    tensors = [tensor for head in splices.heads for tensor in _tensors_of(head)]
-    addresses = [tensor.data_ptr() if type(tensor) in _PLAIN else -1 for tensor in tensors]
-    known = _known.get(splices)
-    if known is None or known.addresses != addresses:
-        known = _known[splices] = _look_at(splices, tensors, addresses)
+def prepare_heads(splices: HeadSplices, identity: str) -> PreparedHeads:
+    """What was put together of the splices of a layer, or is now. `identity` as in `HeadsStep`.
+
+    The identity is all that is looked at: as long as it is the same, the tensors that were there when it was first seen
+    hold the same numbers, wherever those of now lie.
+
+    Raises:
+        UnsupportedError: the C++ code does not read these heads.
+    """
+    known, seen = _known.get(splices), (identity or splices.identity, splices.is_merged)
+    if known is None or known.identity != seen:
+        known = _known[splices] = _look_at(splices, seen)
+    if known.refusal is not None:
+        raise UnsupportedError(known.refusal)
     return known
 
 
-_PLAIN = (torch.Tensor, nn.Parameter)
-
-
-def _tensors_of(module: Any) -> list[torch.Tensor]:
-    """Parameters and buffers, past the lookup of attributes in modules, which is slow."""
-    found = [tensor for held in (module._parameters, module._buffers) for tensor in held.values() if tensor is not None]
-    for part in module._modules.values():
-        if part is not None:
-            found += _tensors_of(part)
-    return found
-
-
-def _look_at(splices: HeadSplices, tensors: list[torch.Tensor], addresses: list[int]) -> PreparedHeads:
-    kept = tuple(tensor.detach() if type(tensor) in _PLAIN else tensor for tensor in tensors)
+def _look_at(splices: HeadSplices, identity: tuple[str, bool]) -> PreparedHeads:
+    tensors = [*splices.parameters(), *splices.buffers()]
     refusal = _refusal(splices, tensors)
     if refusal is not None:
-        return PreparedHeads(kept, addresses, (), None, {}, refusal)
-    heads, first_byte = [], 0
+        return PreparedHeads(identity, [], (), 0, None, {}, refusal)
+    heads: list[types.Head] = []
+    row_bytes = 0
     for splice in splices:
-        heads.append(_head(splice, first_byte))
-        first_byte += heads[-1].coding.packer.codec.row_bytes
+        heads.append(_head(splice, row_bytes))
+        row_bytes += heads[-1].coding.packer.codec.row_bytes
     basis = next((head.keys for head in heads if head.keys.dim), None)
-    return PreparedHeads(kept, addresses, tuple(heads), basis, {}, None)
+    return PreparedHeads(identity, [tensor.detach() for tensor in tensors], tuple(heads), row_bytes, basis, {}, None)
 
 
-def _refusal(splices: HeadSplices, tensors: list[torch.Tensor]) -> str | None:
-    unread = next((t for t in tensors if t.numel() and not (type(t) in _PLAIN and t.is_cpu)), None)
+def _refusal(splices: HeadSplices, tensors: list[Any]) -> str | None:
+    unread = next((tensor for tensor in tensors if not (type(tensor) in _PLAIN and tensor.is_cpu)), None)
     if unread is not None:
         return f"the C++ code does not read {type(unread).__name__}s on {unread.device}"
     weights = [tensor for head in splices for tensor in head.weights() if tensor is not None]
     odd = next((tensor for tensor in weights if not (reads(tensor) and tensor.is_contiguous())), None)
     if odd is not None:
         return f"the C++ code does not read projections in {odd.dtype} that lie like this"
+    if not all(isinstance(head.codec, RowCodec) for head in splices):
+        return f"the C++ code does not read rows of the codec {splices.codec.kind if splices.codec else None!r}"
     if any(head.code_norm is not None for head in splices):
         return "the C++ code does not normalise codes"
     return None
@@ -146,70 +148,88 @@ def _head(splice: LearnedKVSplice, first_byte: int) -> types.Head:
     return types.Head(coding, basis, columns, mixed, first_byte)
 
 
-def _in_memory(known: PreparedHeads, in_bf16: bool, anew: bool = False) -> int:
-    """Where the structures of the heads lie, for products of one kind, with what is prepared of their keys."""
-    if anew or in_bf16 not in known.in_memory:
-        library = require_library()
-        sizes = [library.kvsplice_prepared_size(types.as_bytes(head)) for head in known.heads]
-        starts = list(itertools.accumulate(sizes, initial=0))
-        numbers = torch.empty(starts[-1], dtype=torch.float32, device="cpu")
-        heads = [
-            head._replace(folded=numbers.data_ptr() + 4 * start if size else 0)
-            for head, start, size in zip(known.heads, starts, sizes, strict=False)
-        ]
-        for head in heads:
-            library.kvsplice_prepare_keys(types.as_bytes(head), ctypes.c_int64(in_bf16))
-        packed = torch.frombuffer(bytearray(b"".join(map(types.as_bytes, heads))), dtype=torch.uint8)
-        # Put in place when it is done: another thread may be in the middle of a call with those of before.
-        known.in_memory[in_bf16] = numbers, packed
+def _in_memory(known: PreparedHeads, in_bf16: bool) -> int:
+    """Where the structures of the heads lie, with what is prepared of them for products of one kind."""
+    if in_bf16 not in known.in_memory:
+        _prepare(known, in_bf16)
     return known.in_memory[in_bf16][1].data_ptr()
 
 
-def decode_heads(step: HeadsStep) -> torch.Tensor:
+def _prepare(known: PreparedHeads, in_bf16: bool) -> None:
+    library = require_library()
+    sizes = [library.kvsplice_prepared_size(types.as_bytes(head)) for head in known.heads]
+    starts = list(accumulate(sizes, initial=0))
+    numbers = torch.empty(starts[-1], dtype=torch.float32, device="cpu")
+    heads = [
+        head._replace(prepared=numbers.data_ptr() + numbers.itemsize * start)
+        for head, start in zip(known.heads, starts, strict=False)
+    ]
+    for head in heads:
+        library.kvsplice_prepare(types.as_bytes(head), ctypes.c_int64(in_bf16))
+    packed = torch.frombuffer(bytearray(b"".join(map(types.as_bytes, heads))), dtype=torch.uint8)
+    # Put in place when it is done: another thread may be in the middle of a call with those of before.
+    known.in_memory[in_bf16] = numbers, packed
+
+
+def _run(function: Any, known: PreparedHeads, given: types.HeadsDecoding | types.HeadsEncoding) -> None:
+    """Call the library; where somebody has written to the parameters since, prepare once more."""
+    in_bf16 = bool(given.in_bf16)
+    if run(function, given._replace(heads=_in_memory(known, in_bf16))) == _NOT_PREPARED:
+        _prepare(known, in_bf16)
+        run(function, given._replace(heads=_in_memory(known, in_bf16)))
+
+
+def decode_heads(step: HeadsStep, known: PreparedHeads) -> torch.Tensor:
     """The attention output of one new token per sequence, in float32: [B, 1, H, v].
 
     Raises:
         ConfigError: shapes, dtypes or strides other than those of a `HeadsStep`.
         UnsupportedError: the library is not there.
     """
-    library, known = require_library(), prepared(step.splices)
-    first = known.heads[0].coding
-    (batch, heads, _, width), count = step.query.shape, len(known.heads)
-    queries, rows = heads // count, step.rows.shape[-2]
+    library = require_library()
     _check(step, known)
+    (batch, heads, _, key), count = step.query.shape, len(known.heads)
+    value, rows = known.heads[0].coding.latent, step.rows
     # Kept by name until the library is done: it sees addresses only.
-    query, bias = step.query.float().contiguous(), read_in_order(step.bias, step.rows, 1)
+    query, bias = step.query.float().contiguous(), read_in_order(step.bias, rows, 1)
     sinks = None if step.sinks is None else step.sinks.float().contiguous()
     exact, positions = contiguous(step.exact), contiguous(step.positions)
-    output, in_bf16 = room(batch, 1, heads, first.latent), step.query.dtype is torch.bfloat16
-    of_row = sum(queries * (head.columns + head.mixed) + head.keys.dim * head.keys.rank for head in known.heads)
-    problem = problem_of(
-        step.rows,
-        None,
-        batch,
-        queries,
-        width,
-        0,
-        bias,
-        step.scaling,
-        in_bf16=in_bf16,
-        hidden=positions,
-        products=batch * rows * of_row,
-        parts=batch * count,
-        query=types.address(query, torch.float32, batch * heads * width),
-    )._replace(keys=_keys_of(step, known), query_stride=heads * width)
+    output, keys = room(batch, 1, heads, value), _keys_of(step, known)
+    queries, stored = heads // count, rows.shape[2]
+    products = sum(queries * (head.columns + head.mixed) + head.keys.dim * head.keys.rank for head in known.heads)
+    threads = threads_for(batch * stored * products)
+    of_exact = types.numbers_of(exact, 0 if exact is None else exact.numel())  # its sizes are checked above
     given = types.HeadsDecoding(
         count_=count,
-        heads=_in_memory(known, in_bf16),
-        rows=problem,
-        value=first.latent,
-        exact=types.numbers_of(exact, 0 if exact is None else exact.numel()),  # its sizes are checked above
-        sinks=types.address(sinks, torch.float32, heads),
-        output=types.address(output, torch.float32, batch * heads * first.latent),
+        heads=0,
+        in_bf16=step.query.dtype is torch.bfloat16,
+        batch=batch,
+        queries=queries,
+        rows=stored,
+        value=value,
+        key=key,
+        data=rows.data_ptr(),
+        batch_stride=rows.stride(0),
+        row_stride=rows.stride(2),
+        query=query.data_ptr(),
+        scaling=step.scaling,
+        bias=0 if bias is None else bias.data_ptr(),
+        bias_batch_stride=0 if bias is None or bias.shape[0] == 1 else bias.stride(0),
+        table=keys.table,
+        table_stride=keys.table_stride,
+        table_slots=keys.table_slots,
+        slots=keys.slots,
+        slots_stride=keys.slots_stride,
+        splits=splits_for(threads, batch * count, stored),
+        threads=threads,
+        hidden=0 if positions is None else positions.data_ptr(),
+        hidden_count=0 if positions is None else positions.shape[1],
+        exact=of_exact.data,
+        exact_is_bfloat16=of_exact.is_bfloat16,
+        sinks=0 if sinks is None else sinks.data_ptr(),
+        output=output.data_ptr(),
     )
-    if run(library.kvsplice_decode_heads, given) == _NOT_PREPARED:  # somebody has written to the parameters
-        given = given._replace(heads=_in_memory(known, in_bf16, anew=True))
-        run(library.kvsplice_decode_heads, given)
+    _run(library.kvsplice_decode_heads, known, given)
     return output
 
 
@@ -221,7 +241,7 @@ def _keys_of(step: HeadsStep, known: PreparedHeads) -> types.Keys:
     """
     if known.basis is None:
         return types.NO_KEYS
-    keys = step.turns and turned_keys(known.basis, *step.turns, step.rows.shape[0], step.rows.shape[-2])
+    keys = step.turns and turned_keys(known.basis, *step.turns, step.rows.shape[0], step.rows.shape[2])
     if keys is None:
         found = step.turns and [[tensor.dtype, *tensor.shape] for tensor in step.turns]
         raise ConfigError(f"Got {found} for the rotations of rows {list(step.rows.shape)}.")
@@ -231,7 +251,6 @@ def _keys_of(step: HeadsStep, known: PreparedHeads) -> types.Keys:
 def _check(step: HeadsStep, known: PreparedHeads) -> None:
     """Refuse tensors that the library would read beyond."""
     batch, heads, tokens, width = step.query.shape
-    row_bytes = sum(head.coding.packer.codec.row_bytes for head in known.heads)
     sizes = {(head.coding.latent, head.coding.rotated) for head in known.heads}
     value = known.heads[0].coding.latent
     fits = (
@@ -239,9 +258,13 @@ def _check(step: HeadsStep, known: PreparedHeads) -> None:
         and batch > 0
         and heads % len(known.heads) == 0
         and sizes == {(value, width)}
-        and step.rows.shape[-1] == row_bytes
+        and step.rows.dim() == 4
+        and step.rows.shape[:2] == (batch, 1)
+        and step.rows.shape[2] > 0
+        and step.rows.shape[3] == known.row_bytes
+        and step.rows.stride(3) == 1
         and step.rows.dtype is torch.uint8
-        and step.rows.shape[-2] > 0
+        and step.rows.is_cpu
         and (step.sinks is None or step.sinks.numel() == heads)
     )
     if step.exact is not None:
@@ -252,12 +275,12 @@ def _check(step: HeadsStep, known: PreparedHeads) -> None:
         found = {name: list(part.shape) for name, part in step._asdict().items() if isinstance(part, torch.Tensor)}
         raise ConfigError(
             f"Got {found} for {len(known.heads)} key heads of {sorted(sizes)} numbers (values, keys) in rows of "
-            f"{row_bytes} bytes."
+            f"{known.row_bytes} bytes, side by side."
         )
 
 
 def encode_heads(
-    splices: HeadSplices, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
+    known: PreparedHeads, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
 ) -> torch.Tensor:
     """Rows uint8 [B, 1, T, bytes] of values [B, K, T, v] and keys [B, K, T, d], with angles [B or 1, 1, T, d / 2].
 
@@ -265,7 +288,7 @@ def encode_heads(
         ConfigError: shapes or dtypes other than these.
         UnsupportedError: the library is not there.
     """
-    library, known = require_library(), prepared(splices)
+    library = require_library()
     batch, count, tokens, width = keys.shape
     values, keys, turns = _in_lines(values), _in_lines(keys), contiguous(turns)
     pairs, shape = width // 2, None if turns is None else turns.shape
@@ -277,11 +300,11 @@ def encode_heads(
             f"Got values {list(values.shape)} and keys {list(keys.shape)}, turned by {shape and list(shape)}, for "
             f"{len(known.heads)} key heads of {sorted(sizes)} numbers (values, keys)."
         )
-    row_bytes = sum(head.coding.packer.codec.row_bytes for head in known.heads)
-    rows = torch.empty(batch, 1, tokens, row_bytes, dtype=torch.uint8, device="cpu")
+    rows = torch.empty(batch, 1, tokens, known.row_bytes, dtype=torch.uint8, device="cpu")
     given = types.HeadsEncoding(
         count_=count,
-        heads=_in_memory(known, in_bf16=False),
+        heads=0,
+        in_bf16=keys.dtype is torch.bfloat16,
         batch=batch,
         tokens=tokens,
         values=_numbers_in_lines(values),
@@ -291,10 +314,10 @@ def encode_heads(
         turns=0 if turns is None else turns.data_ptr(),
         turns_stride=0 if turns is None or turns.shape[0] == 1 else turns.stride(0),
         rows=rows.data_ptr(),
-        row_bytes=row_bytes,
+        row_bytes=known.row_bytes,
         threads=min(batch * count * tokens, threads_for(_PRODUCTS_PER_NUMBER * (keys.numel() + values.numel()))),
     )
-    run(library.kvsplice_encode_heads, given)
+    _run(library.kvsplice_encode_heads, known, given)
     return rows
 
 

@@ -34,17 +34,11 @@ def problem_of(
     keys: CodedKeys | None = None,
     hidden: torch.Tensor | None = None,
     other_products: int = 0,
-    products: int | None = None,
-    parts: int | None = None,
     query: int = 0,
     output: int = 0,
     sizes: int = 0,
 ) -> types.Problem:
-    """Rows are [B, S, n] or [B, 1, S, n].
-
-    `other_products` are worth threads as well. `products` that reading all rows takes, and `parts` that there are
-    anyhow: where they are not known from the other arguments.
-    """
+    """Rows are [B, S, n] or [B, 1, S, n]; `other_products` are worth threads as well."""
     count = rows.shape[-2]
     one_head = rows.dim() == 3 or (rows.dim() == 4 and rows.shape[1] == 1)
     side_by_side = rows.stride(-1) == 1 or rows.shape[-1] == 1
@@ -56,8 +50,7 @@ def problem_of(
     columns, mixed = dim, value_dim
     if codec is not None:
         columns, mixed = columns_of(codec, keys, value_dim)
-    products = batch * queries * count * (columns + mixed) if products is None else products
-    splits = -(-_PARTS_PER_THREAD * threads_for(products) // (parts or batch))
+    products = batch * queries * count * (columns + mixed)
     return types.Problem(
         batch=batch,
         queries=queries,
@@ -81,7 +74,7 @@ def problem_of(
         mixed=mixed,
         codec=types.codec_of(codec),
         keys=keys_of(keys, codec, batch, count, dim, value_dim),
-        splits=max(1, min(splits, count // _SMALLEST_PART)),
+        splits=splits_for(threads_for(products), batch, count),
         threads=max(threads_for(products), threads_for(other_products)),
         hidden=types.address(hidden, torch.int64, 0 if hidden is None else batch * hidden.shape[1]),
         hidden_count=0 if hidden is None else hidden.shape[1],
@@ -92,6 +85,11 @@ def problem_of(
 
 def threads_for(products: int) -> int:
     return max(1, min(torch.get_num_threads(), products // _PRODUCTS_PER_THREAD))
+
+
+def splits_for(threads: int, parts: int, rows: int) -> int:
+    """How many times so many rows are split, of which there are so many parts anyhow."""
+    return max(1, min(-(-_PARTS_PER_THREAD * threads // parts), rows // _SMALLEST_PART))
 
 
 def read_in_order(bias: torch.Tensor | None, rows: torch.Tensor, queries: int) -> torch.Tensor | None:

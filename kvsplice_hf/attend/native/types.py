@@ -110,6 +110,7 @@ class Transform(NamedTuple):
     scale: Numbers
     shift: Numbers
     offset: Numbers
+    is_ready: int = 0
 
 
 class Decoding(NamedTuple):
@@ -219,7 +220,7 @@ class Head(NamedTuple):
     columns: int
     mixed: int
     first_byte: int
-    folded: int = 0
+    prepared: int = 0
 
 
 class HeadsDecoding(NamedTuple):
@@ -227,9 +228,30 @@ class HeadsDecoding(NamedTuple):
 
     count_: int  # as with `index_`
     heads: int
-    rows: Problem
+    in_bf16: int
+    batch: int
+    queries: int
+    rows: int
     value: int
-    exact: Numbers
+    key: int
+    data: int
+    batch_stride: int
+    row_stride: int
+    query: int
+    scaling: float
+    bias: int
+    bias_batch_stride: int
+    table: int
+    table_stride: int
+    table_slots: int
+    slots: int
+    slots_stride: int
+    splits: int
+    threads: int
+    hidden: int
+    hidden_count: int
+    exact: int
+    exact_is_bfloat16: int
     sinks: int
     output: int
     room: int = 0
@@ -248,6 +270,7 @@ class HeadsEncoding(NamedTuple):
 
     count_: int  # as with `index_`
     heads: int
+    in_bf16: int
     batch: int
     tokens: int
     values: Numbers

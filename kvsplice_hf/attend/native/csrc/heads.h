@@ -12,20 +12,20 @@
 
 namespace kvsplice {
 
-// What is the same at each step of a model. `prepare_keys` fills `folded`.
+// What is the same at each step of a model.
 struct Head {
-  Encoding coding;    // of one token; what belongs to a call is left open
-  Keys keys;          // how they are read; the same
+  Encoding coding;         // of one token; what belongs to a call is left open
+  Keys keys;               // how they are read; the same
   int64_t columns, mixed;  // see `Problem`
   int64_t first_byte;      // of its row in that of the layer
-  float* folded;           // a mark, and what is prepared of keys; or null where there is nothing to prepare
+  float* prepared;         // see `PreparedHead`; `prepare` fills it
 };
 
-// ---- What is prepared of keys once
+// ---- What is prepared once
 
 constexpr int kMarkNumbers = 16;  // that a mark takes, in which whole vectors go on
 
-// Tells what keys were prepared of.
+// Tells of what numbers something was prepared.
 class Mark {
  public:
   template <class Number>
@@ -67,6 +67,11 @@ inline uint64_t mark_of(const Head& head, bool in_bf16) {
   const int64_t numbers = head.coding.packer.numbers, sizes[] = {in_bf16, keys.dim, keys.rank, keys.start, numbers};
   Mark mark;
   mark.add(sizes, 5);
+  const Transform& transform = head.coding.transform;
+  for (const Numbers& part : {transform.scale, transform.shift, transform.offset}) {
+    if (part.data) mark.add(part, head.coding.latent);
+  }
+  if (keys.dim == 0) return mark.value();
   mark.add(keys.expand, keys.dim * keys.rank);
   mark.add(keys.mean, keys.dim);
   mark.add(keys.pairs, keys.dim);
@@ -78,44 +83,75 @@ inline uint64_t mark_of(const Head& head, bool in_bf16) {
   return mark.value();
 }
 
-inline int64_t prepared_size(const Head& head) {
-  return head.keys.dim ? kMarkNumbers + folded_size(head.keys, head.coding.packer.codec) : 0;
-}
+// The mark, the transform as it is read, and keys as they are.
+struct PreparedHead {
+  float *mark, *scale, *shift, *keys, *rest;
+
+  explicit PreparedHead(const Head& head) {
+    const int64_t latent = round_up(head.coding.latent, kLanes);
+    mark = head.prepared;
+    scale = mark + kMarkNumbers, shift = scale + latent, keys = shift + latent;
+    rest = keys + folded_size(head.keys, head.coding.packer.codec);
+  }
+};
+
+inline int64_t prepared_size(const Head& head) { return PreparedHead(head).rest - head.prepared; }
 
 inline bool is_prepared(const Head& head, bool in_bf16) {
-  return head.keys.dim == 0 || (head.folded && load<uint64_t>(head.folded) == mark_of(head, in_bf16));
+  return load<uint64_t>(PreparedHead(head).mark) == mark_of(head, in_bf16);
 }
 
-// Whether products are taken of bf16 numbers two by two.
-inline bool takes_twins(bool in_bf16) { return KVSPLICE_TWINS && in_bf16; }
-
-inline void prepare_keys(const Head& head, bool in_bf16) {
-  if (head.keys.dim == 0) return;
+inline void prepare(const Head& head, bool in_bf16) {
+  const PreparedHead prepared(head);
+  for (int64_t column = 0; column < head.coding.latent; ++column) {
+    read(head.coding.transform, column, prepared.scale[column], prepared.shift[column]);
+  }
   Keys keys = head.keys;
-  keys.room = head.folded + kMarkNumbers;
+  keys.room = prepared.keys;
   Problem problem{};
   problem.kind = kPacked, problem.in_bf16 = in_bf16;
-  with_rows(problem, [&]<class Rows>() {
-    fold_keys<typename Rows::Kind>(keys, head.coding.packer.codec, keys.start);
-    return true;
-  });
-  store(head.folded, mark_of(head, in_bf16));
+  if (keys.dim) {
+    with_rows(problem, [&]<class Rows>() {
+      fold_keys<typename Rows::Kind>(keys, head.coding.packer.codec, keys.start);
+      return true;
+    });
+  }
+  store(prepared.mark, mark_of(head, in_bf16));
+}
+
+inline Transform ready_transform(const Head& head) {
+  const PreparedHead prepared(head);
+  return {{prepared.scale, 0}, {prepared.shift, 0}, {}, 1};
 }
 
 // ---- A step: one new query per sequence and query head
 
+// Strides count bytes for rows and numbers for anything else.
 struct HeadsDecoding {
   int64_t count;  // K
   const Head* heads;
-  Problem rows;        // what all have in common: G queries; the table and slots of their keys; splits and threads
-  int64_t value;       // v
+  int64_t in_bf16;  // see `Problem`
+  int64_t batch, queries, rows, value, key;  // B, G, S, v, d
+  const uint8_t* data;
+  int64_t batch_stride, row_stride;
+  const float* query;  // [B, K G, d]
+  double scaling;
+  const float* bias;  // [B or 1, S], or null
+  int64_t bias_batch_stride;
+  const uint8_t* table;  // see `Keys`
+  int64_t table_stride, table_slots;
+  const int32_t* slots;
+  int64_t slots_stride;
+  int64_t splits, threads;
+  const int64_t* hidden;  // rows of exact tokens, [B, E]
+  int64_t hidden_count;
   Numbers exact;       // [B, E, K (v + d)]: each head's value and key
   const float* sinks;  // one logit per query head that carries no value, [K G]; or null
   float* output;       // [B, K G, v]
   float* room;         // as many numbers as `room_of` says
 };
 
-inline int64_t room_of_head(const HeadsDecoding& given, const Problem& problem) {
+inline int64_t room_of_head(const Problem& problem) {
   const int64_t queries = problem.batch * problem.queries;
   return round_up(room_without_keys(problem) + queries * (problem.values + 1), kLanes);
 }
@@ -123,20 +159,26 @@ inline int64_t room_of_head(const HeadsDecoding& given, const Problem& problem) 
 // The rows of one key head as any other rows.
 inline Problem head_problem(const HeadsDecoding& given, int64_t index) {
   const Head& head = given.heads[index];
-  Problem problem = given.rows;
-  problem.values = head.coding.rank + head.coding.predicted;
-  problem.dim = problem.values + head.coding.rotated;
-  problem.unscored = problem.values;
-  problem.data += head.first_byte;
-  problem.query += index * problem.queries * head.coding.rotated;
+  Problem problem{};
+  problem.batch = given.batch, problem.queries = given.queries, problem.rows = given.rows;
+  problem.values = problem.unscored = head.coding.rank + head.coding.predicted;
+  problem.dim = problem.values + given.key;
+  problem.kind = kPacked, problem.in_bf16 = given.in_bf16;
+  problem.data = given.data + head.first_byte;
+  problem.batch_stride = given.batch_stride, problem.row_stride = given.row_stride;
+  problem.query = given.query + index * given.queries * given.key;
+  problem.query_stride = given.count * given.queries * given.key;
+  problem.scaling = given.scaling;
+  problem.bias = given.bias, problem.bias_queries = 1, problem.bias_batch_stride = given.bias_batch_stride;
   problem.columns = head.columns, problem.mixed = head.mixed;
   problem.codec = head.coding.packer.codec;
-  Keys keys = head.keys;
-  keys.table = problem.keys.table, keys.table_stride = problem.keys.table_stride;
-  keys.table_slots = problem.keys.table_slots;
-  keys.slots = problem.keys.slots, keys.slots_stride = problem.keys.slots_stride;
-  keys.room = head.folded ? head.folded + kMarkNumbers : nullptr;
-  problem.keys = keys;
+  problem.keys = head.keys;
+  problem.keys.table = given.table, problem.keys.table_stride = given.table_stride;
+  problem.keys.table_slots = given.table_slots;
+  problem.keys.slots = given.slots, problem.keys.slots_stride = given.slots_stride;
+  problem.keys.room = PreparedHead(head).keys;
+  problem.splits = given.splits, problem.threads = given.threads;
+  problem.hidden = given.hidden, problem.hidden_count = given.hidden_count;
   return problem;
 }
 
@@ -152,7 +194,7 @@ inline Problem head_problem(const HeadsDecoding& given, int64_t index, int64_t r
 inline int64_t room_of_each(const HeadsDecoding& given) {
   int64_t most = 0;
   for (int64_t index = 0; index < given.count; ++index) {
-    const int64_t room = room_of_head(given, head_problem(given, index));
+    const int64_t room = room_of_head(head_problem(given, index));
     most = most < room ? room : most;
   }
   return most;
@@ -200,6 +242,7 @@ inline void find_shares(const HeadsDecoding& given, const Problem& problem, int6
 inline bool decode_mixed(const HeadsDecoding& given, const Problem& problem, int64_t index, int64_t sequence) {
   thread_local Workspace workspace;
   const Encoding& coding = given.heads[index].coding;
+  const Transform transform = ready_transform(given.heads[index]);
   const int64_t queries = problem.queries, first = sequence * queries, width = problem.hidden_count + 1;
   float *outputs = given.output + (sequence * given.count + index) * queries * given.value,
         *shares = workspace.take(queries * width);
@@ -211,7 +254,7 @@ inline bool decode_mixed(const HeadsDecoding& given, const Problem& problem, int
   with_type(coding.expand, [&](const auto* expand) {
     for (int64_t number = 0; number < given.value; ++number, expand += problem.values) {
       float divisor, offset;
-      invert(coding.transform, number, divisor, offset);
+      invert(transform, number, divisor, offset);
       for (int64_t query = 0; query < queries; ++query) {
         const float* codes = problem.output + (first + query) * problem.values;
         float sum = 0;
@@ -235,14 +278,14 @@ inline bool decode_mixed(const HeadsDecoding& given, const Problem& problem, int
 // The steps of all of it. Called by all threads of a parallel region. False in the one that had no memory.
 template <class Rows>
 bool decode_heads(const HeadsDecoding& given) {
-  const int64_t room = room_of_each(given), batch = given.rows.batch, queries = given.rows.queries;
+  const int64_t room = room_of_each(given), batch = given.batch, queries = given.queries;
   bool done = true;
 #pragma omp for schedule(static)
   for (int64_t task = 0; task < given.count * batch; ++task) {
     const Problem problem = head_problem(given, task / batch, room);
     for (int64_t query = 0; query < queries; ++query) turn_query<Rows>(problem, task % batch, query);
   }
-  const int64_t parts = batch * given.rows.splits;
+  const int64_t parts = batch * given.splits;
 #pragma omp for schedule(dynamic, 1)
   for (int64_t task = 0; task < given.count * parts; ++task) {
     const Problem problem = head_problem(given, task / parts, room);
@@ -256,7 +299,7 @@ bool decode_heads(const HeadsDecoding& given) {
 }
 
 inline bool decode_heads(const HeadsDecoding& given) {
-  return with_rows(given.rows, [&]<class Rows>() { return decode_heads<Rows>(given); });
+  return with_rows(head_problem(given, 0), [&]<class Rows>() { return decode_heads<Rows>(given); });
 }
 
 // ---- New tokens
@@ -265,6 +308,7 @@ inline bool decode_heads(const HeadsDecoding& given) {
 struct HeadsEncoding {
   int64_t count;  // K
   const Head* heads;
+  int64_t in_bf16;  // what they are prepared for
   int64_t batch, tokens;
   Numbers values, keys;  // [B, K, T, v] and [B, K, T, d], the last numbers side by side
   int64_t value_strides[3], key_strides[3];
@@ -293,6 +337,7 @@ inline bool encode_head(const HeadsEncoding& given, int64_t index, int64_t seque
   coding.keys.turns = given.turns + sequence * given.turns_stride + token * (coding.rotated / 2);
   coding.keys.turned = 1;
   coding.kind = kPacked;
+  coding.transform = ready_transform(head);
   coding.rows = given.rows + (sequence * given.tokens + token) * given.row_bytes + head.first_byte;
   coding.room = workspace.take(room_of(coding));
   if (coding.room == nullptr) return false;

@@ -57,31 +57,37 @@ KVSPLICE_EXPORT int kvsplice_pack(const kvsplice::Packing* handed) { return with
 
 KVSPLICE_EXPORT int kvsplice_search(const kvsplice::Search* handed) { return with_room(handed, kvsplice::search); }
 
-// Beyond 1 for memory: keys were not prepared, or of other numbers than they have now.
+// Beyond 1 for memory: what was prepared of heads is of other numbers than they have now.
 constexpr int kNotPrepared = 2;
 
-// How many numbers are prepared of the keys of a head.
+bool are_prepared(const kvsplice::Head* heads, int64_t count, bool in_bf16) {
+  for (int64_t index = 0; index < count; ++index) {
+    if (!is_prepared(heads[index], in_bf16)) return false;
+  }
+  return true;
+}
+
+// How many numbers are prepared of a head.
 KVSPLICE_EXPORT int64_t kvsplice_prepared_size(const kvsplice::Head* head) { return kvsplice::prepared_size(*head); }
 
-KVSPLICE_EXPORT int kvsplice_prepare_keys(const kvsplice::Head* head, int64_t in_bf16) {
-  kvsplice::prepare_keys(*head, in_bf16);
+KVSPLICE_EXPORT int kvsplice_prepare(const kvsplice::Head* head, int64_t in_bf16) {
+  kvsplice::prepare(*head, in_bf16);
   return 0;
 }
 
 KVSPLICE_EXPORT int kvsplice_decode_heads(const kvsplice::HeadsDecoding* handed) {
   kvsplice::HeadsDecoding given = *handed;
-  for (int64_t index = 0; index < given.count; ++index) {
-    if (!is_prepared(given.heads[index], given.rows.in_bf16)) return kNotPrepared;
-  }
+  if (!are_prepared(given.heads, given.count, given.in_bf16)) return kNotPrepared;
   given.room = room_for(given);
   if (given.room == nullptr) return 1;
   int failed = 0;
-#pragma omp parallel num_threads(given.rows.threads) reduction(max : failed)
+#pragma omp parallel num_threads(given.threads) reduction(max : failed)
   failed = !kvsplice::decode_heads(given);
   return failed;
 }
 
 KVSPLICE_EXPORT int kvsplice_encode_heads(const kvsplice::HeadsEncoding* handed) {
+  if (!are_prepared(handed->heads, handed->count, handed->in_bf16)) return kNotPrepared;
   int failed = 0;
 #pragma omp parallel num_threads(handed->threads) reduction(max : failed)
   failed = !kvsplice::encode_heads(*handed);

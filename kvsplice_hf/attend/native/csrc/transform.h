@@ -12,6 +12,7 @@ namespace kvsplice {
 struct Transform {
   Numbers scale, shift;  // null where merged
   Numbers offset;        // null where not
+  int64_t is_ready;      // whether `scale` is the scale itself, and not its parameter
 
   bool is_merged() const { return scale.data == nullptr; }
 };
@@ -24,7 +25,8 @@ inline void read(const Transform& transform, int64_t column, float& scale, float
     scale = 1.0f;
     shift = -number_at(transform.offset, column);
   } else {
-    scale = softplus(number_at(transform.scale, column));
+    const float number = number_at(transform.scale, column);
+    scale = transform.is_ready ? number : softplus(number);
     shift = number_at(transform.shift, column);
   }
 }
