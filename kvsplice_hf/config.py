@@ -70,6 +70,9 @@ class KVSpliceConfig:
             coordinate by itself, writes faster and loses more; others are registered (docs/how_to_add.md).
         keys: "unrotated" codes keys in packed rows before their rotation, which loses less at equal bytes; "rotated" as
             they come. Only read where a splice is fitted.
+        key_block: how many numbers of a key before its rotation share a basis, those of neighbouring frequencies: even,
+            or None for all. Narrow blocks decode faster, and lose more (docs/ordinary_attention.md). Only read where a
+            splice is fitted.
         allocation: "global" lets layers compete for bytes, "layer" gives each the same, "auto" takes what loses less on
             calibration text that was held out ("global" where there is none).
         layers: which latents to splice: "all", "last:n", or a sequence of cache layer indices (`layer_idx`).
@@ -98,6 +101,7 @@ class KVSpliceConfig:
     bits: float | None = None
     codec: str = DEFAULT_CODEC
     keys: str = KEYS[0]
+    key_block: int | None = None
     allocation: str = "auto"
     layers: str | tuple[int, ...] = "all"
     layer_pattern: str | None = None
@@ -118,6 +122,10 @@ class KVSpliceConfig:
         _check_choice("attention", self.attention, ATTENTION_MODES)
         _check_choice("init", self.init, INITIALISATIONS)
         _check_choice("keys", self.keys, KEYS)
+        if self.key_block is not None and not (_is_int(self.key_block) and self.key_block > 0 == self.key_block % 2):
+            raise ConfigError(
+                f"`key_block` is {self.key_block!r}; it must be an even number of numbers, or None for all."
+            )
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         if not _is_int(self.sink_tokens) or self.sink_tokens < 0:
             raise ConfigError(f"`sink_tokens` is {self.sink_tokens!r}; it must be an integer of 0 or more.")
@@ -239,6 +247,8 @@ class KVSpliceConfig:
             del values["codec"]
         if self.keys == KEYS[0]:  # files say it by what they hold
             del values["keys"]
+        if self.key_block is None:
+            del values["key_block"]
         if not isinstance(self.layers, str):
             values["layers"] = list(self.layers)
         return dict(sorted(values.items()))

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, QuantoQuantizedLayer, StaticLayer
 
 from kvsplice_hf.bench.memory_limits import reason_to_skip, too_large
-from kvsplice_hf.bench.recipes import RECIPES, Recipe, random_tokens, text_config
+from kvsplice_hf.bench.recipes import RECIPES, Recipe, random_tokens, state_shapes, text_config
 from kvsplice_hf.upstream import cache_argument
 
 
@@ -71,8 +71,7 @@ def fill(model: PreTrainedModel, recipe: Recipe, batch: int, length: int, spare:
     cache = recipe.make_cache(text_config(model), length + spare)
     filled = Filled(cache, min(length, _REAL_TOKENS), padding, random_tokens(model, batch, 1))
     step(model, filled, random_tokens(model, batch, filled.length), grow=0)
-    config = text_config(model)
-    sizes = (config.kv_lora_rank, config.qk_rope_head_dim)
+    shapes = state_shapes(text_config(model))
     layer: Any
     for start in range(filled.length, length, _FILL_CHUNK):
         end = min(start + _FILL_CHUNK, length)
@@ -83,8 +82,11 @@ def fill(model: PreTrainedModel, recipe: Recipe, batch: int, length: int, spare:
                 layer.embeddings, layer.position_ids = embeddings, positions
             if padding is not None and hasattr(layer, "attention_mask"):
                 layer.attention_mask = filled.mask(end)  # what the hook of a patched model tells its cache layer
-            rows = (torch.randn(batch, 1, end - start, n, dtype=model.dtype, device=model.device) for n in sizes)
-            layer.update(*rows)
+            states = (
+                torch.randn(batch, heads, end - start, width, dtype=model.dtype, device=model.device)
+                for heads, width in shapes
+            )
+            layer.update(*states)
     filled.length = length
     return filled
 
@@ -119,6 +121,14 @@ def rewind(filled: Filled, count: int) -> None:
     for layer in filled.cache.layers:
         if isinstance(layer, StaticLayer):
             layer.cumulative_length.sub_(count)
+        elif isinstance(layer, QuantoQuantizedLayer):
+            keys: Any = layer.keys  # those that are not quantized yet
+            values: Any = layer.values
+            kept = keys.shape[-2] - count
+            if kept < 0:
+                raise ValueError(f"{count} tokens cannot be taken back: only {kept + count} are not quantized yet")
+            layer.keys, layer.values = keys[..., :kept, :], values[..., :kept, :]
+            layer.cumulative_length -= count
         elif getattr(layer, "_quantized_keys", None) is not None:
             for name in ("_quantized_keys", "_quantized_values"):
                 rows, scale = getattr(layer, name)

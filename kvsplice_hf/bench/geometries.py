@@ -142,6 +142,32 @@ GEOMETRIES = {
         },
         published_layers=30,
     ),
+    # Ordinary attention, with grouped queries.
+    "smollm2": Geometry(
+        "Llama",
+        {
+            "hidden_size": 576,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "intermediate_size": 1536,
+            "tie_word_embeddings": True,
+            "vocab_size": 49152,
+            **_POSITIONS,
+        },
+        published_layers=30,
+    ),
+    "llama-3.1-8b": Geometry(
+        "Llama",
+        {
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "vocab_size": 128256,
+            **_POSITIONS,
+        },
+        published_layers=32,
+    ),
     # For trying things out: the attention of V2-Lite on narrow layers.
     "mini": Geometry(
         "DeepseekV2",

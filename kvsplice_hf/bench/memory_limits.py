@@ -6,7 +6,7 @@ import psutil
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvsplice_hf.bench.recipes import RECIPES, STOCK, text_config
+from kvsplice_hf.bench.recipes import RECIPES, STOCK, row_numbers, text_config
 
 
 # Of the memory that is free when a setting starts, how much it may take.
@@ -23,11 +23,13 @@ def free_memory(device: str | torch.device) -> int:
 
 def cache_estimate(config: PreTrainedConfig, itemsize: int, batch: int, length: int) -> int:
     """About the bytes of a stock cache."""
-    return batch * length * config.num_hidden_layers * (config.kv_lora_rank + config.qk_rope_head_dim) * itemsize
+    return batch * length * config.num_hidden_layers * row_numbers(config) * itemsize
 
 
 def _step_estimate(config: PreTrainedConfig, itemsize: int, batch: int, length: int) -> int:
     """About the bytes that a stock step takes for a moment: keys and values of all heads, of one layer."""
+    if not getattr(config, "kv_lora_rank", None):  # stored like that; put together in new tensors
+        return batch * length * row_numbers(config) * itemsize
     expanded = config.qk_nope_head_dim + config.v_head_dim  # what kv_b_proj gives
     keys = config.qk_nope_head_dim + config.qk_rope_head_dim  # put together in a new tensor, and scaled into another
     return batch * length * config.num_attention_heads * (expanded + 2 * keys) * itemsize
@@ -37,7 +39,7 @@ def _prefill_estimate(model: PreTrainedModel, batch: int, length: int) -> int:
     """About the bytes that a prefill takes for a moment, spliced or not."""
     config, itemsize = text_config(model), model.dtype.itemsize
     estimate = _step_estimate(config, itemsize, batch, length)
-    if model.device.type == "cpu":
+    if model.device.type == "cpu" and getattr(config, "kv_lora_rank", None):
         # The fused attention of torch on a CPU wants keys and values of one head size, which MLA does not have. Without
         # it a layer holds all pairs of tokens: their products, and what softmax makes of them.
         estimate += 3 * batch * config.num_attention_heads * length**2 * itemsize

@@ -17,6 +17,8 @@ from kvsplice_hf.config import DEFAULT_CODEC, ROWS_CODEC
 # The recipe that all others are compared with.
 STOCK = "stock"
 _PACKED_SHARE = 0.25
+# More numbers than any key has.
+_WHOLE = 1 << 16
 _CALIBRATION_WINDOW = 512
 # What the calibrator asks for, per dimension of the latent.
 _CALIBRATION_TOKENS_PER_DIMENSION = 4
@@ -30,6 +32,10 @@ def _fp8_cache(config: PreTrainedConfig, length: int) -> Cache:
     return QuantizedCache("fp8", config)
 
 
+def _quanto_cache(config: PreTrainedConfig, length: int) -> Cache:
+    return QuantizedCache("quanto", config)  # of 4 bits
+
+
 def _dynamic_cache(config: PreTrainedConfig, length: int) -> Cache:
     return DynamicCache(config=config)
 
@@ -41,13 +47,14 @@ class Recipe:
     Args:
         config: of the splice.
         is_packed: packed codes of a quarter of the stock bytes in bf16; they need calibration.
-        keys, codec: of those, see `KVSpliceConfig`.
+        keys, key_block, codec: of those, see `KVSpliceConfig`.
         make_cache: from the model's config and the greatest length; each cache layer is spliced when it is used.
     """
 
     config: KVSpliceConfig | None = None
     is_packed: bool = False
     keys: str = "unrotated"
+    key_block: int | None = None
     codec: str = DEFAULT_CODEC
     make_cache: Callable[[PreTrainedConfig, int], Cache] = _dynamic_cache
 
@@ -65,9 +72,13 @@ RECIPES: Mapping[str, Recipe] = {
     STOCK: Recipe(),
     "stock static": Recipe(make_cache=_static_cache),
     "stock fp8": Recipe(make_cache=_fp8_cache),
+    "stock quanto": Recipe(make_cache=_quanto_cache),
     "full rank": Recipe(KVSpliceConfig(compression_ratio=1.0, init="identity")),
     "rank R/2": Recipe(KVSpliceConfig(compression_ratio=0.5, init="orthogonal")),
     "packed 4x": Recipe(is_packed=True),
+    "packed 4x, whole key bases": Recipe(is_packed=True, key_block=_WHOLE),
+    "packed 4x, key blocks of 16": Recipe(is_packed=True, key_block=16),
+    "packed 4x, key blocks of 2": Recipe(is_packed=True, key_block=2),
     "packed 4x, rotated keys": Recipe(is_packed=True, keys="rotated"),
     "packed 4x, as in 0.2": Recipe(is_packed=True, keys="rotated", codec=ROWS_CODEC),
 }
@@ -76,6 +87,20 @@ RECIPES: Mapping[str, Recipe] = {
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The configuration of the language model."""
     return model.config.get_text_config(decoder=True)
+
+
+def state_shapes(config: PreTrainedConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Heads and numbers of the two tensors that a stock cache layer gets of each token."""
+    if getattr(config, "kv_lora_rank", None):
+        return (1, config.kv_lora_rank), (1, config.qk_rope_head_dim)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_key_value_heads
+    return (heads, width), (heads, width)
+
+
+def row_numbers(config: PreTrainedConfig) -> int:
+    """Numbers that a stock cache layer stores of each token."""
+    return sum(heads * width for heads, width in state_shapes(config))
 
 
 def random_tokens(model: PreTrainedModel, *shape: int) -> torch.Tensor:
@@ -93,15 +118,19 @@ def apply_recipe(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
         patch_model_with_kvsplice(model, recipe.config)
     if recipe.is_packed:
         config = text_config(model)
-        bytes_per_token = _PACKED_SHARE * 2 * (config.kv_lora_rank + config.qk_rope_head_dim)
+        bytes_per_token = _PACKED_SHARE * 2 * row_numbers(config)
         calibrator = KVSpliceCalibrator(model, metric="pca")
         # The first tokens of each window are exact and not counted.
-        tokens = _CALIBRATION_TOKENS_PER_DIMENSION * config.kv_lora_rank
+        tokens = _CALIBRATION_TOKENS_PER_DIMENSION * state_shapes(config)[0][1]
         count = -(-tokens // (_CALIBRATION_WINDOW - KVSpliceConfig(bytes_per_token=bytes_per_token).sink_tokens))
         windows = random_tokens(model, count, _CALIBRATION_WINDOW)
         calibrator.collect(list(windows.split(1)), max_tokens=windows.numel(), progress=False)
         splice = KVSpliceConfig(
-            bytes_per_token=bytes_per_token, allocation="layer", keys=recipe.keys, codec=recipe.codec
+            bytes_per_token=bytes_per_token,
+            allocation="layer",
+            keys=recipe.keys,
+            key_block=recipe.key_block,
+            codec=recipe.codec,
         )
         patch_model_with_kvsplice(model, splice, calibration=calibrator)
     return model

@@ -95,15 +95,18 @@ class KindOfRows(NamedTuple):
     Attributes:
         unrotated: whether keys may be coded before their rotation.
         predicted: whether latents are to be predicted from the codes of such keys.
+        key_block: how many numbers of a key share a basis, those of neighbouring frequencies; None: all.
     """
 
     unrotated: bool = True
     predicted: bool = False
+    key_block: int | None = None
 
     @classmethod
     def of(cls, config: KVSpliceConfig) -> "KindOfRows":
         unrotated = config.keys == "unrotated"
-        return cls(unrotated, unrotated and config.is_packed and codec_class(config.codec).keys_apart)
+        predicted = unrotated and config.is_packed and codec_class(config.codec).keys_apart
+        return cls(unrotated, predicted, config.key_block)
 
 
 _PLAIN = KindOfRows()
@@ -127,7 +130,7 @@ def solve_together(
     parts: Sequence[LayerStatistics], metric: str, shrinkage: float = SHRINKAGE, *, rows: KindOfRows = _PLAIN
 ) -> list[LayerSolution]:
     """The solutions of the key heads of a layer, whose keys are all held in one way; arguments as in `solve_layer`."""
-    forms = cheapest([key_forms(part, metric, shrinkage, rows.unrotated) for part in parts])
+    forms = cheapest([key_forms(part, metric, shrinkage, rows.unrotated, rows.key_block) for part in parts])
     return [_solve(part, metric, shrinkage, rows, form) for part, form in zip(parts, forms, strict=True)]
 
 
@@ -182,6 +185,23 @@ def _basis_of(covariance: torch.Tensor, metric: torch.Tensor) -> Basis:
     return Basis(directions.T @ root, inverse_root @ directions, variance)
 
 
+def _basis_in_blocks(covariance: torch.Tensor, metric: torch.Tensor, pairs: torch.Tensor, size: int | None) -> Basis:
+    """The same for keys, of whose numbers `size` share a basis: of neighbouring pairs, int64 [3, F]; None: all."""
+    if size is None or size >= len(covariance):
+        return _basis_of(covariance, metric)
+    encode, decode = torch.zeros_like(covariance), torch.zeros_like(covariance)
+    variance = covariance.new_zeros(len(covariance), dtype=covariance.dtype)
+    done = 0
+    for block in pairs[:2].split(size // 2, dim=1):
+        index, rows = block.flatten(), torch.arange(done, done + block.numel(), dtype=torch.int64, device="cpu")
+        basis = _basis_of(covariance[index][:, index], metric[index][:, index])
+        encode[rows[:, None], index], decode[index[:, None], rows] = basis.encode, basis.decode
+        variance[rows] = basis.variance
+        done += len(index)
+    order = variance.argsort(descending=True)
+    return Basis(encode[order], decode[:, order], variance[order])
+
+
 class KeyForm(NamedTuple):
     """One way to hold keys in rows.
 
@@ -205,11 +225,16 @@ class KeyForm(NamedTuple):
 
 
 def key_forms(
-    statistics: LayerStatistics, metric: str, shrinkage: float = SHRINKAGE, unrotated: bool = True
+    statistics: LayerStatistics,
+    metric: str,
+    shrinkage: float = SHRINKAGE,
+    unrotated: bool = True,
+    key_block: int | None = None,
 ) -> list[KeyForm]:
     """The ways to hold the keys of a layer: number by number as they come; and if `unrotated`, in bases of their own.
 
-    The latter before their rotation, paired in either way, and as they come, for layers that do not rotate them.
+    The latter before their rotation, paired in either way, and as they come, for layers that do not rotate them. Each
+    basis is of `key_block` numbers, as in `KindOfRows`.
     """
     forms = [KeyForm(0, None, _rotated_basis(statistics, metric))]
     if not unrotated or len(statistics.columns) == 0:
@@ -217,8 +242,9 @@ def key_forms(
     for pairing in (*range(1, len(PAIRINGS)), 0):
         mean = statistics.rot_sum[pairing] / statistics.count
         covariance = statistics.rot_outer[pairing] / statistics.count - torch.outer(mean, mean)
-        basis = _basis_of(_shrunk(covariance, statistics.count), _key_metric(statistics, pairing, metric, shrinkage))
+        costs = _key_metric(statistics, pairing, metric, shrinkage)
         pairs = torch.stack(statistics.pairs(pairing)) if pairing else not_turned(statistics.columns)
+        basis = _basis_in_blocks(_shrunk(covariance, statistics.count), costs, pairs, key_block)
         forms.append(KeyForm(pairing, pairs, basis))
     return forms
 

@@ -9,7 +9,6 @@ one JSON object.
 """
 
 import contextlib
-import copy
 import functools
 import statistics
 from collections.abc import Callable, Iterator
@@ -207,31 +206,6 @@ def narrow_scales() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def key_blocks(frequencies: int) -> Iterator[None]:
-    """A basis of keys for so many neighbouring frequencies at a time; of models that pair halves of a key."""
-
-    def blocked(statistics: Any, metric: str, shrinkage: float = solve.SHRINKAGE, unrotated: bool = True) -> Any:
-        P = statistics.rope_dim
-        block = torch.arange(P) % (P // 2) // frequencies
-        mask = (block[:, None] == block).double()
-        mean = statistics.rot_sum[_HALVES] / statistics.count
-        outer = torch.outer(mean, mean)
-        thinned = copy.copy(statistics)
-        thinned.rot_outer = (statistics.rot_outer / statistics.count - outer) * mask * statistics.count
-        thinned.rot_outer += outer * statistics.count
-        thinned.rot_fisher = statistics.rot_fisher * mask
-        # What is masked is sound for halves alone; other forms would seem to cost nothing.
-        return [form for form in key_forms(thinned, metric, shrinkage, unrotated) if form.pairing == _HALVES]
-
-    key_forms = solve.key_forms
-    with mock.patch.object(solve, "key_forms", blocked):
-        yield
-
-
-_HALVES = 1  # in `PAIRINGS`
-
-
-@contextlib.contextmanager
 def latents_alone() -> Iterator[None]:
     """Latents are not predicted from their keys."""
     with mock.patch.object(TrellisCodec, "keys_apart", False):
@@ -280,8 +254,8 @@ PARTS = {
     "rotated-keys": Part("keys coded after their rotation", changes={"keys": "rotated"}),
     "key-gain": Part("a gain for keys wherever it saves its bits", while_fitting=functools.partial(key_gain, 1.0)),
     "key-gains": Part("a gain for all keys", while_fitting=functools.partial(key_gain, -1e9)),
-    "key-blocks-16": Part("keys: bases of 16 x 16", while_fitting=functools.partial(key_blocks, 8)),
-    "key-blocks-2": Part("keys: bases of 2 x 2", while_fitting=functools.partial(key_blocks, 1)),
+    "key-blocks-16": Part("keys: bases of 16 x 16", changes={"key_block": 16}),
+    "key-blocks-2": Part("keys: bases of 2 x 2", changes={"key_block": 2}),
     "narrow-scales": Part("levels within six deviations", while_fitting=narrow_scales),
     "per-layer": Part("the same bytes for each layer", changes={"allocation": "layer"}),
     "flat": Part("no water-filling: the same bits for all coordinates", while_fitting=same_bits_everywhere),
