@@ -220,7 +220,7 @@ def decode_heads(step: HeadsStep, known: PreparedHeads) -> torch.Tensor:
         table_slots=keys.table_slots,
         slots=keys.slots,
         slots_stride=keys.slots_stride,
-        splits=splits_for(threads, batch * count, stored),
+        splits=splits_for(threads, batch, count * stored),
         threads=threads,
         hidden=0 if positions is None else positions.data_ptr(),
         hidden_count=0 if positions is None else positions.shape[1],

@@ -72,6 +72,7 @@ def problem_of(
         bias_query_stride=0 if bias is None else bias.stride(1),
         columns=columns,
         mixed=mixed,
+        column_scales=0,
         codec=types.codec_of(codec),
         keys=keys_of(keys, codec, batch, count, dim, value_dim),
         splits=splits_for(threads_for(products), batch, count),

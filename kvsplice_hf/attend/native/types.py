@@ -68,6 +68,7 @@ class Keys(NamedTuple):
     slots: int
     slots_stride: int
     room: int
+    turns: int = 0
 
 
 class Problem(NamedTuple):
@@ -93,6 +94,7 @@ class Problem(NamedTuple):
     bias_query_stride: int
     columns: int
     mixed: int
+    column_scales: int
     codec: Codec
     keys: Keys
     splits: int

@@ -130,24 +130,37 @@ void attend_tile(const Problem& problem, const Tile& tile, const Partial& partia
   }
 }
 
-// Whether there was the memory for it.
-template <class Rows>
-bool attend_part(const Problem& problem, int64_t sequence, int64_t split) {
-  thread_local Workspace workspace;
+// The sums of a part before its rows are read.
+inline void begin_part(const Problem& problem, int64_t sequence, int64_t split) {
   const Partial partial = partial_of(problem, sequence, split);
   std::memset(partial.sums, 0, problem.queries * partial.width * sizeof(float));
   for (int64_t query = 0; query < problem.queries; ++query) {
     partial.peak[query] = kLowest;
     partial.total[query] = 0;
   }
-  float* memory = workspace.take(Rows::memory_size(problem));
-  if (memory == nullptr) return false;
+}
+
+// Calls `take(tile)` for the tiles of a part that some query sees.
+template <class Rows, class Take>
+void each_tile(const Problem& problem, int64_t sequence, int64_t split, Take&& take) {
   const int64_t each = round_up(blocks_of(problem.rows, problem.splits), kStrip);
   const int64_t last = smaller((split + 1) * each, problem.rows);
   for (int64_t first = split * each; first < last; first += Rows::kTile) {
     const Tile tile = {sequence, first, smaller(Rows::kTile, last - first)};
-    if (!is_hidden(problem, sequence, tile.first, tile.count)) attend_tile<Rows>(problem, tile, partial, memory);
+    if (!is_hidden(problem, sequence, tile.first, tile.count)) take(tile);
   }
+}
+
+// Whether there was the memory for it.
+template <class Rows>
+bool attend_part(const Problem& problem, int64_t sequence, int64_t split) {
+  thread_local Workspace workspace;
+  begin_part(problem, sequence, split);
+  float* memory = workspace.take(Rows::memory_size(problem));
+  if (memory == nullptr) return false;
+  each_tile<Rows>(problem, sequence, split, [&](const Tile& tile) {
+    attend_tile<Rows>(problem, tile, partial_of(problem, sequence, split), memory);
+  });
   return true;
 }
 
@@ -192,7 +205,8 @@ inline void merge(const Problem& problem, int64_t sequence, int64_t query) {
   for (int64_t number = 0; number < problem.values; ++number) output[number] = problem.codec.base(number);
   for (int64_t column = 0; column < problem.mixed; ++column) {
     const int64_t as_read = problem.codec_column(column), number = problem.codec.index[as_read];
-    if (number < problem.values) output[number] += sums[column] / total * problem.codec.scale(as_read);
+    const float scale = problem.column_scales ? problem.column_scales[column] : problem.codec.scale(as_read);
+    if (number < problem.values) output[number] += sums[column] / total * scale;
   }
 }
 

@@ -85,12 +85,13 @@ inline uint64_t mark_of(const Head& head, bool in_bf16) {
 
 // The mark, the transform as it is read, and keys as they are.
 struct PreparedHead {
-  float *mark, *scale, *shift, *keys, *rest;
+  float *mark, *scale, *shift, *column_scales, *keys, *rest;
 
   explicit PreparedHead(const Head& head) {
     const int64_t latent = round_up(head.coding.latent, kLanes);
     mark = head.prepared;
-    scale = mark + kMarkNumbers, shift = scale + latent, keys = shift + latent;
+    scale = mark + kMarkNumbers, shift = scale + latent, column_scales = shift + latent;
+    keys = column_scales + head.mixed;
     rest = keys + folded_size(head.keys, head.coding.packer.codec);
   }
 };
@@ -109,6 +110,11 @@ inline void prepare(const Head& head, bool in_bf16) {
   Keys keys = head.keys;
   keys.room = prepared.keys;
   Problem problem{};
+  problem.codec = head.coding.packer.codec, problem.keys = keys;
+  problem.values = head.coding.rank + head.coding.predicted;
+  for (int64_t column = 0; column < head.mixed; ++column) {
+    prepared.column_scales[column] = problem.codec.scale(problem.codec_column(column));
+  }
   problem.kind = kPacked, problem.in_bf16 = in_bf16;
   if (keys.dim) {
     with_rows(problem, [&]<class Rows>() {
@@ -130,7 +136,7 @@ inline Transform ready_transform(const Head& head) {
 struct HeadsDecoding {
   int64_t count;  // K
   const Head* heads;
-  int64_t in_bf16;  // see `Problem`
+  int64_t in_bf16;                           // see `Problem`
   int64_t batch, queries, rows, value, key;  // B, G, S, v, d
   const uint8_t* data;
   int64_t batch_stride, row_stride;
@@ -171,6 +177,7 @@ inline Problem head_problem(const HeadsDecoding& given, int64_t index) {
   problem.scaling = given.scaling;
   problem.bias = given.bias, problem.bias_queries = 1, problem.bias_batch_stride = given.bias_batch_stride;
   problem.columns = head.columns, problem.mixed = head.mixed;
+  problem.column_scales = PreparedHead(head).column_scales;
   problem.codec = head.coding.packer.codec;
   problem.keys = head.keys;
   problem.keys.table = given.table, problem.keys.table_stride = given.table_stride;
@@ -237,39 +244,60 @@ inline void find_shares(const HeadsDecoding& given, const Problem& problem, int6
   for (int64_t token = 0; token <= exact_tokens; ++token) shares[token] /= total;
 }
 
-// The output of the queries of one head and sequence: their mixed codes decoded, and exact values. Whether there was
-// the memory for it.
-inline bool decode_mixed(const HeadsDecoding& given, const Problem& problem, int64_t index, int64_t sequence) {
+// The output of a query of one head: its mixed codes decoded, and exact values. Whether there was the memory for it.
+inline bool decode_mixed(const HeadsDecoding& given, const Problem& problem, int64_t index, int64_t sequence,
+                         int64_t query) {
   thread_local Workspace workspace;
   const Encoding& coding = given.heads[index].coding;
   const Transform transform = ready_transform(given.heads[index]);
-  const int64_t queries = problem.queries, first = sequence * queries, width = problem.hidden_count + 1;
-  float *outputs = given.output + (sequence * given.count + index) * queries * given.value,
-        *shares = workspace.take(queries * width);
+  float *output = given.output + ((sequence * given.count + index) * problem.queries + query) * given.value,
+        *shares = workspace.take(problem.hidden_count + 1);
   if (shares == nullptr) return false;
-  for (int64_t query = 0; query < queries; ++query) {
-    merge(problem, sequence, query);
-    find_shares(given, problem, index, sequence, query, shares + query * width);
-  }
+  merge(problem, sequence, query);
+  find_shares(given, problem, index, sequence, query, shares);
+  const float* codes = problem.output + (sequence * problem.queries + query) * problem.values;
   with_type(coding.expand, [&](const auto* expand) {
     for (int64_t number = 0; number < given.value; ++number, expand += problem.values) {
-      float divisor, offset;
+      float divisor, offset, sum = 0;
       invert(transform, number, divisor, offset);
-      for (int64_t query = 0; query < queries; ++query) {
-        const float* codes = problem.output + (first + query) * problem.values;
-        float sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t code = 0; code < problem.values; ++code) sum += number_of(expand + code) * codes[code];
-        outputs[query * given.value + number] = shares[query * width] * (sum / divisor + offset);
-      }
+      for (int64_t code = 0; code < problem.values; ++code) sum += number_of(expand + code) * codes[code];
+      output[number] = shares[0] * (sum / divisor + offset);
     }
   });
   each_exact(given, problem, index, sequence, [&](int64_t token, const auto* exact) {
-    for (int64_t query = 0; query < queries; ++query) {
-      const float share = shares[query * width + 1 + token];
-      for (int64_t number = 0; number < given.value; ++number) {
-        outputs[query * given.value + number] += share * number_of(exact + number);
+    for (int64_t number = 0; number < given.value; ++number)
+      output[number] += shares[1 + token] * number_of(exact + number);
+  });
+  return true;
+}
+
+// One part of the rows of all heads, tile by tile: all keys of a tile are turned alike. Whether there was the memory.
+template <class Rows>
+bool attend_heads_part(const HeadsDecoding& given, int64_t room, int64_t sequence, int64_t split) {
+  using Reader = KeyReader<typename Rows::Kind>;
+  thread_local Workspace workspace;
+  const auto problem_of = [&](int64_t index) { return head_problem(given, index, room); };
+  int64_t most = 0, turns_size = 0;
+  for (int64_t index = 0; index < given.count; ++index) {
+    const Problem problem = problem_of(index);
+    begin_part(problem, sequence, split);
+    most = std::max(most, Rows::memory_size(problem));
+    turns_size = std::max(turns_size, Reader::turns_size(problem.keys));
+  }
+  float* memory = workspace.take(turns_size + most);
+  if (memory == nullptr) return false;
+  const Problem any = problem_of(0);
+  each_tile<Rows>(any, sequence, split, [&](const Tile& tile) {
+    bool are_taken = false;
+    for (int64_t index = 0; index < given.count; ++index) {
+      Problem problem = problem_of(index);
+      if (problem.keys.dim) {
+        if (!are_taken) take_turns(problem.keys, sequence, tile.first, tile.count, Reader::as_turns(memory));
+        are_taken = true;
+        problem.keys.turns = memory;
       }
+      attend_tile<Rows>(problem, tile, partial_of(problem, sequence, split), memory + turns_size);
     }
   });
   return true;
@@ -285,15 +313,15 @@ bool decode_heads(const HeadsDecoding& given) {
     const Problem problem = head_problem(given, task / batch, room);
     for (int64_t query = 0; query < queries; ++query) turn_query<Rows>(problem, task % batch, query);
   }
-  const int64_t parts = batch * given.splits;
 #pragma omp for schedule(dynamic, 1)
-  for (int64_t task = 0; task < given.count * parts; ++task) {
-    const Problem problem = head_problem(given, task / parts, room);
-    done &= attend_part<Rows>(problem, task % parts / problem.splits, task % problem.splits);
+  for (int64_t task = 0; task < batch * given.splits; ++task) {
+    done &= attend_heads_part<Rows>(given, room, task / given.splits, task % given.splits);
   }
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t task = 0; task < given.count * batch; ++task) {
-    done &= decode_mixed(given, head_problem(given, task / batch, room), task / batch, task % batch);
+  const int64_t of_head = batch * queries;
+#pragma omp for schedule(static)
+  for (int64_t task = 0; task < given.count * of_head; ++task) {
+    const int64_t index = task / of_head, sequence = task % of_head / queries;
+    done &= decode_mixed(given, head_problem(given, index, room), index, sequence, task % queries);
   }
   return done;
 }

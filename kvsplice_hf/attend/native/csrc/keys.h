@@ -26,6 +26,7 @@ struct Keys {
   const int32_t* slots;  // of each row, [B, S]
   int64_t slots_stride;  // from one sequence to the next
   float* room;           // as many numbers as `folded_size` says
+  float* turns;          // cosines and sines of the tile that is read, which others have taken; or null
 
   // Turned keys come pair by pair: which number of a key is at `place`.
   int64_t number_of(int64_t place) const { return clamped(pairs[place % 2 * (dim / 2) + place / 2], dim); }
@@ -66,6 +67,7 @@ struct FoldedKeys {
   uint32_t* weights;                              // [groups, units, kDecodedTogether]: a number or two of bf16
   uint32_t* masks;                                // which groups a column is not 0 for, [columns]
   int32_t* places;                                // where a column is put, [columns]
+  int32_t* sources;                               // which column of the codec is there, or -1; [2 units]
   int32_t* units;                                 // [groups, units]
   int32_t* listed;                                // where in that list a unit is, [groups, units]
   int32_t* counts;                                // of units with and without a gain, [groups, 2]
@@ -81,7 +83,8 @@ struct FoldedKeys {
     weights = reinterpret_cast<uint32_t*>(means + groups * kDecodedTogether);
     masks = weights + groups * units_in_all * kDecodedTogether;
     places = reinterpret_cast<int32_t*>(masks + columns);
-    units = places + columns;
+    sources = places + columns;
+    units = sources + 2 * units_in_all;
     listed = units + groups * units_in_all;
     counts = listed + groups * units_in_all;
     rest = reinterpret_cast<float*>(counts + 2 * groups);
@@ -117,7 +120,7 @@ inline void mark_column(const Keys& keys, const Codec& codec, int64_t rank, cons
 
 // Columns that are 0 for the same groups side by side.
 template <class In>
-void place_columns(const FoldedKeys& folded) {
+void place_columns(const Codec& codec, const FoldedKeys& folded) {
   constexpr int together = In::kInPairs ? 2 : 1;
   int32_t* order = folded.listed;  // which is not written yet
   for (int32_t column = 0; column < folded.columns; ++column) order[column] = column;
@@ -125,8 +128,11 @@ void place_columns(const FoldedKeys& folded) {
   std::stable_sort(order, order + folded.gained, by_mask);
   std::stable_sort(order + folded.gained, order + folded.columns, by_mask);
   const int64_t gap = round_up(folded.gained, together) - folded.gained;
+  std::fill_n(folded.sources, 2 * folded.units_in_all, -1);
   for (int32_t index = 0; index < folded.columns; ++index) {
-    folded.places[order[index]] = static_cast<int32_t>(index + (index < folded.gained ? 0 : gap));
+    const auto place = static_cast<int32_t>(index + (index < folded.gained ? 0 : gap));
+    folded.places[order[index]] = place;
+    folded.sources[place] = static_cast<int32_t>(FoldedKeys::codec_column(codec, order[index]));
   }
 }
 
@@ -183,7 +189,7 @@ void fold_keys(const Keys& keys, const Codec& codec, int64_t rank) {
 #pragma omp for schedule(static)
   for (int64_t column = 0; column < folded.columns; ++column) mark_column(keys, codec, rank, folded, column);
 #pragma omp single
-  place_columns<In>(folded);
+  place_columns<In>(codec, folded);
 #pragma omp for schedule(static)
   for (int64_t group = 0; group < folded.groups; ++group) fold_group<In>(keys, codec, rank, folded, group);
 }

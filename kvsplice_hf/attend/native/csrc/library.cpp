@@ -49,7 +49,7 @@ int with_room(const Given* handed, Work work) {
   return 0;
 }
 
-KVSPLICE_EXPORT int kvsplice_encode(const kvsplice::Encoding* handed) { 
+KVSPLICE_EXPORT int kvsplice_encode(const kvsplice::Encoding* handed) {
   return with_room(handed, [](const kvsplice::Encoding& given) { kvsplice::encode(given); });
 }
 

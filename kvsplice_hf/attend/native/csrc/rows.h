@@ -25,16 +25,17 @@ struct Problem {
   int64_t in_bf16;  // whether products may be taken of bf16 numbers, sums being float32
   const uint8_t* data;
   int64_t batch_stride, row_stride;
-  const float* query;  // [B, M, n], without the first `unscored` numbers
+  const float* query;    // [B, M, n], without the first `unscored` numbers
   int64_t query_stride;  // from one sequence to the next
   int64_t unscored;      // numbers of a row, from the first, that no query meets: none or all values
-  double scaling;      // of the scores
-  const float* bias;   // [B or 1, bias_queries, S], for query row m that of m % bias_queries; or null
+  double scaling;        // of the scores
+  const float* bias;     // [B or 1, bias_queries, S], for query row m that of m % bias_queries; or null
   int64_t bias_queries, bias_batch_stride, bias_query_stride;
-  int64_t columns;  // n, or how many columns queries score of packed rows
-  int64_t mixed;    // the first so many columns hold all values
-  Codec codec;      // of packed rows
-  Keys keys;        // of packed rows whose keys were coded before their rotation
+  int64_t columns;             // n, or how many columns queries score of packed rows
+  int64_t mixed;               // the first so many columns hold all values
+  const float* column_scales;  // of those, where they were prepared; or null
+  Codec codec;                 // of packed rows
+  Keys keys;                   // of packed rows whose keys were coded before their rotation
   int64_t splits, threads;
   const int64_t* hidden;  // further rows that nobody sees, [B, hidden_count]; those beyond S count for nothing
   int64_t hidden_count;

@@ -56,6 +56,20 @@ inline void pair_columns(Bfloat16* columns, int64_t count) {
     store(one + 3 * kTwins, high_pairs(behind, other_behind));
   }
 }
+
+// The same from columns somewhere else, by which is to be at each place; -1 for one that is 0.
+inline void pair_columns(const Bfloat16* from, const int32_t* sources, Bfloat16* to, int64_t count) {
+  for (int64_t place = 0; place < count; place += 2, to += 2 * kStrip) {
+    const auto half = [&](int64_t index, int first) {
+      return sources[index] < 0 ? Twins{} : twins(from + sources[index] * kStrip + first);
+    };
+    for (int first = 0; first < kStrip; first += kTwins) {
+      const Twins one = half(place, first), other = half(place + 1, first);
+      store(to + 2 * first, low_pairs(one, other));
+      store(to + 2 * first + kTwins, high_pairs(one, other));
+    }
+  }
+}
 #endif
 
 // What the angles of a strip are in a table of the circle.
@@ -132,31 +146,34 @@ class KeyReader {
   // In numbers.
   static int64_t memory_size(const Keys& keys, const Codec& codec) {
     if (keys.dim == 0) return 0;
-    const int64_t columns = FoldedKeys(keys, codec).columns + kSpare, turns = kMostStrips * keys.dim;
-    return kStrip + (columns + turns) * kStrip * sizeof(Query) / sizeof(float);
+    const int64_t columns = FoldedKeys(keys, codec).columns + kSpare;
+    return kStrip + columns * kStrip * sizeof(Query) / sizeof(float) + (keys.turns ? 0 : turns_size(keys));
   }
 
   KeyReader(const Keys& keys, const Codec& codec, float* memory)
       : keys_(keys), codec_(codec), folded_(keys, codec), gains_(memory) {
     columns_ = reinterpret_cast<Query*>(memory + kStrip);
-    turns_ = columns_ + (folded_.columns + kSpare) * kStrip;
+    turns_ = keys.turns ? reinterpret_cast<Query*>(keys.turns) : columns_ + (folded_.columns + kSpare) * kStrip;
+  }
+
+  static Query* as_turns(float* memory) { return reinterpret_cast<Query*>(memory); }
+  // In numbers: turns of a tile.
+  static int64_t turns_size(const Keys& keys) {
+    return kMostStrips * keys.dim * kStrip * sizeof(Query) / sizeof(float);
   }
 
   // To be called before a tile is read: `count` rows from `row` on.
-  void prepare(int64_t sequence, int64_t row, int64_t count) const { take_turns(keys_, sequence, row, count, turns_); }
+  void prepare(int64_t sequence, int64_t row, int64_t count) const {
+    if (keys_.turns == nullptr) take_turns(keys_, sequence, row, count, turns_);
+  }
 
   // Turned keys as columns, [P, kStrip], of the lines of one strip of the tile. `read_already`: all columns of the
   // codec, or null.
   void read(const uint8_t* lines, int64_t strip, const Query* read_already, Query* to) const {
     const int64_t coded = codec_.coded - codec_.gained, gained = folded_.gained;
     const auto at = [&](int64_t column) { return columns_ + folded_.places[column] * kStrip; };
-    clear_gaps();
-    if (read_already) {
-      for (int64_t column = 0; column < folded_.columns; ++column) {
-        const Query* from = read_already + FoldedKeys::codec_column(codec_, column) * kStrip;
-        std::memcpy(at(column), from, kStrip * sizeof(Query));
-      }
-    } else {
+    if (!read_already) {
+      clear_gaps();
       coded_columns<Query>(codec_, lines, codec_.gained, codec_.coded,
                            [&](int64_t column) { return at(column - codec_.gained); });
       raw_columns<Query>(codec_, lines, codec_.gained_raw, codec_.raw,
@@ -165,10 +182,21 @@ class KeyReader {
     for (int index = 0; index < kStrip && folded_.gained; ++index) {
       gains_[row_at<Query>(index)] = codec_.gains[lines[codec_.has_gain * kStrip + index]];
     }
-    if constexpr (In::kInPairs) pair_columns(columns_, round_up(gained, 2) + round_up(folded_.columns - gained, 2));
+    if constexpr (In::kInPairs) {
+      const int64_t count = round_up(gained, 2) + round_up(folded_.columns - gained, 2);
+      read_already ? pair_columns(read_already, folded_.sources, columns_, count) : pair_columns(columns_, count);
+    }
     const Query* turns = turns_ + strip * keys_.dim * kStrip;
+    const bool direct = read_already && !In::kInPairs;
     for (int64_t group = 0; group < folded_.groups; ++group) {
-      for (int first = 0; first < kStrip; first += InOrder<In>::kRows) read_group(turns, group, first, to);
+      for (int first = 0; first < kStrip; first += InOrder<In>::kRows) {
+        if (direct) {
+          read_group(
+              turns, group, first, [&](int32_t unit) { return read_already + folded_.sources[unit] * kStrip; }, to);
+        } else {
+          read_group(turns, group, first, [&](int32_t unit) { return columns_ + unit * (kTogether * kStrip); }, to);
+        }
+      }
     }
   }
 
@@ -181,16 +209,16 @@ class KeyReader {
   }
 
   // The numbers of a group of pairs, of the rows from `first` on.
-  void read_group(const Query* turns, int64_t group, int first, Query* to) const {
+  template <class At>
+  void read_group(const Query* turns, int64_t group, int first, At&& at, Query* to) const {
     using Order = InOrder<In>;
     constexpr int vectors = Order::kVectors;
     Floats sums[kDecodedTogether][vectors] = {};
     const int32_t *units = folded_.units + group * folded_.units_in_all, *counts = folded_.counts + 2 * group;
     const uint32_t* weights = folded_.weights + group * folded_.units_in_all * kDecodedTogether;
-    const Query* columns = columns_ + first * kTogether;
     const auto add = [&](int64_t count) {
       for (int64_t index = 0; index < count; ++index, ++units, weights += kDecodedTogether) {
-        const Query* column = columns + *units * (kTogether * kStrip);
+        const Query* column = at(*units) + first * kTogether;
         for (int vector = 0; vector < vectors; ++vector) {
           const Vector numbers = kept(In::of(column + vector * In::kNumbers));
           for (int number = 0; number < kDecodedTogether; ++number) {
