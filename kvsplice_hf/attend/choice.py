@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kvsplice_hf.attend import reference
-from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, Step
+from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, HeadRows, Step
 from kvsplice_hf.attend.native.backend import NativeBackend
 from kvsplice_hf.attend.triton.backend import TritonBackend
 from kvsplice_hf.code import trellis
@@ -88,6 +88,45 @@ def attend(
     given = (codec is None, bias is None, query.dtype, rows.dtype, query.device, *more_of_rows)
     kind = ("attend", *given, backend.name)
     return _either(kind, by_kernel, by_torch, _attend_alike)
+
+
+def attend_heads(
+    query: torch.Tensor,
+    heads: Sequence[HeadRows],
+    bias: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+) -> list[Attended]:
+    """Attention of one token per sequence over the keys of all heads of a layer; values only get mixed.
+
+    Args:
+        query: rotated, [B, H, d]; query heads of one key head side by side.
+        heads: the rows of each of K key heads.
+        bias: added to the scores of all heads, float32 [B or 1, S]; or None.
+        scaling: factor on the scores, before the bias.
+        dropout: probability of dropping a weight.
+
+    Returns:
+        Of each key head the weighted means of what values are decoded from, [B, G, value_dim], and the logarithms of
+        the sums of exponentiated scores, [B, G].
+    """
+    by_torch = functools.partial(reference.attend_heads, query, heads, bias, scaling=scaling, dropout=dropout)
+    first, backend = heads[0], None
+    if not dropout and all(head.keys is not None for head in heads):
+        tensors = [query, first.rows, *(step for head in heads for step in head.codec.steps)]
+        tensors += [tensor for head in heads if head.keys is not None for tensor in (head.keys.expand, head.keys.mean)]
+        backend = _backend_for("attend_heads", tensors, first.codec, coded_keys=True)
+    if backend is None:
+        return by_torch()
+    kind = ("attend_heads", bias is None, query.dtype, query.device, _along(first.codec), backend.name)
+    by_kernel = functools.partial(backend.attend_heads, query, heads, bias, scaling=scaling)
+    return _either(kind, by_kernel, by_torch, _all_attend_alike)
+
+
+def serves(operation: str, tensors: Sequence[torch.Tensor], codec: Codec | None, coded_keys: bool) -> bool:
+    """Whether a backend has this operation and serves calls with these tensors."""
+    return _backend_for(operation, tensors, codec, coded_keys) is not None
 
 
 def decode(step: Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -281,6 +320,8 @@ def _warn_once(kind: tuple[Any, ...], reason: str) -> None:
 
 
 def _all_finite(result: Any) -> bool:
+    if isinstance(result, list):
+        return all(map(_all_finite, result))
     tensors = result if isinstance(result, tuple) else (result,)
     # Sums over no row at all are the logarithm of nothing, and no sign of damage.
     return all(bool((torch.isfinite(t) | (t == -torch.inf)).all()) for t in tensors if t.is_floating_point())
@@ -293,6 +334,10 @@ def _attend_alike(found: Attended, expected: Attended) -> bool:
     lse = (found.lse - expected.lse).abs()[sees]
     size = expected.mixed.abs().amax()
     return bool((mixed <= _TOLERANCE * size).all() and (lse <= _TOLERANCE * (1 + expected.lse.abs()[sees])).all())
+
+
+def _all_attend_alike(found: list[Attended], expected: list[Attended]) -> bool:
+    return all(map(_attend_alike, found, expected))
 
 
 def _numbers_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:

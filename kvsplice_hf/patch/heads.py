@@ -5,15 +5,19 @@ and of a value.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from kvsplice_hf import upstream
+from kvsplice_hf.attend.choice import serves
 from kvsplice_hf.cache.heads import CompressedHeads
+from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.call import note_expansion, running_call
 from kvsplice_hf.patch.absorbed import absorbed_attention
 from kvsplice_hf.patch.attention import attend_expanded
+from kvsplice_hf.patch.head_attention import attention_on_heads
 from kvsplice_hf.patch.sequences import round_trip_of_sequences
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
 
@@ -53,7 +57,18 @@ def attend_heads(
     refused = decoding_refusal(module, patched) or upstream.further_arguments(kwargs, _DONE_ON_ROWS)
     if query.shape[2] > 1 or key.fresh is not None or refused:
         return stock(*key.keys_and_values())
-    sinks = kwargs.get("s_aux")
+    wants_weights, sinks = base == "eager", kwargs.get("s_aux")
+    if not _is_served_head_by_head(query, key.heads, dropout, wants_weights):
+        return attention_on_heads(
+            query,
+            key.heads,
+            attention_mask,
+            scaling,
+            dropout=dropout,
+            sliding_window=kwargs.get("sliding_window"),
+            learned_sinks=sinks,
+            return_weights=wants_weights,
+        )
     heads = zip(
         query.chunk(len(key.heads), dim=1),
         key.heads,
@@ -71,12 +86,27 @@ def attend_heads(
             dropout=dropout,
             sliding_window=kwargs.get("sliding_window"),
             learned_sinks=own_sinks,
-            return_weights=base == "eager",
+            return_weights=wants_weights,
         )
         for part, latent, own_sinks in heads
     ]
     weights = [weight for _, weight in found if weight is not None]
     return torch.cat([output for output, _ in found], dim=2), torch.cat(weights, dim=1) if weights else None
+
+
+def _is_served_head_by_head(
+    query: torch.Tensor, heads: Sequence[CompressedLatent], dropout: float, wants_weights: bool
+) -> bool:
+    """Whether each head is better attended to like an MLA layer of its own.
+
+    So it is where one call does a whole step of a head (on a CPU), and where keys are coded number by number, which
+    kernels read as a part of a row.
+    """
+    coded = [head.coded_keys is not None for head in heads]
+    if not all(coded):
+        return True
+    given, codec = (query, heads[0].rows), heads[0].splice.codec
+    return not dropout and not wants_weights and serves("decode", given, codec, coded_keys=True)
 
 
 def decoding_refusal(module: Any, patched: SitePatch) -> str | None:

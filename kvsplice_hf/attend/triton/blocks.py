@@ -92,6 +92,20 @@ def choose_blocks(queries: int, n: int, dtype: torch.dtype, packed: bool, limits
     return Blocks(tall, rows, 4 if few else 8, stages)
 
 
+def choose_head_blocks(group: int, widest: int, dtype: torch.dtype, limits: Limits) -> Blocks:
+    """The same of the kernel of ordinary attention, whose programs read one key head.
+
+    Args:
+        group: G, the queries of a key head.
+        widest: the room for the numbers of a value's code, or of a key's.
+        dtype: of the products.
+        limits: of the device.
+    """
+    if limits == INTERPRETER:
+        return Blocks(16, 64, 4, 1)
+    return Blocks(16, 32, 4, 1)
+
+
 def _shared_memory(queries: int, rows: int, stages: int, width: int, size: int) -> int:
     """Bytes of shared memory: queries and rows while products are taken, the widest piece of means in the end."""
     return max((queries + stages * rows) * width * size, queries * min(width, WIDEST) * 4) + 4096
