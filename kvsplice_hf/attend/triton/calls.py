@@ -195,7 +195,7 @@ def attend_heads(
         parts = torch.empty(batch, queries, splits, mixed_width, dtype=torch.float32, device=device)
         part_lse = torch.empty(batch, queries, splits, dtype=torch.float32, device=device)
         with _on(device):
-            attend_heads_launch(problem, blocks, parts, part_lse).run()
+            attend_heads_launch(problem, blocks, limits, parts, part_lse).run()
             mixed, lse = _merged(parts, part_lse)
     of_heads = zip(heads, mixed.chunk(len(heads), dim=1), lse.chunk(len(heads), dim=1), strict=True)
     return [(part[..., : head.value_dim], own_lse) for head, part, own_lse in of_heads]

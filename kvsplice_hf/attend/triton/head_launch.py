@@ -10,13 +10,17 @@ import torch
 import triton
 
 from kvsplice_hf.attend.backend import CodedKeys, HeadRows
-from kvsplice_hf.attend.triton.blocks import Blocks, Limits, choose_head_blocks, choose_splits
+from kvsplice_hf.attend.triton.blocks import Blocks, Limits, choose_head_blocks, choose_splits, keeps_weights
 from kvsplice_hf.attend.triton.head_checks import check_heads
 from kvsplice_hf.attend.triton.head_tables import HeadTables, head_tables
 from kvsplice_hf.attend.triton.heads import attend_heads_kernel
 from kvsplice_hf.attend.triton.launch import DTYPES, Launch
 from kvsplice_hf.attend.triton.pieces import side_of
 from kvsplice_hf.attend.triton.tables import circle_on
+
+
+# Numbers of a key's code that are decoded at once, if that makes no more chunks than these.
+_DECODED_AT_ONCE, _MOST_CHUNKS = 32, 4
 
 
 class HeadProblem(NamedTuple):
@@ -66,7 +70,7 @@ def head_blocks_for(problem: HeadProblem, limits: Limits) -> Blocks:
     """The blocks of its kernel on such a device."""
     tables = problem.tables()
     widest = max(side_of(tables.layout.shape[2]), side_of(tables.key_layout.shape[2]))
-    return choose_head_blocks(problem.group, widest, problem.dtype, limits)
+    return choose_head_blocks(widest, problem.dtype, limits)
 
 
 def head_splits_for(problem: HeadProblem, blocks: Blocks, limits: Limits) -> int:
@@ -75,8 +79,10 @@ def head_splits_for(problem: HeadProblem, blocks: Blocks, limits: Limits) -> int
     return choose_splits(problem.rows.shape[1], programs, blocks.rows, limits)
 
 
-def attend_heads_launch(problem: HeadProblem, blocks: Blocks, mixed: torch.Tensor, lse: torch.Tensor) -> Launch:
-    """The kernel, writing means [B, H, splits, V] and log-sum-exp [B, H, splits]."""
+def attend_heads_launch(
+    problem: HeadProblem, blocks: Blocks, limits: Limits, mixed: torch.Tensor, lse: torch.Tensor
+) -> Launch:
+    """The kernel on such a device, writing means [B, H, splits, V] and log-sum-exp [B, H, splits]."""
     tables, keys, rows, bias = problem.tables(), problem.keys, problem.rows, problem.bias
     width, key_width = tables.layout.shape[2], tables.key_layout.shape[2]
     pair_count = tables.pairs.shape[2]
@@ -124,6 +130,8 @@ def attend_heads_launch(problem: HeadProblem, blocks: Blocks, mixed: torch.Tenso
         "D": side_of(width),
         "PLANES": tables.planes,
         "KEY": side_of(key_width),
+        "KEY_CHUNKS": min(max(1, side_of(key_width) // _DECODED_AT_ONCE), _MOST_CHUNKS),
+        "KEEP_WEIGHTS": keeps_weights(pair_count, key_width, problem.dtype, limits),
         "KEY_PLANES": tables.key_planes,
         "PAIRS": side_of(pair_count),
         "BLOCK_M": blocks.queries,

@@ -17,7 +17,7 @@ Legend: `B` batch, `S` stored rows, `K` key heads, `G` queries of a key head, `d
 import triton
 import triton.language as tl
 
-from kvsplice_hf.attend.triton.decoding import columns, decoded, units
+from kvsplice_hf.attend.triton.decoding import columns, decoded, join, units
 from kvsplice_hf.attend.triton.head_tables import (
     ENTRIES_OF_HEAD,
     FIRST_BYTE,
@@ -39,6 +39,63 @@ def _gains_of(base, held, gained, gains):
     has_one = held & (gained > 0)
     gain = tl.load(gains + tl.load(base, mask=has_one, other=0).to(tl.int32))
     return tl.where(has_one, gain, 1.0)
+
+
+@triton.jit
+def _key_chunk(
+    chunk,
+    code,
+    weights,
+    key_width,
+    pair_count,
+    sums,
+    PLANES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    F: tl.constexpr,
+    DTYPE,
+    PRECISION: tl.constexpr,
+):
+    """Some numbers of keys' codes, [BLOCK_S, CHUNK], and what all pairs add up to with them, twice [BLOCK_S, F]."""
+    base, held, gains, layout, levels = code
+    first, second = sums
+    number = chunk * CHUNK + tl.arange(0, CHUNK)
+    unit = units(base, held, number, key_width, gains, layout, levels, PLANES, False).to(DTYPE)
+    weight = pair_weights(weights, number, key_width, pair_count, 0, F)
+    first = tl.dot(unit, weight, acc=first, input_precision=PRECISION)
+    weight = pair_weights(weights, number, key_width, pair_count, 1, F)
+    second = tl.dot(unit, weight, acc=second, input_precision=PRECISION)
+    return unit, (first, second)
+
+
+@triton.jit
+def _key_codes(
+    code,
+    weights,
+    key_width,
+    pair_count,
+    PLANES: tl.constexpr,
+    KEY: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    F: tl.constexpr,
+    DTYPE,
+    PRECISION: tl.constexpr,
+):
+    """Keys' codes, [BLOCK_S, KEY], number i of chunk j as column `i * CHUNKS + j`; and sums as of `_key_chunk`.
+
+    In chunks, since a thread holds several addresses and a weight for each number while it decodes it.
+    """
+    CHUNK: tl.constexpr = KEY // CHUNKS
+    zero = tl.zeros([code[1].shape[0], F], tl.float32)
+    tile, sums = _key_chunk(0, code, weights, key_width, pair_count, (zero, zero), PLANES, CHUNK, F, DTYPE, PRECISION)
+    if CHUNKS == 2:
+        other, sums = _key_chunk(1, code, weights, key_width, pair_count, sums, PLANES, CHUNK, F, DTYPE, PRECISION)
+        tile = join(tile, other)
+    if CHUNKS == 4:
+        second, sums = _key_chunk(1, code, weights, key_width, pair_count, sums, PLANES, CHUNK, F, DTYPE, PRECISION)
+        third, sums = _key_chunk(2, code, weights, key_width, pair_count, sums, PLANES, CHUNK, F, DTYPE, PRECISION)
+        fourth, sums = _key_chunk(3, code, weights, key_width, pair_count, sums, PLANES, CHUNK, F, DTYPE, PRECISION)
+        tile = join(join(tile, third), join(second, fourth))
+    return tile, sums
 
 
 @triton.jit
@@ -99,7 +156,9 @@ def attend_heads_kernel(
     D: tl.constexpr,
     PLANES: tl.constexpr,
     KEY: tl.constexpr,
+    KEY_CHUNKS: tl.constexpr,
     KEY_PLANES: tl.constexpr,
+    KEEP_WEIGHTS: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -135,7 +194,6 @@ def attend_heads_kernel(
     query_base = query + flat_index * (2 * pair_count)
     first_query = pair_queries(query_base, query_held, pairs, pair_count, 0, PAIRS, DTYPE)
     second_query = pair_queries(query_base, query_held, pairs, pair_count, 1, PAIRS, DTYPE)
-    number = tl.arange(0, KEY)
     mixed_values = tl.zeros([BLOCK_M, D], tl.float32)
     if MIX_KEYS:
         mixed_keys = tl.zeros([BLOCK_M, KEY], tl.float32)
@@ -153,14 +211,16 @@ def attend_heads_kernel(
         if HAS_KEY_GAIN:  # behind that of the value, which such rows have
             key_gain = _gains_of(base + 1, held, key_gained, gains)
         of_key = (key_gained, key_gain, key_gained, key_gain)
-        code = units(base, held, number, key_width, of_key, key_layout_here, levels, KEY_PLANES, False).to(DTYPE)
-        weight = pair_weights(key_weights, number, key_width, pair_count, 0, PAIRS)
-        one = tl.dot(code, weight, input_precision=PRECISION)
-        weight = pair_weights(key_weights, number, key_width, pair_count, 1, PAIRS)
-        other = tl.dot(code, weight, input_precision=PRECISION)
+        weights_here = key_weights
+        if not KEEP_WEIGHTS:
+            weights_here = key_weights + (start >> 30)
+        of_code = (base, held, of_key, key_layout_here, levels)
+        code, sums = _key_codes(
+            of_code, weights_here, key_width, pair_count, KEY_PLANES, KEY, KEY_CHUNKS, PAIRS, DTYPE, PRECISION
+        )
         slot = tl.load(slots + batch * slots_batch + row_index.to(tl.int64) * slots_row, mask=held, other=0)
         turned = (table, table_stride, table_slots, circle, slot)
-        keys = turned_pairs(one, other, held, key_mean, pair_count, turned, PAIRS, DTYPE)
+        keys = turned_pairs(sums[0], sums[1], held, key_mean, pair_count, turned, PAIRS, DTYPE)
         score = tl.dot(first_query, tl.trans(keys[0]), input_precision=PRECISION)
         score = tl.dot(second_query, tl.trans(keys[1]), acc=score, input_precision=PRECISION)
         if HAS_BIAS:
@@ -191,6 +251,8 @@ def attend_heads_kernel(
     at = columns(0, D, True)
     _store(out, query_held, at, numbers, mixed_values, total, factors + head * width, offsets + head * width)
     if MIX_KEYS:
+        number = tl.arange(0, KEY)
+        number = number % KEY_CHUNKS * (KEY // KEY_CHUNKS) + number // KEY_CHUNKS
         count_mixed = tl.load(of_head + MIXED_KEY_NUMBERS)
         factors_of_key, offsets_of_key = key_factors + head * key_width, key_offsets + head * key_width
         _store(out + numbers, query_held, number, count_mixed, mixed_keys, total, factors_of_key, offsets_of_key)
