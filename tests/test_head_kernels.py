@@ -10,6 +10,8 @@ pytest.importorskip("triton", reason="the kernels need triton, which is not inst
 
 from test_coded_key_kernels import random  # noqa: E402
 from test_kernels import DTYPES, LOWEST, WIDTH_PATTERNS, assert_same, on_devices, pass_in_the_interpreter  # noqa: E402
+from test_ordinary import packed, tokens  # noqa: E402
+from test_ordinary import step_by_step as step_by_step_of  # noqa: E402
 
 from kvsplice_hf import ConfigError, RowCodec, UnsupportedError  # noqa: E402
 from kvsplice_hf.attend import choice as dispatch  # noqa: E402
@@ -239,8 +241,9 @@ def test_what_is_kept_is_made_anew_when_a_parameter_has_changed(device: str) -> 
     agrees()
     heads[-1] = last._replace(keys=last.keys._replace(expand=2 * last.keys.expand))
     agrees()
-    last.codec.widths.copy_(last.codec.widths.flip(0))  # as loading does
-    last.codec._add_tables()
+    before: Any = heads[0].codec
+    before.widths.copy_(before.widths.flip(0))  # as loading does
+    before._add_tables()
     agrees()
 
 
@@ -282,6 +285,21 @@ def test_calls_are_served_by_the_kernel_of_all_heads(device: str, monkeypatch: p
         assert_all_same(dispatch.attend_heads(query, heads, None, scaling=0.5), expected)
     assert list(dispatch._verdicts.values()) == [True]
     assert next(iter(dispatch._verdicts))[0] == "attend_heads"
+
+
+@on_devices("name", [("llama",), ("gpt_oss",), ("glm4",)])
+def test_a_patched_model_takes_its_steps_by_the_kernel(device: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With learned sinks, exact tokens, windows, and keys of which half is turned."""
+    monkeypatch.setattr(dispatch, "_verdicts", {})
+    monkeypatch.setattr(triton_backend, "_triton_kernels", lambda: kernels)
+    ids = tokens(2, 15).to(device)
+    found = [
+        step_by_step_of(packed(name, **settings).to(device), ids)[0] for settings in ({}, {"attention": "expanded"})
+    ]
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+    served = {kind[0]: verdict for kind, verdict in dispatch._verdicts.items()}
+    assert served["attend_heads"] is True
+    assert "attend" not in served
 
 
 def without_keys(heads: list[HeadRows]) -> list[HeadRows]:
