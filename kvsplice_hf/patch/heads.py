@@ -58,17 +58,10 @@ def attend_heads(
     if query.shape[2] > 1 or key.fresh is not None or refused:
         return stock(*key.keys_and_values())
     wants_weights, sinks = base == "eager", kwargs.get("s_aux")
+    settings: dict[str, Any] = {"dropout": dropout, "return_weights": wants_weights}
+    settings["sliding_window"] = kwargs.get("sliding_window")
     if not _is_served_head_by_head(query, key.heads, dropout, wants_weights):
-        return attention_on_heads(
-            query,
-            key.heads,
-            attention_mask,
-            scaling,
-            dropout=dropout,
-            sliding_window=kwargs.get("sliding_window"),
-            learned_sinks=sinks,
-            return_weights=wants_weights,
-        )
+        return attention_on_heads(query, key.heads, attention_mask, scaling, learned_sinks=sinks, **settings)
     heads = zip(
         query.chunk(len(key.heads), dim=1),
         key.heads,
@@ -83,10 +76,8 @@ def attend_heads(
             latent.splice.latent_dim,
             attention_mask,
             scaling,
-            dropout=dropout,
-            sliding_window=kwargs.get("sliding_window"),
             learned_sinks=own_sinks,
-            return_weights=wants_weights,
+            **settings,
         )
         for part, latent, own_sinks in heads
     ]

@@ -21,9 +21,9 @@ from kvsplice_hf.attend.triton.blocks import limits_of
 from kvsplice_hf.attend.triton.checks import check_keys, check_shapes
 from kvsplice_hf.attend.triton.head_checks import check_call
 from kvsplice_hf.attend.triton.head_launch import (
-    HeadProblem,
     attend_heads_launch,
     head_blocks_for,
+    head_problem,
     head_splits_for,
 )
 from kvsplice_hf.attend.triton.launch import (
@@ -182,9 +182,9 @@ def attend_heads(
         raise ConfigError(f"Got {splits} splits; at least one is needed.")
     # The interpreter computes wrong numbers in bf16 and slow ones in fp16.
     dtype = torch.float32 if interpreted() else query.dtype
-    problem = HeadProblem(_scaled(query, scaling), heads, bias, dtype, input_precision)
+    problem = head_problem(_scaled(query, scaling), heads, bias, dtype, input_precision)
     (batch, queries, _), device = query.shape, query.device
-    mixed_width = problem.tables().mixed_width
+    mixed_width = problem.tables.mixed_width
     if batch * queries * problem.rows.shape[1] == 0:
         mixed = torch.zeros(batch, queries, mixed_width, dtype=torch.float32, device=device)
         lse = torch.full((batch, queries), float("-inf"), dtype=torch.float32, device=device)

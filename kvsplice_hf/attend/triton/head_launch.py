@@ -4,7 +4,7 @@ Legend: as in `heads`, and `H` = K G.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,13 +32,15 @@ class HeadProblem(NamedTuple):
         bias: float32 [B or 1, S], or None.
         dtype: of products.
         input_precision: see `calls.attend_rows`.
+        tables: those of the heads.
     """
 
     query: torch.Tensor
     heads: Sequence[HeadRows]
     bias: torch.Tensor | None
     dtype: torch.dtype
-    input_precision: str = "ieee"
+    input_precision: str
+    tables: HeadTables
 
     @property
     def keys(self) -> CodedKeys:
@@ -57,18 +59,26 @@ class HeadProblem(NamedTuple):
         """G."""
         return self.query.shape[1] // len(self.heads)
 
-    def tables(self) -> HeadTables:
-        """Those of its heads.
 
-        Raises:
-            ConfigError: the heads are not what the kernel reads.
-        """
-        return head_tables(self.heads, self.dtype, lambda: check_heads(self.heads))
+def head_problem(
+    query: torch.Tensor,
+    heads: Sequence[HeadRows],
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    input_precision: str = "ieee",
+) -> HeadProblem:
+    """A problem with the tables of its heads, which are looked up once per call.
+
+    Raises:
+        ConfigError: the heads are not what the kernel reads.
+    """
+    tables = head_tables(heads, dtype, lambda: check_heads(heads))
+    return HeadProblem(query, heads, bias, dtype, input_precision, tables)
 
 
 def head_blocks_for(problem: HeadProblem, limits: Limits) -> Blocks:
     """The blocks of its kernel on such a device."""
-    tables = problem.tables()
+    tables = problem.tables
     widest = max(side_of(tables.layout.shape[2]), side_of(tables.key_layout.shape[2]))
     return choose_head_blocks(widest, problem.dtype, limits)
 
@@ -83,7 +93,7 @@ def attend_heads_launch(
     problem: HeadProblem, blocks: Blocks, limits: Limits, mixed: torch.Tensor, lse: torch.Tensor
 ) -> Launch:
     """The kernel on such a device, writing means [B, H, splits, V] and log-sum-exp [B, H, splits]."""
-    tables, keys, rows, bias = problem.tables(), problem.keys, problem.rows, problem.bias
+    tables, keys, rows, bias = problem.tables, problem.keys, problem.rows, problem.bias
     width, key_width = tables.layout.shape[2], tables.key_layout.shape[2]
     pair_count = tables.pairs.shape[2]
     arguments = (
@@ -122,8 +132,17 @@ def attend_heads_launch(
         keys.table.shape[1],
         *keys.slots.stride(),
     )
-    settings = {
-        "HAS_BIAS": bias is not None,
+    groups = triton.cdiv(problem.group, blocks.queries)
+    grid = (groups * len(problem.heads), problem.query.shape[0], lse.shape[2])
+    return Launch(attend_heads_kernel, grid, arguments, _settings(problem, blocks, limits))
+
+
+def _settings(problem: HeadProblem, blocks: Blocks, limits: Limits) -> dict[str, Any]:
+    """The sizes that are compiled in."""
+    tables = problem.tables
+    width, key_width, pair_count = tables.layout.shape[2], tables.key_layout.shape[2], tables.pairs.shape[2]
+    return {
+        "HAS_BIAS": problem.bias is not None,
         "HAS_GAIN": tables.has_gain,
         "HAS_KEY_GAIN": tables.has_key_gain,
         "MIX_KEYS": tables.mixes_keys,
@@ -141,6 +160,3 @@ def attend_heads_launch(
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,
     }
-    groups = triton.cdiv(problem.group, blocks.queries)
-    grid = (groups * len(problem.heads), problem.query.shape[0], lse.shape[2])
-    return Launch(attend_heads_kernel, grid, arguments, settings)

@@ -16,6 +16,7 @@ from kvsplice_hf.attend.triton.head_launch import (
     HeadProblem,
     attend_heads_launch,
     head_blocks_for,
+    head_problem,
     head_splits_for,
 )
 from kvsplice_hf.attend.triton.launch import Launch
@@ -108,14 +109,14 @@ class HeadCase(NamedTuple):
                 part.copy_(codec.pack(numbers(1, self.rows, codec.row_dim)))
             keys = CodedKeys(numbers(size, size) / size**0.5, numbers(size), one.pairs, one.table, one.slots)
             heads.append(HeadRows(part, codec, 2 * size if self.kind == PREDICTED_HEADS else size, keys))
-        return HeadProblem(query, heads, bias, dtype)
+        return head_problem(query, heads, bias, dtype)
 
     def launch(self, limits: Limits) -> Launch:
         """Its launch on a device with such limits, of tensors on the CPU that hold nothing."""
         problem = self.problem()
         blocks = head_blocks_for(problem, limits)
         sizes = (1, problem.query.shape[1], head_splits_for(problem, blocks, limits))
-        parts = torch.empty(*sizes, problem.tables().mixed_width, dtype=torch.float32, device="cpu")
+        parts = torch.empty(*sizes, problem.tables.mixed_width, dtype=torch.float32, device="cpu")
         lse = torch.empty(sizes, dtype=torch.float32, device="cpu")
         return attend_heads_launch(problem, blocks, limits, parts, lse)
 
