@@ -195,6 +195,17 @@ def test_scales_that_have_changed_since_the_last_call_count(device: str) -> None
 
 
 @on_devices("", [()])
+def test_widths_that_were_loaded_since_the_last_call_count(device: str) -> None:
+    """Of rows with as many bytes: there is no other sign of them."""
+    codec, keys = codec_for(SMALL, device, WIDTHS["odd fields"], "no gains"), keys_for(SMALL, device)
+    query, packed = query_for(SMALL, device), packed_for(SMALL, device, codec)
+    attend_packed(query, packed, codec, SMALL.rank, keys=keys)
+    codec.load_state_dict({**codec.state_dict(), "widths": codec.widths.flip(0), "scales": codec.scales.flip(0)})
+    expected = reference.attend(query, packed, codec, SMALL.rank, keys=keys)
+    assert_same(attend_packed(query, packed, codec, SMALL.rank, keys=keys), expected)
+
+
+@on_devices("", [()])
 def test_calls_are_served_by_the_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_verdicts", {})
     monkeypatch.setattr(triton_backend, "_triton_kernels", lambda: kernels)

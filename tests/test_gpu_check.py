@@ -120,11 +120,13 @@ def test_a_dry_run_runs_every_program_in_the_interpreter(tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     folder = folder_in(tmp_path)
     kernels = json.loads((folder / "kernels.json").read_text("utf-8"))
-    assert {row["kernel"] for row in kernels["checks"]} == {"attend", "pack", "search"}
+    assert {row["kernel"] for row in kernels["checks"]} == {"attend", "attend heads", "pack", "search"}
     assert all(row["agrees"] for row in kernels["checks"])
     kinds = {"full rank", "half rank", "packed", "coded keys", "trellis", "trellis, coded keys"}
     kinds |= {"trellis, predicted latents"}
-    assert {row["kind"] for row in kernels["timings"]} == kinds
+    heads = {"heads", "heads, trellis, predicted values"}
+    assert {row["kind"] for row in kernels["timings"]} == kinds | heads
+    assert {row["kind"] for row in kernels["checks"] if row["kernel"] == "attend heads"} == heads
     assert {row["kind"] for row in kernels["checks"] if row["kernel"] == "attend"} == kinds
     assert not [row for row in kernels["timings"] if "skipped" in row]
     assert json.loads((folder / "decode-mini.json").read_text("utf-8"))["rows"]

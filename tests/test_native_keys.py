@@ -14,8 +14,8 @@ import torch
 from native_checks import assert_as_close, assert_same
 
 from kvsplice_hf import LearnedKVSplice, RowCodec, TrellisCodec
-from kvsplice_hf.attend import choice as dispatch
 from kvsplice_hf.attend import reference
+from kvsplice_hf.attend.alike import rows_alike
 from kvsplice_hf.attend.backend import CodedKeys, Step
 from kvsplice_hf.attend.native import calls as native
 from kvsplice_hf.attend.native.backend import NativeBackend
@@ -234,7 +234,7 @@ def test_keys_of_new_tokens_are_coded_as_pytorch_codes_them(
         assert ((found - expected).abs() > 1e-5).float().mean() <= 0.02
     elif "trellis" in kind:
         numbers = splice.numbers_to_store(latent, k_rot, turns)
-        assert dispatch._rows_alike(splice.codec, numbers, found, expected)
+        assert rows_alike(splice.codec, numbers, found, expected)
     else:
         assert (found != expected).sum() <= 0.02 * found.numel()
 

@@ -4,7 +4,7 @@ A backend serves whole calls without gradients and dropout. PyTorch (`reference`
 backend does, and is what the first calls of every backend are compared with (`choice`).
 
 Legend: as in `reference`, and `R` kv_lora_rank, `P` qk_rope_head_dim, `N` qk_nope_head_dim, `V` v_head_dim,
-`K` exact tokens.
+`K` exact tokens; of ordinary attention `K` key heads, `G` query heads of each, `H` = K G, `d` numbers of a key.
 """
 
 from abc import ABC, abstractmethod
@@ -61,6 +61,24 @@ class CodedKeys(NamedTuple):
     def turns(self, block: slice = slice(None)) -> torch.Tensor:
         """The angles of some rows, line by line: uint8 [F, B, s]."""
         return self.table[:, self.slots[:, block].long()]
+
+
+class HeadRows(NamedTuple):
+    """The stored rows of one key head of ordinary attention, `[code of the value | key]`.
+
+    Attributes:
+        rows: packed, uint8 [B, S, bytes]; a view of the layer's rows, in which those of its heads lie side by side.
+        codec: of the rows.
+        value_dim: r + q, how many numbers of a row, from the first, its value is decoded from: those of the value's
+            code, and of the key's where values are predicted from that.
+        keys: how keys that were coded before their rotation are read. None: the numbers behind `value_dim` are the
+            rotated key.
+    """
+
+    rows: torch.Tensor
+    codec: Codec
+    value_dim: int
+    keys: CodedKeys | None
 
 
 class Step(NamedTuple):
@@ -139,8 +157,8 @@ class Backend(ABC):
 
     Attributes:
         name: in messages, and in the tables of `explain`.
-        operations: which of the methods below it has: "attend", "decode", "encode", "pack", "search",
-            "decode_heads", "encode_heads". PyTorch does the others.
+        operations: which of the methods below it has: "attend", "attend_heads", "decode", "decode_heads", "encode",
+            "encode_heads", "pack", "search". PyTorch does the others.
         reads_coded_keys: whether those methods take keys that were coded before their rotation.
         codecs: the kinds of codec whose rows it reads and writes.
     """
@@ -170,6 +188,12 @@ class Backend(ABC):
         keys: CodedKeys | None = None,
     ) -> Attended:
         """Attention over stored rows; arguments as in `choice.attend`, but bias float32 [B or 1, T or 1, S]."""
+        raise NotImplementedError
+
+    def attend_heads(
+        self, query: torch.Tensor, heads: Sequence[HeadRows], bias: torch.Tensor | None, *, scaling: float
+    ) -> list[Attended]:
+        """Attention over the keys of all heads of a layer; arguments as in `choice.attend_heads`."""
         raise NotImplementedError
 
     def decode(self, step: Step) -> torch.Tensor:

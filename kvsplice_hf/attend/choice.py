@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from kvsplice_hf.attend import reference
-from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, HeadsStep, Step
+from kvsplice_hf.attend.alike import all_attend_alike, as_close, attend_alike, numbers_alike, packed_alike
+from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, HeadRows, HeadsStep, Step
 from kvsplice_hf.attend.native.backend import NativeBackend
 from kvsplice_hf.attend.triton.backend import TritonBackend
 from kvsplice_hf.code import trellis
@@ -35,12 +36,6 @@ logger = logging.getLogger(__name__)
 BACKENDS: list[Backend] = [TritonBackend(), NativeBackend()]
 # Read once: a lookup in the environment takes as long as some of the calls that would ask for it.
 _WITHOUT_KERNELS = os.environ.get("KVSPLICE_KERNELS") == "torch"
-# Products of bf16 numbers of the same sign differ by about this much, relative to the largest of them.
-_TOLERANCE = 0.03
-# Two searches along a trellis may end on rows that are as close as one another: their squared errors, and how many
-# bytes are not the same.
-_ERROR_TOLERANCE = 1.1
-_OTHER_BYTES = 0.3
 # More query rows than these are a prefill, which matrix products serve well.
 _MOST_QUERIES = 1024
 # More new tokens than these are a prefill as well, when they are encoded.
@@ -89,7 +84,41 @@ def attend(
     more_of_rows = (_coded(keys is not None), _along(codec))
     given = (codec is None, bias is None, query.dtype, rows.dtype, query.device, *more_of_rows)
     kind = ("attend", *given, backend.name)
-    return _either(kind, by_kernel, by_torch, _attend_alike)
+    return _either(kind, by_kernel, by_torch, attend_alike)
+
+
+def attend_heads(
+    query: torch.Tensor,
+    heads: Sequence[HeadRows],
+    bias: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+) -> list[Attended]:
+    """Attention of one token per sequence over the keys of all heads of a layer; values only get mixed.
+
+    Args:
+        query: rotated, [B, H, d]; query heads of one key head side by side.
+        heads: the rows of each of K key heads.
+        bias: added to the scores of all heads, float32 [B or 1, S]; or None.
+        scaling: factor on the scores, before the bias.
+        dropout: probability of dropping a weight.
+
+    Returns:
+        Of each key head the weighted means of what values are decoded from, [B, G, value_dim], and the logarithms of
+        the sums of exponentiated scores, [B, G].
+    """
+    by_torch = functools.partial(reference.attend_heads, query, heads, bias, scaling=scaling, dropout=dropout)
+    first, backend = heads[0], None
+    if not dropout and all(head.keys is not None for head in heads):
+        tensors = [query, first.rows, *(step for head in heads for step in head.codec.steps)]
+        tensors += [tensor for head in heads if head.keys is not None for tensor in (head.keys.expand, head.keys.mean)]
+        backend = _backend_for("attend_heads", tensors, first.codec, coded_keys=True)
+    if backend is None:
+        return by_torch()
+    kind = ("attend_heads", bias is None, query.dtype, query.device, _along(first.codec), backend.name)
+    by_kernel = functools.partial(backend.attend_heads, query, heads, bias, scaling=scaling)
+    return _either(kind, by_kernel, by_torch, all_attend_alike)
 
 
 def decode(step: Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -102,7 +131,7 @@ def decode(step: Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
         return by_torch()
     given = (step.codec is None, step.bias is None, step.exact is None, step.query.dtype, step.rows.dtype)
     kind = ("decode", *given, _coded(step.keys is not None), _along(step.codec), backend.name)
-    return _either(kind, lambda: backend.decode(step).to(step.query.dtype), by_torch, _numbers_alike)
+    return _either(kind, lambda: backend.decode(step).to(step.query.dtype), by_torch, numbers_alike)
 
 
 def encode(
@@ -136,7 +165,7 @@ def encode(
     backend = _backend_for("encode", given, codec, coded_keys=keys is not None)
     if backend is None:
         return by_torch()
-    alike = _packed_alike(codec, lambda: splice.numbers_to_store(latent, k_rot, turns))
+    alike = packed_alike(codec, lambda: splice.numbers_to_store(latent, k_rot, turns))
     of_weights = (weights.offset is None, latent.dtype, weights.compress.dtype, _coded(keys is not None))
     kind = ("encode", codec is None, *of_weights, _along(codec), backend.name)
     more = () if keys is None else (keys, turns)  # which only some backends take
@@ -156,7 +185,7 @@ def decode_heads(step: HeadsStep, by_torch: Callable[[], torch.Tensor]) -> torch
         _coded(step.turns is not None),
     )
     kind = ("decode_heads", *given, _along(step.splices.codec), backend.name)
-    return _either(kind, lambda: backend.decode_heads(step, prepared).to(step.query.dtype), by_torch, _numbers_alike)
+    return _either(kind, lambda: backend.decode_heads(step, prepared).to(step.query.dtype), by_torch, numbers_alike)
 
 
 def encode_heads(
@@ -175,7 +204,7 @@ def encode_heads(
         places = itertools.pairwise([0, *itertools.accumulate(splices.row_bytes)])
         parts = zip(splices, splices.split(values, keys), places, strict=True)
         return all(
-            _packed_alike(head.codec, functools.partial(head.numbers_to_store, *part, turns_for(head, turns)))(
+            packed_alike(head.codec, functools.partial(head.numbers_to_store, *part, turns_for(head, turns)))(
                 found[..., slice(*place)], expected[..., slice(*place)]
             )
             for head, part, place in parts
@@ -211,7 +240,7 @@ def pack(rows: torch.Tensor, codec: Codec) -> torch.Tensor:
     if backend is None:
         return codec.pack(rows)
     kind = ("pack", rows.dtype, rows.device, _along(codec), backend.name)
-    alike = _packed_alike(codec, lambda: rows)
+    alike = packed_alike(codec, lambda: rows)
     return _either(kind, lambda: backend.pack(rows, codec), lambda: codec.pack(rows), alike)
 
 
@@ -224,7 +253,7 @@ def search(unit: torch.Tensor, tables: trellis.TrellisTables) -> torch.Tensor:
 
     def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
         errors, least = (trellis.squared_error(unit, codes, tables) for codes in (found, expected))
-        return found.shape == expected.shape and _as_close(errors, least)
+        return found.shape == expected.shape and as_close(errors, least)
 
     return _either(("search", unit.device, backend.name), lambda: backend.search(unit, tables), by_torch, alike)
 
@@ -345,52 +374,8 @@ def _warn_once(kind: tuple[Any, ...], reason: str) -> None:
 
 
 def _all_finite(result: Any) -> bool:
+    if isinstance(result, list):
+        return all(map(_all_finite, result))
     tensors = result if isinstance(result, tuple) else (result,)
     # Sums over no row at all are the logarithm of nothing, and no sign of damage.
     return all(bool((torch.isfinite(t) | (t == -torch.inf)).all()) for t in tensors if t.is_floating_point())
-
-
-def _attend_alike(found: Attended, expected: Attended) -> bool:
-    # Queries that see no row (padding) have any result.
-    sees = expected.lse > torch.finfo(torch.float32).min / 2
-    mixed = (found.mixed - expected.mixed).abs().amax(-1)[sees]
-    lse = (found.lse - expected.lse).abs()[sees]
-    size = expected.mixed.abs().amax()
-    return bool((mixed <= _TOLERANCE * size).all() and (lse <= _TOLERANCE * (1 + expected.lse.abs()[sees])).all())
-
-
-def _numbers_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((found - expected).abs().amax() <= _TOLERANCE * expected.abs().amax())
-
-
-def _packed_alike(
-    codec: Codec | None, rows: Callable[[], torch.Tensor]
-) -> Callable[[torch.Tensor, torch.Tensor], bool]:
-    """What compares rows; `rows` gives what was packed, which is only asked for along a trellis."""
-    if codec is None:
-        return _numbers_alike
-    if not isinstance(codec, trellis.TrellisCodec):
-        return _bytes_alike
-    return lambda found, expected: _rows_alike(codec, rows(), found, expected)
-
-
-def _bytes_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    # A number between two levels may fall to either for its last digit.
-    return found.shape == expected.shape and int((found != expected).sum()) <= max(2, 0.01 * found.numel())
-
-
-def _rows_alike(codec: trellis.TrellisCodec, rows: torch.Tensor, found: torch.Tensor, expected: torch.Tensor) -> bool:
-    # Of two paths that are nearly as close, the last digit of a number may decide, and they differ in many bytes.
-    if found.shape != expected.shape:
-        return False
-    scales = codec.scales.detach()
-    errors, least = (
-        ((codec.unpack(packed) - rows.detach().float()) / scales).square().sum(-1) for packed in (found, expected)
-    )
-    share = (found != expected).float().mean()
-    return _as_close(errors, least) and bool(share <= _OTHER_BYTES)
-
-
-def _as_close(errors: torch.Tensor, least: torch.Tensor) -> bool:
-    """Whether rows err no more than others, but for those that hold what is not a number."""
-    return bool((errors <= _ERROR_TOLERANCE * least + 1e-6)[least.isfinite()].all())

@@ -5,17 +5,18 @@ What comes back is normalised over these rows alone, with the logarithm of what 
 other keys can be merged with it exactly.
 
 Legend: `B` batch, `M` query rows (heads times queries, all reading the same rows), `S` stored rows, `H` heads,
-`T` queries, `r` numbers of a row that are its value, `n` = r + P numbers of a row.
+`T` queries, `r` numbers of a row that are its value, `n` = r + P numbers of a row. Of ordinary attention: `K` key
+heads, `G` query heads of each, `d` numbers of a key.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from kvsplice_hf.attend.backend import Attended, CodedKeys
+from kvsplice_hf.attend.backend import Attended, CodedKeys, HeadRows
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.keys import Pairs, cosines_and_sines, redo_turns
@@ -95,6 +96,25 @@ def attend(
         if keys is None:
             return attend_packed(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout)
     return attend_unpacked(query, rows, codec, value_dim, bias, scaling=scaling, dropout=dropout, keys=keys)
+
+
+def attend_heads(
+    query: torch.Tensor,
+    heads: Sequence[HeadRows],
+    bias: torch.Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+) -> list[Attended]:
+    """Attention over the keys of all heads of a layer; arguments and result as in `choice.attend_heads`."""
+    biases = None if bias is None else bias[:, None, None]
+    found = []
+    for part, (rows, codec, value_dim, keys) in zip(query.chunk(len(heads), dim=1), heads, strict=True):
+        if keys is None or not isinstance(codec, RowCodec) or len(codec.sigmas) != keys.start(codec):
+            # Code for rows of any kind: what does not meet the value is 0 there.
+            part = F.pad(part, (value_dim, 0))
+        found.append(attend(part, rows, codec, value_dim, biases, scaling=scaling, dropout=dropout, keys=keys))
+    return found
 
 
 def attend_rows(
@@ -246,20 +266,21 @@ def attend_packed_keys(
     """Attention over packed rows `[code | key code]`, whose keys were coded before their rotation.
 
     Args:
-        query: [B, M, value_dim + P], the last P numbers rotated.
+        query: [B, M, value_dim + P], the last P numbers rotated; or those P alone, and values do not score.
         packed: uint8 [B, S, row_bytes], of `codec`, whose first r coordinates all have its gain.
         codec, value_dim: see `attend_rows`; the first r numbers of a row, or all of them, the key's code as well.
         bias, scaling, dropout: as in `attend_rows`.
         keys: how the keys are read.
     """
     query = query.float() * scaling
-    on_keys = _KeyScores(query[..., value_dim:], keys, codec, keys.start(codec))
+    of_value, of_key = query.tensor_split([query.shape[-1] - keys.expand.shape[0]], dim=-1)
+    on_keys = _KeyScores(of_key, keys, codec, keys.start(codec))
     gained = codec.gained_columns
     behind = _value_columns_behind(codec, value_dim)
     index = torch.cat([codec.column_index[:gained], codec.column_index[behind]])
     scales = torch.cat([codec.column_scales[:gained], codec.column_scales[behind]])
-    scaled = query[..., index] * scales
-    base = (query[..., :value_dim] @ codec.base[:value_dim])[..., None]
+    scaled = of_value[..., index] * scales if of_value.shape[-1] else None
+    base = (of_value @ codec.base[: of_value.shape[-1]])[..., None]
     running = _Running(dropout)
     batch, rows = packed.shape[:2]
     size = max(rows // _SMALLEST_SHARE, _SMALLEST_BLOCK)
@@ -271,10 +292,11 @@ def attend_packed_keys(
         front, back = columns[:, :gained], columns[:, behind]
         if key_gains is not None and value_dim == codec.row_dim:
             back[:, : codec.key_gained_columns] *= key_gains
-        others = base + on_keys.of(columns, key_gains, block)
-        if back.shape[1]:
-            others = others + scaled[..., gained:] @ back
-        scores = torch.addcmul(others, scaled[..., :gained] @ front, gains)
+        scores = base + on_keys.of(columns, key_gains, block)
+        if scaled is not None:
+            if back.shape[1]:
+                scores = scores + scaled[..., gained:] @ back
+            scores = torch.addcmul(scores, scaled[..., :gained] @ front, gains)
         running.add(_biased(scores, bias, block), functools.partial(_mix_gained, front, back, gains, True))
     sums, lse = running.result()
     mixed = codec.base[:value_dim].expand(*sums.shape[:2], -1).index_add(-1, index, sums * scales)

@@ -18,13 +18,12 @@ Legend: `B` batch, `T` queries, `S` stored tokens, `H` heads, `K` exact tokens, 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from kvsplice_hf.attend.backend import Attended, CodedKeys, Step
 from kvsplice_hf.attend.choice import attend, decode
-from kvsplice_hf.cache.exact import ExactTokens, visible_keys
-from kvsplice_hf.cache.heads import CompressedHeads
+from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.rows import CompressedLatent
+from kvsplice_hf.patch.shares import as_bias, four_dimensional, hide, merge_shares, split_bias, spread_weights
 
 
 class AbsorbedWeights(NamedTuple):
@@ -184,44 +183,6 @@ def _attention_in_torch(
     return output, _weights(queries, latent, keys, on_rows, shares)
 
 
-def four_dimensional(
-    mask: torch.Tensor | None, latent: CompressedLatent | CompressedHeads, queries: int, sliding_window: int | None
-) -> torch.Tensor | None:
-    """Spell out what a missing or two-dimensional mask leaves to the attention function: causality and the window."""
-    keys, device = latent.rows.shape[2], latent.rows.device
-    if mask is not None and mask.dim() == 4:
-        return mask.to(device)[..., :keys]
-    # Unfilled rows of a static cache lie behind the last query, so that causality hides them as well.
-    all_seen = queries == 1 and isinstance(latent.first_row, int)
-    if mask is None and all_seen and (sliding_window is None or keys <= sliding_window):
-        return None
-    q_index = (torch.arange(queries, dtype=torch.int64, device=device) + latent.first_row)[:, None]
-    k_index = torch.arange(keys, dtype=torch.int64, device=device)[None]
-    visible = k_index <= q_index
-    if sliding_window is not None:
-        visible = visible & (k_index > q_index - sliding_window)
-    visible = visible[None, None]
-    if mask is None:
-        return visible
-    return visible & visible_keys(mask.to(device))[:, None, None, -keys:]
-
-
-def as_bias(mask: torch.Tensor) -> torch.Tensor:
-    if mask.dtype != torch.bool:
-        return mask.float()
-    return _hide(None, ~mask)
-
-
-def _hide(bias: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
-    """`bias` with the keys out that `hidden` marks."""
-    # The lowest finite number, not -inf: a padding query that sees no key must not turn into NaN.
-    lowest = torch.finfo(torch.float32).min
-    if bias is None:
-        nothing = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        return nothing.masked_fill_(hidden, lowest)
-    return bias.masked_fill(hidden, lowest)
-
-
 def _select_keys(
     latent: CompressedLatent, offset: torch.Tensor, mask: torch.Tensor | None, indices: torch.Tensor | None
 ) -> _Keys:
@@ -239,7 +200,7 @@ def _select_keys(
             coded = coded._replace(slots=coded.slots.gather(1, row_index))
     elif indices is not None:
         unread = torch.ones(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
-        bias = _hide(bias, unread.scatter_(-1, indices.long(), False)[:, None])
+        bias = hide(bias, unread.scatter_(-1, indices.long(), False)[:, None])
     if latent.exact is None:
         return _Keys(rows, bias, None, row_index, coded)
     exact, exact_rot = latent.exact, None
@@ -259,36 +220,12 @@ def _split_off_exact(
     row_index: torch.Tensor | None,
 ) -> _Keys:
     """Take the rows of exact tokens out of the scores, and set their exact latents beside."""
-    present, column, replaced = _locate_exact(exact, rows.shape[1], row_index)
-    exact_bias = None
-    if bias is not None:
-        wide = bias.expand(present.shape[0], -1, -1, -1)
-        exact_bias = wide.gather(3, column[:, None, None].expand(-1, wide.shape[1], wide.shape[2], -1))
-    exact_bias = _hide(exact_bias, ~present[:, None, None])
-    bias = _hide(bias, replaced[:, None, None])
+    bias, exact_bias, column = split_bias(exact, bias, rows.shape[1], row_index)
     if exact_rot is None:
         rotated = rows[..., rank:]
         exact_rot = rotated.gather(1, column[..., None].expand(-1, -1, rotated.shape[-1]))
     latents = exact.latents - offset.to(exact.latents.dtype)
     return _Keys(rows, bias, _ExactKeys(latents, exact_rot, exact_bias, exact.positions), row_index)
-
-
-def _locate_exact(
-    exact: ExactTokens, count: int, row_index: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where the exact tokens are among `count` rows read.
-
-    Returns:
-        Whether each is there, bool [B, K]; its column, [B, K]; and which rows are such tokens, bool [B, count].
-    """
-    if row_index is not None:
-        matches = row_index[:, :, None] == exact.positions[:, None, :]  # [B, S', K]
-        return matches.any(1), matches.int().argmax(1), matches.any(-1)
-    present = exact.valid(count)
-    # Slots without a token mark one row too many, which is cut off again.
-    marks = torch.zeros(present.shape[0], count + 1, dtype=torch.bool, device=present.device)
-    marks.scatter_(1, torch.where(present, exact.positions, count), True)
-    return present, exact.positions.clamp(0, count - 1), marks[:, :count]
 
 
 class _Queries(NamedTuple):
@@ -340,16 +277,10 @@ def _merge(
     """
     sizes, dtype = queries.latent.shape[:3], queries.latent.dtype
     offset = queries.offset.to(dtype)
-    mixed = (on_rows.mixed.to(dtype) @ queries.matrix.T.to(dtype) + offset).view(*sizes, -1)
-    if others.shape[-1] == 0:
-        return mixed, others.new_ones(*sizes, 1)
-    shares = torch.softmax(torch.cat([on_rows.lse.view(*sizes, 1), others], dim=-1), dim=-1)
-    mixed = mixed * shares[..., :1].to(dtype)
-    if keys.exact is not None:
-        on_exact = F.dropout(shares[..., 1 : 1 + keys.exact.latents.shape[1]], dropout, training=dropout > 0).to(dtype)
-        exact = keys.exact.latents + offset  # kept without mu, for the scores
-        mixed = mixed + torch.einsum("bhtk,bkr->bhtr", on_exact, exact)
-    return mixed, shares
+    mixed = on_rows.mixed.to(dtype) @ queries.matrix.T.to(dtype) + offset
+    exact = None if keys.exact is None else keys.exact.latents + offset  # kept without mu, for the scores
+    mixed, shares = merge_shares(mixed, on_rows.lse, others.flatten(1, 2), exact, dropout)
+    return mixed.view(*sizes, -1), shares.view(*sizes, -1)
 
 
 def _weights(
@@ -362,21 +293,8 @@ def _weights(
     if keys.bias is not None:
         scores = scores + keys.bias
     weights = torch.exp(scores - on_rows.lse.view(*shares.shape[:3], 1)) * shares[..., :1]
-    return _spread_weights(torch.cat([weights, shares[..., 1:]], dim=-1), keys, latent.rows.shape[2])
-
-
-def _spread_weights(weights: torch.Tensor, keys: _Keys, total: int) -> torch.Tensor:
-    """Weights over rows and exact tokens, put back at the places of the S stored tokens."""
-    batch, heads, queries, _ = weights.shape
-    count = keys.rows.shape[1]
-    on_rows = weights[..., :count]
     if keys.row_index is not None:
-        spread = weights.new_zeros(batch, heads, queries, total)
-        on_rows = spread.scatter_add(3, keys.row_index[:, None, None].expand_as(on_rows), on_rows)
-    if keys.exact is None:
-        return on_rows
-    positions = keys.exact.positions
-    on_exact = weights[..., count : count + positions.shape[1]]
-    # A slot without a token has weight 0, so it may be added anywhere.
-    places = positions.clamp(0, total - 1)[:, None, None].expand_as(on_exact)
-    return on_rows.scatter_add(3, places, on_exact)
+        spread = weights.new_zeros(*weights.shape[:3], latent.rows.shape[2])
+        weights = spread.scatter_add(3, keys.row_index[:, None, None].expand_as(weights), weights)
+    positions = None if keys.exact is None else keys.exact.positions
+    return spread_weights(weights, shares[..., 1:], positions)

@@ -4,7 +4,6 @@ Legend: `B` batch, `T` queries, `S` stored tokens, `H` query heads, `K` key head
 and of a value.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from kvsplice_hf.attend.backend import HeadsStep
 from kvsplice_hf.attend.choice import decode_heads
 from kvsplice_hf.cache.heads import CompressedHeads
 from kvsplice_hf.call import note_expansion, running_call
-from kvsplice_hf.patch.absorbed import absorbed_attention, as_bias, four_dimensional
 from kvsplice_hf.patch.attention import attend_expanded
+from kvsplice_hf.patch.head_attention import attention_on_heads
 from kvsplice_hf.patch.sequences import round_trip_of_sequences
+from kvsplice_hf.patch.shares import as_bias, four_dimensional
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
 
 
@@ -55,23 +55,21 @@ def attend_heads(
     refused = decoding_refusal(module, patched) or upstream.further_arguments(kwargs, _DONE_ON_ROWS)
     if query.shape[2] > 1 or key.fresh is not None or refused:
         return stock(*key.keys_and_values())
-    sinks, window = kwargs.get("s_aux"), kwargs.get("sliding_window")
-    mask = four_dimensional(attention_mask, key, 1, window)
+    sinks, wants_weights = kwargs.get("s_aux"), base == "eager"
+    mask = four_dimensional(attention_mask, key, 1, kwargs.get("sliding_window"))
 
-    def by_head() -> tuple[torch.Tensor, torch.Tensor | None]:
-        return _attend_by_head(query, key, mask, scaling, dropout, sinks, return_weights=base == "eager")
+    def in_torch() -> tuple[torch.Tensor, torch.Tensor | None]:
+        return attention_on_heads(
+            query, key.heads, mask, scaling, dropout=dropout, learned_sinks=sinks, return_weights=wants_weights
+        )
 
-    if dropout or base == "eager":
-        return by_head()
-    return decode_heads(_step(query, key, mask, scaling, sinks), lambda: by_head()[0]), None
+    if dropout or wants_weights or query.device.type != "cpu":
+        return in_torch()
+    return decode_heads(_step(query, key, mask, scaling, sinks), lambda: in_torch()[0]), None
 
 
 def _step(
-    query: torch.Tensor,
-    key: CompressedHeads,
-    mask: torch.Tensor | None,
-    scaling: float,
-    sinks: torch.Tensor | None,
+    query: torch.Tensor, key: CompressedHeads, mask: torch.Tensor | None, scaling: float, sinks: torch.Tensor | None
 ) -> HeadsStep:
     return HeadsStep(
         query=query,
@@ -79,50 +77,12 @@ def _step(
         splices=key.splice,
         identity=key.identity,
         turns=key.turns,
-        exact=None
-        if key.exact is None
-        else key.exact.latents[:, 0]
-        if key.exact.latents.dim() == 4
-        else key.exact.latents,
+        exact=None if key.exact is None else key.exact.latents,
         positions=None if key.exact is None else key.exact.positions,
         bias=None if mask is None else as_bias(mask)[:, 0],
         sinks=sinks,
         scaling=scaling,
     )
-
-
-def _attend_by_head(
-    query: torch.Tensor,
-    key: CompressedHeads,
-    mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float,
-    sinks: torch.Tensor | None,
-    return_weights: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A step of one key head after the other, with a mask of four dimensions or none."""
-    heads = zip(
-        query.chunk(len(key.heads), dim=1),
-        key.heads,
-        [None] * len(key.heads) if sinks is None else sinks.chunk(len(key.heads)),
-        strict=True,
-    )
-    found = [
-        absorbed_attention(
-            part,
-            latent,
-            _values_as_they_are(part.shape[1], latent.splice.latent_dim, part.dtype, part.device),
-            latent.splice.latent_dim,
-            mask,
-            scaling,
-            dropout=dropout,
-            learned_sinks=own_sinks,
-            return_weights=return_weights,
-        )
-        for part, latent, own_sinks in heads
-    ]
-    weights = [weight for _, weight in found if weight is not None]
-    return torch.cat([output for output, _ in found], dim=2), torch.cat(weights, dim=1) if weights else None
 
 
 def decoding_refusal(module: Any, patched: SitePatch) -> str | None:
@@ -132,13 +92,6 @@ def decoding_refusal(module: Any, patched: SitePatch) -> str | None:
     if getattr(module, "attn_logit_softcapping", None) is not None:
         return "the model caps its scores (soft cap), which attention on rows does not do"
     return None
-
-
-@functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)  # kept beyond the call, which may be in it
-def _values_as_they_are(queries: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What MLA would expand latents by: nothing of them meets a query, and values are latents, [G v, v]."""
-    return torch.eye(value_dim, dtype=dtype, device=device).repeat(queries, 1)
 
 
 def _without_cache(

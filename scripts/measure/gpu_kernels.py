@@ -2,7 +2,8 @@
 """The Triton kernels on a GPU: whether they agree with PyTorch, and at which speed they read rows.
 
 Correctness is checked at the shapes of published models, the same at which `kernel_resources.py` compiles the kernels,
-also on packed rows whose keys were coded before their rotation ("coded keys").
+also on packed rows whose keys were coded before their rotation ("coded keys"), and on those of all key heads of a layer
+with ordinary attention ("heads").
 Speed is that of a decode step's attention over a short and a long cache, beside the speed of a copy on this device; for
 some shapes also with blocks other than the chosen ones. It ends with an error where a kernel disagrees. The tables are
 Markdown, on stderr and in the folder of the results. The last line of stdout is one JSON object.
@@ -29,7 +30,15 @@ from kvsplice_hf.bench.command_line import (
     require_known,
     results_folder,
 )
-from kvsplice_hf.bench.kernels.device import Row, agreement_of, bandwidth_of, describe, interpreted
+from kvsplice_hf.bench.kernels.device import (
+    Row,
+    agreement_of,
+    bandwidth_of,
+    bandwidth_of_heads,
+    describe,
+    interpreted,
+)
+from kvsplice_hf.bench.kernels.head_shapes import HEAD_KINDS, PUBLISHED_HEADS, HeadCase, head_cases
 from kvsplice_hf.bench.kernels.shapes import DTYPES, KINDS, LONG_CONTEXT, ROWS, TINY, Case, cases, published
 from kvsplice_hf.bench.tables import NOT_MEASURED
 from kvsplice_hf.errors import UnsupportedError
@@ -46,6 +55,10 @@ class Arguments:
     """The Triton kernels on a GPU: agreement with PyTorch, and speed."""
 
     geometries: list[str] = field(default_factory=lambda: list(published()), metadata={"help": ", ".join(published())})
+    head_geometries: list[str] = field(
+        default_factory=lambda: list(PUBLISHED_HEADS),
+        metadata={"help": f"layers with ordinary attention: {', '.join(PUBLISHED_HEADS)}"},
+    )
     dtypes: list[str] = field(default_factory=lambda: list(DTYPES), metadata={"help": ", ".join(DTYPES)})
     bandwidth_mb: int = field(default=512, metadata={"help": "size of the tensor whose copying gives the bandwidth"})
     dry_run: bool = field(default=False, metadata={"help": "tiny shapes in the interpreter: its figures mean nothing"})
@@ -53,9 +66,10 @@ class Arguments:
 
     def __post_init__(self) -> None:
         require_known("geometries", self.geometries, published())
+        require_known("head_geometries", self.head_geometries, PUBLISHED_HEADS)
         require_known("dtypes", self.dtypes, DTYPES)
         if self.dry_run:
-            self.geometries, self.bandwidth_mb = [TINY], 1
+            self.geometries, self.head_geometries, self.bandwidth_mb = [TINY], [TINY], 1
             if not interpreted():
                 raise UnsupportedError("--dry_run needs the interpreter of triton: set TRITON_INTERPRET=1.")
         elif not torch.cuda.is_available():
@@ -72,7 +86,8 @@ def check_all(args: Arguments) -> list[Row]:
     """A row per case of correctness."""
     rows = _FEW if args.dry_run else ROWS
     # Merging is part of attention with more than one split.
-    chosen = [case for case in cases(args.geometries, rows) if case.kernel != "merge" and case.dtype in args.dtypes]
+    every = itertools.chain(cases(args.geometries, rows), head_cases(args.head_geometries, rows))
+    chosen = [case for case in every if case.kernel != "merge" and case.dtype in args.dtypes]
     return [agreement_of(case, args.device) for case in tqdm(chosen, desc="checking", file=sys.stderr)]
 
 
@@ -86,6 +101,9 @@ def time_all(args: Arguments, copy: float) -> list[Row]:
     ):
         compared = args.dry_run or (name in _COMPARED and count == max(contexts) and dtype != "float32")
         found += bandwidth_of(Case("attend", name, kind, dtype, "decode", rows=count), args.device, copy, compared)
+    of_heads = list(itertools.product(args.head_geometries, HEAD_KINDS, dtypes, contexts))
+    for name, kind, dtype, count in tqdm(of_heads, desc="timing all heads", file=sys.stderr):
+        found += bandwidth_of_heads(HeadCase(name, kind, dtype, rows=count), args.device, copy)
     return found
 
 

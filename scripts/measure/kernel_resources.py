@@ -24,8 +24,14 @@ from kvsplice_hf.bench.command_line import (
     require_known,
     results_folder,
 )
+from kvsplice_hf.bench.kernels.head_shapes import HEAD_KERNEL, HEAD_KINDS, PUBLISHED_HEADS, head_cases
 from kvsplice_hf.bench.kernels.resources import TARGETS, Row, compiled_anew, compiled_row, markdown_of
 from kvsplice_hf.bench.kernels.shapes import DTYPES, KERNELS, KINDS, PREDICTED, cases, published
+
+
+# Those that store a latent, and those with ordinary attention.
+_GEOMETRIES = (*published(), *PUBLISHED_HEADS)
+_KERNELS, _KINDS = (*KERNELS, HEAD_KERNEL), (*KINDS, *HEAD_KINDS)
 
 
 @dataclass
@@ -33,26 +39,27 @@ class Arguments:
     """What the Triton kernels take of GPUs that are not here."""
 
     targets: list[str] = field(default_factory=lambda: list(TARGETS), metadata={"help": ", ".join(TARGETS)})
-    kernels: list[str] = field(default_factory=lambda: list(KERNELS), metadata={"help": ", ".join(KERNELS)})
-    geometries: list[str] = field(default_factory=lambda: list(published()), metadata={"help": ", ".join(published())})
+    kernels: list[str] = field(default_factory=lambda: list(_KERNELS), metadata={"help": ", ".join(_KERNELS)})
+    geometries: list[str] = field(default_factory=lambda: list(_GEOMETRIES), metadata={"help": ", ".join(_GEOMETRIES)})
     # Of the others the limits of what is spilled are known; of these only those that the tests compile.
     kinds: list[str] = field(
-        default_factory=lambda: [kind for kind in KINDS if kind != PREDICTED], metadata={"help": ", ".join(KINDS)}
+        default_factory=lambda: [kind for kind in _KINDS if kind != PREDICTED], metadata={"help": ", ".join(_KINDS)}
     )
     dtypes: list[str] = field(default_factory=lambda: list(DTYPES), metadata={"help": ", ".join(DTYPES)})
     output: str = field(default="results", metadata={"help": "folder for the results"})
 
     def __post_init__(self) -> None:
-        known = {"targets": TARGETS, "kernels": KERNELS, "geometries": published(), "kinds": KINDS, "dtypes": DTYPES}
+        known = {"targets": TARGETS, "kernels": _KERNELS, "geometries": _GEOMETRIES, "kinds": _KINDS, "dtypes": DTYPES}
         for option, names in known.items():
             require_known(option, getattr(self, option), names)
 
 
 def compile_all(args: Arguments) -> list[Row]:
     """A row per case and target."""
+    latents, heads = ([name for name in args.geometries if name in known] for known in (published(), PUBLISHED_HEADS))
     chosen = [
         case
-        for case in cases(args.geometries)
+        for case in itertools.chain(cases(latents), head_cases(heads))
         if case.kernel in args.kernels and case.kind in args.kinds and case.dtype in args.dtypes
     ]
     pairs = list(itertools.product(args.targets, chosen))

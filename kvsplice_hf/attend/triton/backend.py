@@ -1,6 +1,7 @@
 """The Triton kernels as a backend. Triton itself is imported when the first call comes."""
 
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys
+from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, HeadRows
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.trellis import TrellisCodec, TrellisTables
@@ -24,7 +25,7 @@ class TritonBackend(Backend):
     """Triton on a GPU, and anywhere in its interpreter. It attends to rows, packs them, and searches trellises."""
 
     name = "Triton"
-    operations = frozenset({"attend", "pack", "search"})
+    operations = frozenset({"attend", "attend_heads", "pack", "search"})
     codecs = frozenset({RowCodec.kind, TrellisCodec.kind})
     reads_coded_keys = True
 
@@ -52,6 +53,11 @@ class TritonBackend(Backend):
         if codec is None:
             return Attended(*kernels.attend_rows(query, rows, value_dim, bias, scaling=scaling))
         return Attended(*kernels.attend_packed(query, rows, codec, value_dim, bias, scaling=scaling, keys=keys))
+
+    def attend_heads(
+        self, query: torch.Tensor, heads: Sequence[HeadRows], bias: torch.Tensor | None, *, scaling: float
+    ) -> list[Attended]:
+        return list(itertools.starmap(Attended, _loaded().attend_heads(query, heads, bias, scaling=scaling)))
 
     def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:
         packed: torch.Tensor = _loaded().encode_pack(rows, codec)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvsplice_hf.attend.triton.pieces import WIDEST, pieces_of
+from kvsplice_hf.attend.triton.pieces import WIDEST, pieces_of, side_of
 
 
 # Programs per multiprocessor that the splits should make: a second one works while the first waits for memory.
@@ -18,6 +18,8 @@ _BLOCKS_PER_SPLIT = 4
 # Wider rows leave 64 queries too little of shared memory and registers, and of the tensor memory of Blackwell. Decoded,
 # they leave eight warps of 64 lanes too few registers.
 _WIDEST_FOR_64 = 576
+# Bytes of shared memory that the kernel of ordinary attention takes beside what makes keys of their codes.
+_BESIDE_WEIGHTS = 1 << 15
 # What devices have that do not say, AMD's among them.
 _SHARED_MEMORY = 1 << 16
 
@@ -90,6 +92,30 @@ def choose_blocks(queries: int, n: int, dtype: torch.dtype, packed: bool, limits
     else:
         few = not needs_registers and tall == 16 and width <= 256
     return Blocks(tall, rows, 4 if few else 8, stages)
+
+
+def choose_head_blocks(widest: int, dtype: torch.dtype, limits: Limits) -> Blocks:
+    """The same of the kernel of ordinary attention, whose programs read one key head.
+
+    Args:
+        widest: the room for the numbers of a value's code, or of a key's.
+        dtype: of the products.
+        limits: of the device.
+    """
+    if limits == INTERPRETER:
+        return Blocks(16, 64, 4, 1)
+    # As many rows as leave nothing to spill; two programs per multiprocessor where heads are narrow.
+    rows = 32 if dtype.itemsize == 2 and 64 < widest <= 128 and not limits.whole_operands else 16
+    return Blocks(16, rows, 4 if limits.lanes == 64 else 8, 1)
+
+
+def keeps_weights(pair_count: int, key_numbers: int, dtype: torch.dtype, limits: Limits) -> bool:
+    """Whether what makes keys of their codes may lie in shared memory from the first row to the last.
+
+    Where operands are taken into registers as a whole it would lie in these, and be spilled.
+    """
+    size = 2 * side_of(pair_count) * side_of(key_numbers) * dtype.itemsize
+    return not limits.whole_operands and size + _BESIDE_WEIGHTS <= limits.shared_memory
 
 
 def _shared_memory(queries: int, rows: int, stages: int, width: int, size: int) -> int:

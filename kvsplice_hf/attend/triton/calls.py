@@ -7,6 +7,7 @@ so).
 Legend: `B` batch, `M` queries, heads and tokens together, `S` stored rows, `n` numbers of a row, `v` of a value.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,10 +15,17 @@ import torch
 import triton
 import triton.language as tl
 
-from kvsplice_hf.attend.backend import CodedKeys
+from kvsplice_hf.attend.backend import CodedKeys, HeadRows
 from kvsplice_hf.attend.triton.attention import attend_kernel
 from kvsplice_hf.attend.triton.blocks import limits_of
 from kvsplice_hf.attend.triton.checks import check_keys, check_shapes
+from kvsplice_hf.attend.triton.head_checks import check_call
+from kvsplice_hf.attend.triton.head_launch import (
+    attend_heads_launch,
+    head_blocks_for,
+    head_problem,
+    head_splits_for,
+)
 from kvsplice_hf.attend.triton.launch import (
     Problem,
     attend_launch,
@@ -138,6 +146,59 @@ def attend_packed(
     check_keys(keys, packed, codec, value_dim)
     query = _scaled(query, scaling)
     return _attend(Problem(query, packed, codec, value_dim, bias, lengths, query.dtype, input_precision, keys), splits)
+
+
+def attend_heads(
+    query: torch.Tensor,
+    heads: Sequence[HeadRows],
+    bias: torch.Tensor | None = None,
+    splits: int | None = None,
+    *,
+    scaling: float | None = None,
+    input_precision: str = "ieee",
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Attention of one token per sequence over the keys of all heads of a layer, in one launch, and one that merges.
+
+    Args:
+        query: rotated, [B, H, d], the G = H / K queries of a key head side by side. Products are taken in its type.
+        heads: the packed rows of each of K key heads: views of the layer's rows, side by side, with one table of angles
+            and one tensor of slots. Keys were coded before their rotation, and have at most 256 numbers; the codecs
+            are of one kind, and may differ in widths and sizes. What is made of them is kept, and made anew when their
+            tensors change.
+        bias: added to the scores of all heads, float32 [B or 1, S], any strides.
+        splits, scaling, input_precision: see `attend_rows`.
+
+    Returns:
+        Of each head the weighted means of what its values are decoded from, float32 [B, G, value_dim], and the natural
+        log-sum-exp of its scores, float32 [B, G]. Without any row they are 0 and -inf.
+
+    Raises:
+        ConfigError: shapes, dtypes or strides other than these, or rows of other codecs.
+        UnsupportedError: a CPU tensor outside the interpreter, or one that needs gradients.
+    """
+    _check_device(query)
+    check_call(query, heads, bias)
+    if splits is not None and splits < 1:
+        raise ConfigError(f"Got {splits} splits; at least one is needed.")
+    # The interpreter computes wrong numbers in bf16 and slow ones in fp16.
+    dtype = torch.float32 if interpreted() else query.dtype
+    problem = head_problem(_scaled(query, scaling), heads, bias, dtype, input_precision)
+    (batch, queries, _), device = query.shape, query.device
+    mixed_width = problem.tables.mixed_width
+    if batch * queries * problem.rows.shape[1] == 0:
+        mixed = torch.zeros(batch, queries, mixed_width, dtype=torch.float32, device=device)
+        lse = torch.full((batch, queries), float("-inf"), dtype=torch.float32, device=device)
+    else:
+        limits = limits_of(device)
+        blocks = head_blocks_for(problem, limits)
+        splits = head_splits_for(problem, blocks, limits) if splits is None else splits
+        parts = torch.empty(batch, queries, splits, mixed_width, dtype=torch.float32, device=device)
+        part_lse = torch.empty(batch, queries, splits, dtype=torch.float32, device=device)
+        with _on(device):
+            attend_heads_launch(problem, blocks, limits, parts, part_lse).run()
+            mixed, lse = _merged(parts, part_lse)
+    of_heads = zip(heads, mixed.chunk(len(heads), dim=1), lse.chunk(len(heads), dim=1), strict=True)
+    return [(part[..., : head.value_dim], own_lse) for head, part, own_lse in of_heads]
 
 
 def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:

@@ -10,7 +10,7 @@ from kvsplice_hf.errors import ConfigError
 
 
 # The attention kernel takes bit 30 of a row's index for 0.
-_MOST_ROWS = 1 << 30
+MOST_ROWS = 1 << 30
 
 
 def check_shapes(
@@ -33,8 +33,8 @@ def check_shapes(
         raise ConfigError(
             f"Got rows {list(rows.shape)} for queries {list(query.shape)}; needed [{batch}, S, {row_size}]."
         )
-    if rows.shape[1] > _MOST_ROWS:
-        raise ConfigError(f"Got {rows.shape[1]} rows per sequence; the kernels read at most {_MOST_ROWS}.")
+    if rows.shape[1] > MOST_ROWS:
+        raise ConfigError(f"Got {rows.shape[1]} rows per sequence; the kernels read at most {MOST_ROWS}.")
     if rows.stride(2) != 1 and row_size > 1:
         raise ConfigError(f"Got rows of strides {rows.stride()}; the numbers of a row must lie side by side.")
     if not query.is_floating_point() or not 0 < value_dim <= n <= PIECES * WIDEST:
@@ -55,8 +55,12 @@ def check_shapes(
         raise ConfigError(f"Got input_precision {input_precision!r}; it must be 'ieee' or 'tf32'.")
 
 
-def check_keys(keys: CodedKeys | None, rows: torch.Tensor, codec: RowCodec, value_dim: int) -> None:
+def check_keys(
+    keys: CodedKeys | None, rows: torch.Tensor, codec: RowCodec, value_dim: int, widest: int = WIDEST_KEY
+) -> None:
     """Refuse keys that the attention kernel does not read from packed rows, whose shape is checked already.
+
+    Keys have `widest` numbers at most.
 
     Raises:
         ConfigError: shapes, dtypes, strides or devices other than those of `CodedKeys`, or gains of other coordinates.
@@ -66,8 +70,8 @@ def check_keys(keys: CodedKeys | None, rows: torch.Tensor, codec: RowCodec, valu
             raise ConfigError("Got rows whose keys have a gain of their own; those were coded before their rotation.")
         return
     expand, mean, pairs, table, slots = keys
-    if expand.dim() != 2 or not 0 < expand.shape[1] <= expand.shape[0] <= WIDEST_KEY or expand.shape[0] % 2:
-        raise ConfigError(f"Got expand {list(expand.shape)}; needed [P, p], 0 < p <= P <= {WIDEST_KEY}, P even.")
+    if expand.dim() != 2 or not 0 < expand.shape[1] <= expand.shape[0] <= widest or expand.shape[0] % 2:
+        raise ConfigError(f"Got expand {list(expand.shape)}; needed [P, p], 0 < p <= P <= {widest}, P even.")
     rope_dim, numbers = expand.shape
     if mean.shape != (rope_dim,) or not (expand.is_floating_point() and mean.is_floating_point()):
         raise ConfigError(

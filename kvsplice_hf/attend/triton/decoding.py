@@ -97,7 +97,7 @@ def units(base, held, coordinates, n, gains, layout, levels, PLANES: tl.constexp
 
 
 @triton.jit
-def _join(left, right):
+def join(left, right):
     """Two [BLOCK_S, D] as one [BLOCK_S, 2 D], their columns in turns: no number changes its thread."""
     return tl.reshape(tl.join(left, right), [left.shape[0], 2 * left.shape[1]])
 
@@ -123,13 +123,13 @@ def decoded(
     tile = units(base, held, at, n, gains, layout, levels, PLANES & 63, HAS_SECOND_GAIN).to(DTYPE)
     if D == 256:
         other = units(base, held, at + 128, n, gains, layout, levels, (PLANES >> 6) & 63, HAS_SECOND_GAIN).to(DTYPE)
-        tile = _join(tile, other)
+        tile = join(tile, other)
     if D == 512:
         third = units(base, held, at + 256, n, gains, layout, levels, (PLANES >> 12) & 63, HAS_SECOND_GAIN).to(DTYPE)
-        tile = _join(tile, third)
+        tile = join(tile, third)
         second = units(base, held, at + 128, n, gains, layout, levels, (PLANES >> 6) & 63, HAS_SECOND_GAIN).to(DTYPE)
         fourth = units(base, held, at + 384, n, gains, layout, levels, (PLANES >> 18) & 63, HAS_SECOND_GAIN).to(DTYPE)
-        tile = _join(tile, _join(second, fourth))
+        tile = join(tile, join(second, fourth))
     return tile
 
 

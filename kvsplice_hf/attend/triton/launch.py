@@ -25,7 +25,7 @@ from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.trellis import TrellisTables
 
 
-_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # Rows that a program packs, and coordinates that it packs at once. Along a trellis it packs fewer rows, with one warp:
 # a step from column to column has work for no more threads, and waits for those that there are.
 PACKED_ROWS = 8
@@ -135,7 +135,7 @@ def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: to
         **key_settings(keys, codec, tables),
         "BLOCK_M": blocks.queries,
         "BLOCK_S": blocks.rows,
-        "DTYPE": _DTYPES[dtype],
+        "DTYPE": DTYPES[dtype],
         "PRECISION": input_precision,
         "num_warps": blocks.warps,
         "num_stages": blocks.stages,

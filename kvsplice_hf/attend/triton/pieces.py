@@ -9,6 +9,8 @@ WIDEST = 512
 CHUNK = 128
 # The most numbers of a key that was coded before its rotation: one chunk.
 WIDEST_KEY = CHUNK
+# The same of a key head of ordinary attention, which is read by itself.
+WIDEST_HEAD = 256
 
 
 def side_of(n: int) -> int:

@@ -4,8 +4,8 @@ Legend: `n` numbers of a row, of which the first `v` are read as they are, and t
 """
 
 import functools
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import triton.language as tl
@@ -70,13 +70,14 @@ class Tables(NamedTuple):
     chains: tuple[int, int]
 
 
-# By codec, and by device, v and where the code of a key begins. Not buffers: these follow from the widths, and a copied
-# or loaded codec makes its own.
-_tables: WeakKeyDictionary[RowCodec, dict[tuple[torch.device, int, int], Tables]] = WeakKeyDictionary()
+# By codec, and by device, v and where the code of a key begins; and from which table of the codec they were made, which
+# is another one when other widths were loaded. Not buffers: a copied or loaded codec makes its own.
+_Made: TypeAlias = tuple["ref[torch.Tensor]", Tables]
+_tables: WeakKeyDictionary[RowCodec, dict[tuple[torch.device, int, int], _Made]] = WeakKeyDictionary()
 
 
 def tables_of(codec: RowCodec, read_dim: int | None = None, key_start: int | None = None) -> Tables:
-    """The tables of a codec, made once for each device that it is on.
+    """The tables of a codec, made once for its widths and for each device that it is on.
 
     Args:
         codec: of rows of n numbers.
@@ -86,10 +87,10 @@ def tables_of(codec: RowCodec, read_dim: int | None = None, key_start: int | Non
     n = codec.row_dim
     key = codec.widths.device, n if read_dim is None else read_dim, n if key_start is None else key_start
     found = _tables.setdefault(codec, {})
-    if key not in found:
+    if key not in found or found[key][0]() is not codec.column_fields:
         with torch.inference_mode(False):
-            found[key] = _make_tables(codec, *key)
-    return found[key]
+            found[key] = ref(codec.column_fields), _make_tables(codec, *key)
+    return found[key][1]
 
 
 @functools.cache

@@ -30,7 +30,7 @@ def pair_queries(base, held, pairs, pair_count, SECOND: tl.constexpr, F: tl.cons
 
 
 @triton.jit
-def _weights(weights, number, key_numbers, pair_count, SECOND: tl.constexpr, F: tl.constexpr):
+def pair_weights(weights, number, key_numbers, pair_count, SECOND: tl.constexpr, F: tl.constexpr):
     """What some numbers of a key's code add to the first or the second numbers of all pairs, [D, F]."""
     pair = tl.arange(0, F)
     place = (SECOND * pair_count + pair)[None, :] * key_numbers + number[:, None]
@@ -75,17 +75,23 @@ def turned_keys(
     `code` and `turned` are what is taken apart here: where key codes are, and how; and where the angles are.
     """
     base, held, key_numbers, gains, layout, levels = code
-    table, table_stride, table_slots, circle, slot = turned
     first = tl.zeros([held.shape[0], F], tl.float32)
     second = tl.zeros([held.shape[0], F], tl.float32)
     # A few numbers at a time: each of them takes registers for its address, its code and its weights.
     for part in tl.static_range(D // CHUNK):
         number = part * CHUNK + tl.arange(0, CHUNK)
         unit = units(base, held, number, key_numbers, gains, layout, levels, PLANES, False).to(DTYPE)
-        weight = _weights(weights, number, key_numbers, pair_count, 0, F)
+        weight = pair_weights(weights, number, key_numbers, pair_count, 0, F)
         first = tl.dot(unit, weight, acc=first, input_precision=PRECISION)
-        weight = _weights(weights, number, key_numbers, pair_count, 1, F)
+        weight = pair_weights(weights, number, key_numbers, pair_count, 1, F)
         second = tl.dot(unit, weight, acc=second, input_precision=PRECISION)
+    return turned_pairs(first, second, held, mean, pair_count, turned, F, DTYPE)
+
+
+@triton.jit
+def turned_pairs(first, second, held, mean, pair_count, turned, F: tl.constexpr, DTYPE: tl.constexpr):
+    """The two numbers of all pairs of some rows' rotated keys, from what the units of their codes add up to."""
+    table, table_stride, table_slots, circle, slot = turned
     first += _means(mean, pair_count, 0, F)
     second += _means(mean, pair_count, 1, F)
     cos, sin = _turns(table, table_stride, table_slots, circle, slot, held, pair_count, F)

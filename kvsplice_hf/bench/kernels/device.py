@@ -14,6 +14,7 @@ from kvsplice_hf.attend.triton.blocks import Blocks, limits_of
 from kvsplice_hf.attend.triton.calls import interpreted as interpreted  # for the programs that use this module
 from kvsplice_hf.attend.triton.compilation import TARGETS
 from kvsplice_hf.attend.triton.launch import Problem, attend_launch, splits_for
+from kvsplice_hf.bench.kernels.head_shapes import HeadCase
 from kvsplice_hf.bench.kernels.shapes import DTYPES, Case, packed_codec, search_tables
 from kvsplice_hf.bench.rounds import timed
 from kvsplice_hf.code.trellis import TrellisCodec, TrellisTables, closest_codes, squared_error
@@ -58,10 +59,13 @@ def describe(device: str) -> Row:
     return row
 
 
-def agreement_of(case: Case, device: str) -> Row:
+def agreement_of(case: Case | HeadCase, device: str) -> Row:
     """How far the kernel is from PyTorch: relative to the largest number, or as a share of codes or of errors."""
+    row: Row = {**case._asdict(), "n": case.shape.row_dim}
+    if isinstance(case, HeadCase):
+        return row | _heads_off(case, device)
     compare = {"attend": _attention_off, "pack": _codes_off, "search": _search_off}[case.kernel]
-    return {**case._asdict(), "n": case.shape.row_dim, **compare(case, device)}
+    return row | compare(case, device)
 
 
 def _attention_off(case: Case, device: str) -> Row:
@@ -74,6 +78,15 @@ def _attention_off(case: Case, device: str) -> Row:
     for splits in (None, _SPLITS):
         mixed, lse = _attend(problem, splits)
         off = max(off, _relative(mixed, expected.mixed), _relative(lse, expected.lse))
+    return {"off": off, "allowed": TOLERANCE[case.dtype], "agrees": off <= TOLERANCE[case.dtype]}
+
+
+def _heads_off(case: HeadCase, device: str) -> Row:
+    query, heads, bias = case.problem(device, empty=False)[:3]
+    expected, off = reference.attend_heads(query.float(), heads, bias), 0.0
+    for splits in (None, _SPLITS):
+        for found, other in zip(calls.attend_heads(query, heads, bias, splits), expected, strict=True):
+            off = max(off, *map(_relative, found, other))
     return {"off": off, "allowed": TOLERANCE[case.dtype], "agrees": off <= TOLERANCE[case.dtype]}
 
 
@@ -129,9 +142,22 @@ def bandwidth_of(case: Case, device: str, copy: float, alternatives: bool = Fals
     runs: dict[str, Callable[[], object]] = {"chosen": functools.partial(_attend, problem)}
     if alternatives:
         runs |= {" x ".join(map(str, blocks)): _with_blocks(problem, blocks, device) for blocks in ALTERNATIVES}
+    return _timed_rows(case, runs, problem.rows.nbytes, device, copy)
+
+
+def bandwidth_of_heads(case: HeadCase, device: str, copy: float) -> list[Row]:
+    """The same of all key heads of a layer, with the blocks that are chosen."""
+    problem = case.problem(device, empty=False)
+    run = functools.partial(calls.attend_heads, problem.query, problem.heads, problem.bias)
+    return _timed_rows(case, {"chosen": run}, sum(head.rows.nbytes for head in problem.heads), device, copy)
+
+
+def _timed_rows(
+    case: Case | HeadCase, runs: dict[str, Callable[[], object]], size: int, device: str, copy: float
+) -> list[Row]:
     rows = []
     for name, run in runs.items():
-        row: Row = {**case._asdict(), "n": case.shape.row_dim, "blocks": name, "bytes": problem.rows.nbytes}
+        row: Row = {**case._asdict(), "n": case.shape.row_dim, "blocks": name, "bytes": size}
         try:
             row["seconds"] = _seconds(run, device)
         except Exception as error:  # whatever the compiler or driver raises: it stands in the report

@@ -17,6 +17,7 @@ from kvsplice_hf.attend.triton.compilation import (
     limit_excesses,
     resources_of,
 )
+from kvsplice_hf.bench.kernels.head_shapes import HEAD_KERNEL, HeadCase
 from kvsplice_hf.bench.kernels.shapes import DTYPES, PACKED_KINDS, Case
 
 
@@ -37,7 +38,7 @@ def compiled_anew() -> Iterator[None]:
                 os.environ["TRITON_CACHE_DIR"] = before
 
 
-def compiled_row(case: Case, target: str) -> Row:
+def compiled_row(case: Case | HeadCase, target: str) -> Row:
     """A case with its blocks, what it takes on a target, and which limits that is above."""
     launch = case.launch(TARGETS[target].limits)
     found = resources_of(compile_launch(launch, TARGETS[target]))
@@ -49,10 +50,12 @@ def compiled_row(case: Case, target: str) -> Row:
     return {**case._asdict(), "target": target, "n": case.shape.row_dim, **sizes, **found._asdict(), "above": excesses}
 
 
-def spills_allowed(case: Case, target: str) -> int:
+def spills_allowed(case: Case | HeadCase, target: str) -> int:
     """Bytes of a thread that may be spilled."""
     rows = case.kind if case.kind in PACKED_KINDS else "unquantised"
     bits = torch.finfo(DTYPES[case.dtype]).bits
+    if case.kernel == HEAD_KERNEL:
+        return KNOWN_SPILLS.get((target, f"heads of {case.shape.row_dim // 2}", bits), SPILLED)
     return KNOWN_SPILLS.get((target, rows, bits), SPILLED) if case.kernel == "attend" else SPILLED
 
 
