@@ -14,6 +14,34 @@ from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.cache.turns import Turns
 from kvsplice_hf.code.heads import HeadSplices, turns_for
+from kvsplice_hf.code.projection import LearnedKVSplice
+
+
+def latents_and_keys(
+    splice: LearnedKVSplice | HeadSplices, key_states: torch.Tensor, value_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a module hands to `update`, as latents (or values) and rotated keys: MLA modules hand latents as keys."""
+    return (value_states, key_states) if isinstance(splice, HeadSplices) else (key_states, value_states)
+
+
+def encode_states(
+    splice: LearnedKVSplice | HeadSplices, latents: torch.Tensor, k_rot: torch.Tensor, turns: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of new tokens, and what would be kept of them if they were among the exact ones.
+
+    Args:
+        splice: of the layer.
+        latents, k_rot: latents [B, 1, T, R] and rotated keys [B, 1, T, P]; or values [B, K, T, v] and keys
+            [B, K, T, d].
+        turns: how the keys were rotated, where they are coded before that.
+
+    Returns:
+        [B, 1, T, w] and [B, 1, T, numbers of an exact token].
+    """
+    if isinstance(splice, HeadSplices):
+        return encode_heads(splice, latents, k_rot, turns), exact_heads(latents, k_rot)
+    kept = latents if splice.codec is None else torch.cat([latents, k_rot], dim=-1)
+    return encode(splice, latents, k_rot, turns), kept
 
 
 def encode_heads(
@@ -103,3 +131,19 @@ def _read(head: CompressedLatent) -> tuple[torch.Tensor, torch.Tensor]:
     if head.fresh is None:
         return head.latent(), head.k_rot
     return head.with_new(*head.splice.round_trip(*head.fresh, head.new_turns))
+
+
+def compressed_states(
+    rows: torch.Tensor,
+    splice: LearnedKVSplice | HeadSplices,
+    exact: ExactTokens | None,
+    new_tokens: int,
+    first_row: int | torch.Tensor,
+    dtype: torch.dtype,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+    turns: Turns | None = None,
+) -> CompressedLatent | CompressedHeads:
+    """Rows of a layer as its attention gets them. Arguments as of `CompressedLatent`."""
+    kind: Any = CompressedHeads.of_rows if isinstance(splice, HeadSplices) else CompressedLatent
+    made: CompressedLatent | CompressedHeads = kind(rows, splice, exact, new_tokens, first_row, dtype, fresh, turns)
+    return made

@@ -16,12 +16,10 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvsplice_hf import upstream
-from kvsplice_hf.attend.choice import encode
 from kvsplice_hf.cache.exact import ExactTokens, empty_exact_tokens, fill_exact_tokens
-from kvsplice_hf.cache.heads import CompressedHeads, encode_heads, exact_heads
+from kvsplice_hf.cache.heads import CompressedHeads, compressed_states, encode_states, latents_and_keys
 from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
 from kvsplice_hf.cache.turns import SLOT_DTYPE, FixedTurns, Turns, TurnTable, as_values
-from kvsplice_hf.code.heads import HeadSplices
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError
 
@@ -116,15 +114,9 @@ class SplicedLayerMixin(_StockLayer):
             self.lazy_initialization(key_states, value_states)
         first_row = self._first_new_row()
         new_turns, slots = self._note_turns(first_row)
-        splice: Any = self.splice
-        in_heads = isinstance(splice, HeadSplices)
-        latents, k_rot = (value_states, key_states) if in_heads else (key_states, value_states)
-        rows = (encode_heads if in_heads else encode)(splice, latents, k_rot, new_turns)
+        latents, k_rot = latents_and_keys(self.splice, key_states, value_states)
+        rows, kept = encode_states(self.splice, latents, k_rot, new_turns)
         all_rows, all_slots = self._store(rows, slots, *args, **kwargs)
-        if in_heads:
-            kept = exact_heads(latents, k_rot)
-        else:
-            kept = latents if splice.codec is None else torch.cat([latents, k_rot], dim=-1)
         exact = self._track_exact(kept, first_row, all_rows)
         for name in _OF_A_CALL:
             setattr(self, name, None)
@@ -132,13 +124,11 @@ class SplicedLayerMixin(_StockLayer):
             first_row = min(first_row, all_rows.shape[2] - rows.shape[2])
         fresh = (latents, k_rot) if self._wants_gradients(latents, k_rot) else None
         turns = self._turns_of(all_slots, new_turns)
-        if in_heads:
-            heads = CompressedHeads.of_rows(
-                all_rows, splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns
-            )
-            return heads, heads
-        latent = CompressedLatent(all_rows, splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns)
-        return latent, latent if latent.is_packed else latent.k_rot
+        stored = compressed_states(
+            all_rows, self.splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns
+        )
+        as_values = isinstance(stored, CompressedHeads) or stored.is_packed
+        return stored, stored if as_values else stored.k_rot
 
     def _wants_gradients(self, *states: torch.Tensor) -> bool:
         """Whether what is computed from new tokens may be differentiated. (Static caches are not for training.)"""

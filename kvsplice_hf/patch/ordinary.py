@@ -59,6 +59,7 @@ def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> Atten
         indexer_head_dim=0,
         dtype=next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32),
         kv_heads=kv_heads,
+        chunked=_is_chunked(module),
         device=execution_device(_projection(module)),
     )
 
@@ -94,7 +95,7 @@ def _out_features(projection: Any) -> int:
 
 
 def _geometry(site: AttentionSite, splice: Any, exact_tokens: int) -> RowGeometry:
-    if _is_chunked(site.module):
+    if site.chunked:
         # How many keys a query sees does not tell its rank in the sequence, so that first tokens could not be found.
         exact_tokens = 0
     if site.sliding_window is not None:
