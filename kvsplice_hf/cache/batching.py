@@ -61,8 +61,8 @@ def _require_supported(model: Any, sites: Sequence[tuple[Any, Any]]) -> None:
         problem = f"it needs transformers>={MIN_TRANSFORMERS_PAGED}"
     elif others:
         problem = f"layers {others} are not patched, or store nothing of their own"
-    elif any(site.indexer_head_dim for site, _ in sites):
-        problem = "the paged cache has no room for the keys of a sparse-attention indexer"
+    elif any(site.indexer_head_dim or (site.sliding_window is not None and not site.kv_heads) for site, _ in sites):
+        problem = "the paged cache has no room for the keys of a sparse-attention indexer, and no window of latents"
     elif any(site.chunked for site, _ in sites):
         problem = "in its chunked layers a token sees those of its own chunk only, which no page tells"
     elif not all(current_state(state.patch).enabled for _, state in sites):
