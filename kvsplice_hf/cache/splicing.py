@@ -25,7 +25,7 @@ from kvsplice_hf.errors import CacheMismatchError
 
 
 # What the hook hands over for one call.
-_OF_A_CALL = ("attention_mask", "embeddings", "position_ids")
+_OF_A_CALL = ("announced", "attention_mask", "embeddings", "position_ids")
 # The stock layer that a mixin below is combined with. Typed loosely: its `update` returns tensors, ours does not.
 _StockLayer: Any = CacheLayerMixin
 
@@ -47,7 +47,10 @@ class SplicedLayerMixin(_StockLayer):
         # the layer was made inside `torch.compile`, which cannot look into parameters.
         self.identity = "" if torch.compiler.is_compiling() else splice.identity
         self.exact: ExactTokens | None = None
-        # Set by the attention module's hook just before its forward: `update` does not get to see the mask.
+        # Set by the attention module's hook just before its forward: that a patched module is about to call `update`,
+        # which could not tell from keys and values of ordinary attention.
+        self.announced: bool | None = None
+        # The same: `update` does not get to see the mask.
         self.attention_mask: torch.Tensor | None = None
         # The same: how the model rotates the new keys, and their positions.
         self.embeddings: Any = None
@@ -106,10 +109,17 @@ class SplicedLayerMixin(_StockLayer):
             `CompressedHeads`.
 
         Raises:
-            CacheMismatchError: the shapes are not those of this layer's latents.
+            CacheMismatchError: the shapes are not those of this layer's latents, or keys and values come from a module
+                that is not patched.
         """
         upstream.check_update_arguments(args, kwargs)
         self._check_shapes(key_states, value_states)
+        if self.geometry.heads and not self.announced:
+            raise CacheMismatchError(
+                "A spliced cache layer got keys and values of an attention module that is not patched, and would hand "
+                "it rows that it cannot read. Nothing was stored. Give this model a cache of its own (pass nothing, or "
+                "DynamicCache(config=model.config)), or patch it."
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         first_row = self._first_new_row()

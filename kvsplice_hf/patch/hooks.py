@@ -66,7 +66,7 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         _require_stock_layer(cache, module.layer_idx)
     elif patched.stores_latent:
         layer = splice_cache_layer(cache, module.layer_idx, patched.geometry, patched.splice)
-        layer.attention_mask = mask
+        layer.announced, layer.attention_mask = True, mask
         if patched.geometry.coded_keys:
             position_ids = patched.arguments.get(upstream.POSITION_IDS, args, kwargs)
             see_turns(cache, layer, embeddings, position_ids)

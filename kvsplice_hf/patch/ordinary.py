@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
 
+from kvsplice_hf.cache.layers import can_be_spliced
 from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.errors import NotMLAError
 from kvsplice_hf.patch.families import AttentionSite, Family
@@ -37,6 +38,12 @@ def _check(name: str, module: Any) -> None:
     if getattr(module.config, "is_encoder_decoder", False):
         raise NotMLAError(
             f"{name} ({type(module).__name__}) is part of an encoder-decoder model, which is not supported."
+        )
+    layer = _cache_layer(module)
+    if layer is not None and not can_be_spliced(layer):
+        raise NotMLAError(
+            f"{name} ({type(module).__name__}) shares its cache layer, a {type(layer).__name__}, with what is no "
+            "attention, so that its keys and values cannot be replaced by rows."
         )
 
 
@@ -70,10 +77,15 @@ def _head_size(module: Any) -> int:
     return next((size for size in sizes if isinstance(size, int)), 0)
 
 
+def _cache_layer(module: Any) -> CacheLayerMixin | None:
+    """The one that transformers gives the module in a cache that grows; None where it gives layers as they come."""
+    layers = DynamicCache(config=module.config).layers
+    return layers[module.layer_idx] if module.layer_idx < len(layers) else None
+
+
 def _window(module: Any) -> int | None:
     """Tokens that the cache layer keeps room for, where transformers gives the module one that slides."""
-    layers = DynamicCache(config=module.config).layers
-    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    layer = _cache_layer(module)
     return layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
 
 
