@@ -93,6 +93,9 @@ class Counting:
         self.graphs += 1
         return graph
 
+    def __deepcopy__(self, memo: Any) -> "Counting":  # as `generate` copies its settings
+        return self
+
 
 # Of gpt_oss a layer with a window and one without.
 @pytest.mark.compiles
