@@ -82,6 +82,8 @@ CACHE_NAME = next(name for name in _CACHE_NAMES if name in inspect.signature(cre
 _UPDATE_ARGUMENTS = frozenset({"kwargs"})
 # Keyword arguments of attention functions that change no score.
 _PLAIN_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {"use_cache", "cache_position", "return_dict"}
+# Those of continuous batching, which say where the tokens of each request are, and what is done with the logits.
+PAGED_ARGUMENTS = frozenset({"read_index", "write_index", "block_table", "logits_indices", "logits_processor_args"})
 # Under which an attention module takes how its keys are rotated, and what positions they have.
 POSITION_EMBEDDINGS, POSITION_IDS = "position_embeddings", "position_ids"
 # What a cache layer knows about itself that its constructor is not told.
@@ -257,8 +259,7 @@ def find_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Cache | None
     Raises:
         CacheMismatchError: there are two different ones.
     """
-    found = kwargs.get(CACHE_NAME)
-    if isinstance(found, Cache):
+    if isinstance(found := kwargs.get(CACHE_NAME), Cache):
         return found
     caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
     if any(cache is not caches[0] for cache in caches):
@@ -357,8 +358,7 @@ def drop_rows(layer: Any) -> None:
     layer.keys = layer.values = None
     layer.is_initialized = False
     if getattr(layer, "is_indexer_initialized", False):
-        layer.indexer_keys = None
-        layer.is_indexer_initialized = False
+        layer.indexer_keys, layer.is_indexer_initialized = None, False
 
 
 # ------------------------------------------------------------------------------------------ attention functions

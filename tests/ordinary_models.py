@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 VOCABULARY, POSITIONS, WINDOW = 128, 64, 8
@@ -72,6 +72,64 @@ ORDINARY_MODELS: dict[str, dict[str, Any]] = {
     "stablelm": {"partial_rotary_factor": 0.5},
     "starcoder2": {"sliding_window": None},
 }
+_LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "partial_rotary_factor": 0.5,
+}
+_STATE_SPACE = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+# Whose first layer is no attention but a state space, linear attention or a convolution, and keeps its stock cache.
+HYBRID_MODELS: dict[str, dict[str, Any]] = {
+    "granitemoehybrid": {
+        **_STATE_SPACE,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "shared_intermediate_size": 16,
+        "layer_types": ["mamba", "attention"],
+    },
+    "jamba": {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "nemotron_h": {
+        "hybrid_override_pattern": "M*",
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+    },
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_next": {
+        **_LINEAR,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+}
+# Whose layers are attention and a state space at once.
+MERGED_MODELS: dict[str, dict[str, Any]] = {
+    "falcon_h1": {**_STATE_SPACE, "mamba_n_heads": 4, "mamba_d_ssm": 32},
+    "zamba2": {
+        "mamba_d_state": 8,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+        "hybrid_layer_ids": [1],
+        "layers_block_type": ["mamba", "hybrid"],
+    },
+}
 # Whose attention computes by itself, and what else they are built with.
 REFUSED_MODELS: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4, **_MULTI_HEAD},
@@ -88,7 +146,9 @@ def build_ordinary(name: str, dtype: torch.dtype = torch.float32, **changes: Any
     """A model of the tables, always with the same weights."""
     if Version(transformers.__version__) < Version(SINCE.get(name, "0")):
         pytest.skip(f"{name} computes attention by itself before transformers {SINCE[name]}")
-    settings = {**_SIZES, **(ORDINARY_MODELS | REFUSED_MODELS)[name], **changes}
+    if name not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    settings = {**_SIZES, **(ORDINARY_MODELS | HYBRID_MODELS | MERGED_MODELS | REFUSED_MODELS)[name], **changes}
     settings = {key: value for key, value in settings.items() if value is not None or key == "sliding_window"}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings), dtype=torch.float32)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from test_packed import calibrated
 from tiny_models import TINY_MODELS, build, tiny_batch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -144,6 +145,16 @@ def test_compiled_models_trace_without_graph_breaks(attention: str) -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled), expected[0], atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(logits(compiled, use_cache=True), expected[1], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.compiles
+def test_compiled_models_with_keys_before_their_rotation_trace_without_graph_breaks() -> None:
+    config = KVSpliceConfig(bits=4.0, sink_tokens=2)
+    model = patch_model_with_kvsplice(build(NAME), config, calibration=calibrated(build(NAME)))
+    expected = logits(model, use_cache=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled, use_cache=True), expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["auto", "absorbed", "expanded"])

@@ -317,8 +317,6 @@ def test_what_does_not_work_yet_says_so() -> None:
     patch_model_with_kvsplice(model, KVSpliceConfig(bits=5, sink_tokens=SINKS), calibration=known)
     with pytest.raises(UnsupportedError, match="instead of pruning"):
         prune_kvsplice(model)
-    with pytest.raises(UnsupportedError, match=r"generate_batch.*(ordinary attention|needs transformers)"):
-        model.generate_batch([tokens(1, 8)[0].tolist()])
 
 
 def test_statistics_of_another_model_are_refused() -> None:

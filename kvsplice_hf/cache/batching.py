@@ -59,14 +59,14 @@ def _require_supported(model: Any, sites: Sequence[tuple[Any, Any]]) -> None:
     others = sorted(set(range(count)) - {site.layer_idx for site, _ in sites})
     if upstream.ContinuousBatchingManager is None:
         problem = f"it needs transformers>={MIN_TRANSFORMERS_PAGED}"
-    elif any(state.geometry.heads for _, state in sites):
-        problem = "it has ordinary attention, whose rows have no pages yet"
     elif others:
-        problem = f"layers {others} are not patched MLA layers that store a latent of their own"
-    elif any(site.indexer_head_dim or site.sliding_window is not None for site, _ in sites):
-        problem = "the paged cache has no room for the keys of a sparse-attention indexer, and no spliced window"
+        problem = f"layers {others} are not patched, or store nothing of their own"
+    elif any(site.indexer_head_dim or (site.sliding_window is not None and not site.kv_heads) for site, _ in sites):
+        problem = "the paged cache has no room for the keys of a sparse-attention indexer, and no window of latents"
+    elif any(site.chunked for site, _ in sites):
+        problem = "in its chunked layers a token sees those of its own chunk only, which no page tells"
     elif not all(current_state(state.patch).enabled for _, state in sites):
-        problem = "the splice is disabled (splice_disabled), and stock MLA models do not run there"
+        problem = "the splice is disabled (splice_disabled), and its pages hold spliced rows"
     elif not all(str(site.module.config._attn_implementation).startswith("kvsplice_") for site, _ in sites):
         problem = (
             'it needs attention="auto" or "absorbed", and a model loaded with attn_implementation "sdpa" or "eager"'
@@ -128,7 +128,7 @@ class SplicedBatchingManager(upstream.ContinuousBatchingManager or object):  # t
                 "and which is not sharded: leave use_cuda_graph, the padding intervals, compilation and tensor "
                 "parallelism off."
             )
-        sinks, page_size = sites[0][1].geometry.sink_tokens, settings.page_size
+        sinks, page_size = max(state.geometry.sink_tokens for _, state in sites), settings.page_size
         if sinks > page_size:
             raise UnsupportedError(f"page_size ({page_size}) must not be smaller than sink_tokens ({sinks}).")
 

@@ -13,7 +13,7 @@ from kvsplice_hf import upstream
 from kvsplice_hf.cache.exact import ExactTokens, relocated
 from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
-from kvsplice_hf.cache.turns import TurnTable
+from kvsplice_hf.cache.turns import TurnTable, is_writable
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError
 
@@ -68,11 +68,6 @@ class _DynamicMixin(SplicedLayerMixin):
         self._map_exact(lambda tensor: tensor[indices])
 
 
-def _is_writable(tensor: torch.Tensor) -> bool:
-    """A tensor made in inference mode can be changed there only. (Dynamo cannot ask, and runs in no such mode.)"""
-    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference()
-
-
 class _GrowingMixin(_DynamicMixin):
     """Appends rows to a buffer with room to spare instead of concatenating the whole past at each step."""
 
@@ -94,7 +89,7 @@ class _GrowingMixin(_DynamicMixin):
             # into what it keeps would be an error.
             self.keys, self._buffer = torch.cat([self.keys, rows], dim=-2), None
         else:
-            if self._buffer is None or self._buffer.shape[-2] < total or not _is_writable(self._buffer):
+            if self._buffer is None or self._buffer.shape[-2] < total or not is_writable(self._buffer):
                 self._buffer = self._grown(total)
             self._buffer[:, :, stored:total] = rows
             self.keys = self._buffer[:, :, :total]

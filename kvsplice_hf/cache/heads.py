@@ -9,10 +9,47 @@ from typing import Any
 import torch
 
 from kvsplice_hf import upstream
+from kvsplice_hf.attend.choice import encode, encode_heads
 from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.cache.turns import Turns
 from kvsplice_hf.code.heads import HeadSplices
+from kvsplice_hf.code.projection import LearnedKVSplice
+
+
+def latents_and_keys(
+    splice: LearnedKVSplice | HeadSplices, key_states: torch.Tensor, value_states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a module hands to `update`, as latents (or values) and rotated keys: MLA modules hand latents as keys."""
+    return (value_states, key_states) if isinstance(splice, HeadSplices) else (key_states, value_states)
+
+
+def encode_states(
+    splice: LearnedKVSplice | HeadSplices,
+    latents: torch.Tensor,
+    k_rot: torch.Tensor,
+    turns: torch.Tensor | None,
+    identity: str = "",
+) -> torch.Tensor:
+    """Rows [B, 1, T, w] of new tokens.
+
+    Args:
+        splice: of the layer.
+        latents, k_rot: latents [B, 1, T, R] and rotated keys [B, 1, T, P]; or values [B, K, T, v] and keys
+            [B, K, T, d].
+        turns: how the keys were rotated, where they are coded before that.
+        identity: of the splice, as in `attend.backend.HeadsStep`.
+    """
+    if isinstance(splice, HeadSplices):
+        return encode_heads(splice, latents, k_rot, turns, identity)
+    return encode(splice, latents, k_rot, turns)
+
+
+def exact_states(splice: LearnedKVSplice | HeadSplices, latents: torch.Tensor, k_rot: torch.Tensor) -> torch.Tensor:
+    """What is kept of the same tokens where they are exact, [B, 1, T, numbers of an exact token]."""
+    if isinstance(splice, HeadSplices):
+        return exact_heads(latents, k_rot)
+    return latents if splice.codec is None else torch.cat([latents, k_rot], dim=-1)
 
 
 def exact_heads(values: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -100,3 +137,21 @@ def _read(head: CompressedLatent) -> tuple[torch.Tensor, torch.Tensor]:
     if head.fresh is None:
         return head.latent(), head.k_rot
     return head.with_new(*head.splice.round_trip(*head.fresh, head.new_turns))
+
+
+def compressed_states(
+    rows: torch.Tensor,
+    splice: LearnedKVSplice | HeadSplices,
+    exact: ExactTokens | None,
+    new_tokens: int,
+    first_row: int | torch.Tensor,
+    dtype: torch.dtype,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
+    turns: Turns | None = None,
+    identity: str = "",
+) -> CompressedLatent | CompressedHeads:
+    """Rows of a layer as its attention gets them. Arguments as of `CompressedLatent`, and `CompressedHeads`."""
+    of_call = (exact, new_tokens, first_row, dtype, fresh, turns)
+    if isinstance(splice, HeadSplices):
+        return CompressedHeads(rows, splice, *of_call, identity)
+    return CompressedLatent(rows, splice, *of_call)

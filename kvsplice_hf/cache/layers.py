@@ -83,9 +83,11 @@ def see_turns(cache: Cache, layer: SplicedLayerMixin, embeddings: Any, position_
         return
     for other in cache.layers:
         table = other.table if isinstance(other, SplicedLayerMixin) else None
+        # Inside `torch.compile`, which cannot compare embeddings nor columns, each layer has a table of its own.
+        if table is None or torch.compiler.is_compiling() or not table.is_of(embeddings):
+            continue
         alike = isinstance(layer, StaticLayer) == isinstance(other, StaticLayer)
-        same = table is not None and torch.equal(table.columns, layer.splice.keys.pairs[2])
-        if table is not None and alike and same and table.is_of(embeddings):
+        if alike and torch.equal(table.columns, layer.splice.keys.pairs[2]):
             layer.table = table
             return
     if not isinstance(layer, StaticLayer):  # whose table has a size that shows when it is filled
@@ -110,12 +112,17 @@ def _require_same_splice(stock: Any, layer_idx: int, geometry: RowGeometry, spli
     stock.identity = splice.identity
 
 
+def can_be_spliced(stock: CacheLayerMixin) -> bool:
+    """Whether a spliced layer can take the place of such a layer of a cache."""
+    return type(stock) in _SPLICED_TYPES
+
+
 def _is_empty(layer: CacheLayerMixin) -> bool:
     return not layer.is_initialized or int(layer.get_seq_length()) == 0
 
 
 def _require_replaceable(stock: Any, layer_idx: int) -> None:
-    if type(stock) not in _SPLICED_TYPES:
+    if not can_be_spliced(stock):
         raise CacheMismatchError(
             f"Cache layer {layer_idx} is a {type(stock).__name__}, which cannot hold spliced rows (the splice is the "
             'compression). Use a dynamic or static cache: leave `cache_implementation` unset, or set it to "static" or '

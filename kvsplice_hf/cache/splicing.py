@@ -16,18 +16,22 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvsplice_hf import upstream
-from kvsplice_hf.attend.choice import encode, encode_heads
 from kvsplice_hf.cache.exact import ExactTokens, empty_exact_tokens, fill_exact_tokens
-from kvsplice_hf.cache.heads import CompressedHeads, exact_heads
+from kvsplice_hf.cache.heads import (
+    CompressedHeads,
+    compressed_states,
+    encode_states,
+    exact_states,
+    latents_and_keys,
+)
 from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
 from kvsplice_hf.cache.turns import SLOT_DTYPE, FixedTurns, Turns, TurnTable, as_values
-from kvsplice_hf.code.heads import HeadSplices
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import CacheMismatchError
 
 
 # What the hook hands over for one call.
-_OF_A_CALL = ("attention_mask", "embeddings", "position_ids")
+_OF_A_CALL = ("announced", "attention_mask", "embeddings", "position_ids")
 # The stock layer that a mixin below is combined with. Typed loosely: its `update` returns tensors, ours does not.
 _StockLayer: Any = CacheLayerMixin
 
@@ -49,7 +53,10 @@ class SplicedLayerMixin(_StockLayer):
         # the layer was made inside `torch.compile`, which cannot look into parameters.
         self.identity = "" if torch.compiler.is_compiling() else splice.identity
         self.exact: ExactTokens | None = None
-        # Set by the attention module's hook just before its forward: `update` does not get to see the mask.
+        # Set by the attention module's hook just before its forward: that a patched module is about to call `update`,
+        # which could not tell from keys and values of ordinary attention.
+        self.announced: bool | None = None
+        # The same: `update` does not get to see the mask.
         self.attention_mask: torch.Tensor | None = None
         # The same: how the model rotates the new keys, and their positions.
         self.embeddings: Any = None
@@ -110,21 +117,23 @@ class SplicedLayerMixin(_StockLayer):
             `CompressedHeads`.
 
         Raises:
-            CacheMismatchError: the shapes are not those of this layer's latents.
+            CacheMismatchError: the shapes are not those of this layer's latents, or keys and values come from a module
+                that is not patched.
         """
         upstream.check_update_arguments(args, kwargs)
         self._check_shapes(key_states, value_states)
+        if self.geometry.heads and not self.announced:
+            raise CacheMismatchError(
+                "A spliced cache layer got keys and values of an attention module that is not patched, and would hand "
+                "it rows that it cannot read. Nothing was stored. Give this model a cache of its own (pass nothing, or "
+                "DynamicCache(config=model.config)), or patch it."
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         first_row = self._first_new_row()
         new_turns, slots = self._note_turns(first_row)
-        splice: Any = self.splice
-        in_heads = isinstance(splice, HeadSplices)
-        latents, k_rot = (value_states, key_states) if in_heads else (key_states, value_states)
-        if in_heads:
-            rows = encode_heads(splice, latents, k_rot, new_turns, self.identity)
-        else:
-            rows = encode(splice, latents, k_rot, new_turns)
+        latents, k_rot = latents_and_keys(self.splice, key_states, value_states)
+        rows = encode_states(self.splice, latents, k_rot, new_turns, self.identity)
         all_rows, all_slots = self._store(rows, slots, *args, **kwargs)
         exact = self._track_exact((latents, k_rot), first_row, all_rows)
         for name in _OF_A_CALL:
@@ -133,13 +142,10 @@ class SplicedLayerMixin(_StockLayer):
             first_row = min(first_row, all_rows.shape[2] - rows.shape[2])
         fresh = (latents, k_rot) if self._wants_gradients(latents, k_rot) else None
         turns = self._turns_of(all_slots, new_turns)
-        if in_heads:
-            heads = CompressedHeads(
-                all_rows, splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns, self.identity
-            )
-            return heads, heads
-        latent = CompressedLatent(all_rows, splice, exact, rows.shape[2], first_row, key_states.dtype, fresh, turns)
-        return latent, latent if latent.is_packed else latent.k_rot
+        of_call = (rows.shape[2], first_row, key_states.dtype, fresh, turns)
+        stored = compressed_states(all_rows, self.splice, exact, *of_call, identity=self.identity)
+        as_values = isinstance(stored, CompressedHeads) or stored.is_packed
+        return stored, stored if as_values else stored.k_rot
 
     def _wants_gradients(self, *states: torch.Tensor) -> bool:
         """Whether what is computed from new tokens may be differentiated. (Static caches are not for training.)"""
@@ -205,10 +211,7 @@ class SplicedLayerMixin(_StockLayer):
         """
         if self.exact is None:
             return None
-        if self.geometry.heads:
-            kept = exact_heads(*states)
-        else:
-            kept = states[0] if self.geometry.packed_bytes is None else torch.cat(states, dim=-1)
+        kept = exact_states(self.splice, *states)
         self._set_exact(fill_exact_tokens(self.exact, kept[:, 0], self.attention_mask, first_row))
         return self.exact
 

@@ -144,8 +144,7 @@ class TurnTable(_OfLastCall):
     def _grow(self, count: int, turns: torch.Tensor) -> None:
         """Have `count` slots, new ones empty."""
         lines = self.lines
-        writable = lines is not None and (torch.is_inference_mode_enabled() or not lines.is_inference())
-        if lines is None or not writable or lines.shape[1] < count or lines.device != turns.device:
+        if lines is None or not is_writable(lines) or lines.shape[1] < count or lines.device != turns.device:
             capacity = max(count + min(count, max(1024, count // 8)), 0 if lines is None else lines.shape[1])
             grown = torch.full((turns.shape[2], capacity), _EMPTY, dtype=TURN_DTYPE, device=turns.device)
             if lines is not None:
@@ -177,6 +176,11 @@ class TurnTable(_OfLastCall):
     def reset(self) -> None:
         """Forget everything."""
         self.__init__(self.columns)  # type: ignore[misc]
+
+
+def is_writable(tensor: torch.Tensor) -> bool:
+    """A tensor made in inference mode can be changed there only. (Dynamo cannot ask, and runs in no such mode.)"""
+    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference()
 
 
 def as_values(slots: torch.Tensor, batch: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kvsplice_hf import upstream
-from kvsplice_hf.cache.pages import PagedLatent
+from kvsplice_hf.cache.pages import PagedStates
 from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.call import Call, note_expansion, running_call
 from kvsplice_hf.errors import FoldingError, UnsupportedError
@@ -19,7 +19,7 @@ from kvsplice_hf.patch.sequences import round_trip_of_sequences
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
 
 
-def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | PagedLatent, k_rot: Any) -> tuple[Any, Any]:
+def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | PagedStates, k_rot: Any) -> tuple[Any, Any]:
     """`expand_kv` of a patched attention module.
 
     Given rows from a cache, decode them, or pass them on for absorbed attention. Given a plain latent (no cache:
@@ -30,7 +30,7 @@ def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | Page
     """
     patched: SitePatch = getattr(self, PATCH_ATTRIBUTE)
     note_expansion()
-    if isinstance(kv_nope, PagedLatent):  # taken apart in the attention function, which comes back here
+    if isinstance(kv_nope, PagedStates):  # taken apart in the attention function, which comes back here
         return kv_nope, kv_nope
     if isinstance(kv_nope, CompressedLatent):
         if not _needs_round_trip(self, kv_nope) and _attend_absorbed(self, patched, kv_nope):

@@ -34,6 +34,7 @@ class AttentionSite:
         dtype: of the latent, and so of the cache.
         kv_heads: key heads of ordinary attention, for each of which R = V is the size of a value and P that of a key; 0
             where the layer stores a latent.
+        chunked: whether a query sees the tokens of its own chunk of the text only.
         device: where it computes with what it caches.
         parts: what of it has a splice of its own: the latent, or each key head.
         row_dim: numbers of a stock row: R + P, or those of all keys and values.
@@ -53,6 +54,7 @@ class AttentionSite:
     dtype: torch.dtype
     source: "AttentionSite | None" = None
     kv_heads: int = 0
+    chunked: bool = False
     device: torch.device = torch.device("cpu")
     parts: tuple[PartKey, ...] = field(init=False)
     row_dim: int = field(init=False)

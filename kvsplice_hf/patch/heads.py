@@ -12,7 +12,9 @@ from kvsplice_hf import upstream
 from kvsplice_hf.attend.backend import HeadsStep
 from kvsplice_hf.attend.choice import decode_heads
 from kvsplice_hf.cache.heads import CompressedHeads
+from kvsplice_hf.cache.pages import PagedStates
 from kvsplice_hf.call import note_expansion, running_call
+from kvsplice_hf.errors import UnsupportedError
 from kvsplice_hf.patch.attention import attend_expanded
 from kvsplice_hf.patch.head_attention import attention_on_heads
 from kvsplice_hf.patch.sequences import round_trip_of_sequences
@@ -22,13 +24,15 @@ from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
 
 # Arguments that change scores, and that attention on rows does as well.
 _DONE_ON_ROWS = frozenset({"sliding_window", "s_aux"})
+# Those that are the same for each request of a packed batch (continuous batching).
+_SAME_FOR_ALL = ("s_aux", "softcap")
 
 
 def attend_heads(
     module: Any,
     query: torch.Tensor,
-    key: torch.Tensor | CompressedHeads,
-    value: torch.Tensor | CompressedHeads,
+    key: torch.Tensor | CompressedHeads | PagedStates,
+    value: torch.Tensor | CompressedHeads | PagedStates,
     attention_mask: torch.Tensor | None,
     *,
     base: str,
@@ -49,6 +53,8 @@ def attend_heads(
             module, query, key, value, attention_mask, base=base, scaling=scaling, dropout=dropout, **kwargs
         )
 
+    if isinstance(key, PagedStates):
+        return _attend_pages(module, query, key, base=base, scaling=scaling, dropout=dropout, **kwargs), None
     if not isinstance(key, CompressedHeads):
         assert isinstance(value, torch.Tensor)
         return stock(*_without_cache(module, patched, key, value))
@@ -83,6 +89,32 @@ def _step(
         sinks=sinks,
         scaling=scaling,
     )
+
+
+def _attend_pages(module: Any, query: torch.Tensor, pages: PagedStates, **kwargs: Any) -> torch.Tensor:
+    """Attention of a packed batch, queries [1, H, Q, d], request by request; [1, Q, H, v].
+
+    Raises:
+        UnsupportedError: the module hands over what cannot be taken apart by request.
+    """
+    patched: SitePatch = getattr(module, PATCH_ATTRIBUTE)
+    own = ("base", "scaling", "dropout", *_SAME_FOR_ALL)
+    known = frozenset((*own, "sliding_window")) | upstream.PAGED_ARGUMENTS
+    further = upstream.further_arguments(kwargs, known)
+    if kwargs.get("sliding_window") not in (None, pages.window):
+        further.append("sliding_window")
+    if further:
+        raise UnsupportedError(
+            f"Continuous batching (generate_batch) does not know what {', '.join(f'`{name}`' for name in further)} of "
+            f"{title_of(module)} means for a single request. Use model.generate with a padded batch."
+        )
+    settings = {name: value for name, value in kwargs.items() if name in own}
+
+    def attend(query: torch.Tensor, rows: CompressedHeads, mask: torch.Tensor) -> torch.Tensor:
+        output, _ = attend_heads(module, query, rows, rows, mask, **settings)
+        return output
+
+    return pages.attend(query, patched.geometry.kv_lora_rank // patched.geometry.heads, attend)
 
 
 def decoding_refusal(module: Any, patched: SitePatch) -> str | None:

@@ -14,10 +14,10 @@ from transformers.cache_utils import Cache
 
 from kvsplice_hf import upstream
 from kvsplice_hf.cache.layers import see_turns, splice_cache_layer
-from kvsplice_hf.cache.pages import paged_rows
+from kvsplice_hf.cache.pages import ROWS_ATTRIBUTE, paged_rows
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
 from kvsplice_hf.call import STATE_ARGUMENT, Call, current_state, enter_call, leave_call
-from kvsplice_hf.errors import CacheMismatchError
+from kvsplice_hf.errors import CacheMismatchError, UnsupportedError
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
 
 
@@ -42,6 +42,7 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     Raises:
         CacheMismatchError: the cache cannot hold spliced rows.
+        UnsupportedError: pages came without a word on which tokens are whose.
     """
     patched: SitePatch = getattr(module, PATCH_ATTRIBUTE)
     carried = STATE_ARGUMENT in kwargs
@@ -52,10 +53,10 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     hidden_states = patched.arguments.get("hidden_states", args, kwargs)
     new_tokens = None if hidden_states is None else hidden_states.shape[1]
     embeddings = patched.arguments.get(upstream.POSITION_EMBEDDINGS, args, kwargs)
-    rows = paged_rows(kwargs) if state.enabled else None
+    rows = paged_rows(args, kwargs) if state.enabled else None
     if rows is not None:
         if patched.stores_latent and patched.geometry.coded_keys:
-            rows.see_turns(embeddings, patched.splice)
+            rows.see_turns(embeddings, module.layer_idx)
         enter_call(Call(module, state, None, new_tokens, reads_cache=True))
         return upstream.with_cache(patched.arguments, rows, args, kwargs)
     cache = upstream.find_cache(args, kwargs)
@@ -65,7 +66,7 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         _require_stock_layer(cache, module.layer_idx)
     elif patched.stores_latent:
         layer = splice_cache_layer(cache, module.layer_idx, patched.geometry, patched.splice)
-        layer.attention_mask = mask
+        layer.announced, layer.attention_mask = True, mask
         if patched.geometry.coded_keys:
             position_ids = patched.arguments.get(upstream.POSITION_IDS, args, kwargs)
             see_turns(cache, layer, embeddings, position_ids)
@@ -86,6 +87,12 @@ def leave_attention(module: Any, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _require_no_other_cache(patched: SitePatch, cache: Any) -> None:
+    if hasattr(cache, ROWS_ATTRIBUTE):
+        raise UnsupportedError(
+            f"Continuous batching (generate_batch) cannot run on this model: {patched.name} got the pages, but not "
+            "which tokens belong to which request (`read_index`), because the layers around it do not hand that on. "
+            "Use model.generate with a padded batch instead."
+        )
     if cache is not None:
         raise CacheMismatchError(
             f"The patched module {patched.name} got a cache of type {type(cache).__name__}; it needs a transformers "

@@ -1,12 +1,11 @@
 """The attention function of patched MLA modules: absorbed on codes, the stock one on expanded keys and values."""
 
-import functools
 from typing import Any
 
 import torch
 from torch import nn
 
-from kvsplice_hf.cache.pages import PagedLatent
+from kvsplice_hf.cache.pages import PagedStates
 from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.errors import FoldingError
 from kvsplice_hf.patch.absorbed import absorbed_attention
@@ -37,8 +36,8 @@ def unfoldable_message(kv_b_proj: nn.Module) -> str:
 def attend_latents(
     module: Any,
     query: torch.Tensor,
-    key: torch.Tensor | CompressedLatent | PagedLatent,
-    value: torch.Tensor | CompressedLatent | PagedLatent,
+    key: torch.Tensor | CompressedLatent | PagedStates,
+    value: torch.Tensor | CompressedLatent | PagedStates,
     attention_mask: torch.Tensor | None,
     *,
     base: str,
@@ -52,10 +51,18 @@ def attend_latents(
     Sparse-attention modules hand over the indices of the selected rows instead of a mask when the name of the attention
     function is not one they know.
     """
-    if isinstance(key, PagedLatent):
+    if isinstance(key, PagedStates):
         settings = {name: kwargs[name] for name in ("s_aux",) if name in kwargs}
-        attend = functools.partial(attend_latents, base=base, scaling=scaling, dropout=dropout, **settings)
-        return key.attend(module, query, attend)
+
+        def attend(query: torch.Tensor, rows: CompressedLatent, mask: torch.Tensor) -> torch.Tensor:
+            # Not the class's method: the one of the patch, which decodes the rows or passes them on.
+            key, value = module.expand_kv(rows, rows)
+            output, _ = attend_latents(
+                module, query, key, value, mask, base=base, scaling=scaling, dropout=dropout, **settings
+            )
+            return output
+
+        return key.attend(query, module.v_head_dim, attend), None
     if isinstance(key, CompressedLatent):
         weight = foldable_weight(module.kv_b_proj)
         if weight is None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
 
+from kvsplice_hf.cache.layers import can_be_spliced
 from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.errors import NotMLAError
 from kvsplice_hf.patch.families import AttentionSite, Family
@@ -38,6 +39,12 @@ def _check(name: str, module: Any) -> None:
         raise NotMLAError(
             f"{name} ({type(module).__name__}) is part of an encoder-decoder model, which is not supported."
         )
+    layer = _cache_layer(module)
+    if layer is not None and not can_be_spliced(layer):
+        raise NotMLAError(
+            f"{name} ({type(module).__name__}) shares its cache layer, a {type(layer).__name__}, with what is no "
+            "attention, so that its keys and values cannot be replaced by rows."
+        )
 
 
 def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> AttentionSite:
@@ -59,6 +66,7 @@ def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> Atten
         indexer_head_dim=0,
         dtype=next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32),
         kv_heads=kv_heads,
+        chunked=_is_chunked(module),
         device=execution_device(_projection(module)),
     )
 
@@ -69,10 +77,15 @@ def _head_size(module: Any) -> int:
     return next((size for size in sizes if isinstance(size, int)), 0)
 
 
+def _cache_layer(module: Any) -> CacheLayerMixin | None:
+    """The one that transformers gives the module in a cache that grows; None where it gives layers as they come."""
+    layers = DynamicCache(config=module.config).layers
+    return layers[module.layer_idx] if module.layer_idx < len(layers) else None
+
+
 def _window(module: Any) -> int | None:
     """Tokens that the cache layer keeps room for, where transformers gives the module one that slides."""
-    layers = DynamicCache(config=module.config).layers
-    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    layer = _cache_layer(module)
     return layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
 
 
@@ -94,7 +107,7 @@ def _out_features(projection: Any) -> int:
 
 
 def _geometry(site: AttentionSite, splice: Any, exact_tokens: int) -> RowGeometry:
-    if _is_chunked(site.module):
+    if site.chunked:
         # How many keys a query sees does not tell its rank in the sequence, so that first tokens could not be found.
         exact_tokens = 0
     if site.sliding_window is not None:
