@@ -12,6 +12,8 @@ values, head by head, as they are. The last line of stdout is one JSON object.
 """
 
 import functools
+import itertools
+import json
 import math
 import statistics
 import sys
@@ -175,14 +177,20 @@ class CodecComparison(Comparison):
         return self.row(_OURS, bytes_per_token, texts, budget=budget, calibration=calibration)
 
     def run(self) -> list[Row]:
+        """All rows, each told as soon as it is there: the program runs for long, and may not reach its end."""
         names = dict.fromkeys(self.args.rivals or [*self.rivals, *CACHE_BACKENDS])  # each once, in the order given
-        rows = [
-            self.ours(budget, name)
-            for name in (self.calibrators if self.args.ours else ())
-            for budget in self.args.ours
-        ]
-        rows += [self.rival(self.rivals[name]) for name in names if name in self.rivals]
-        return rows + [self.backend(CACHE_BACKENDS[name]) for name in names if name in CACHE_BACKENDS]
+        own = itertools.product(self.calibrators if self.args.ours else (), self.args.ours)
+        rows = [self.told(self.ours(budget, name)) for name, budget in own]
+        return rows + [self.told(self.named(name)) for name in names]
+
+    def named(self, name: str) -> Row:
+        """A rival, or a cache of transformers, by name."""
+        return self.rival(self.rivals[name]) if name in self.rivals else self.backend(CACHE_BACKENDS[name])
+
+    @staticmethod
+    def told(row: Row) -> Row:
+        print(json.dumps(row), file=sys.stderr)
+        return row
 
 
 def mean_loss(texts: dict[str, Row]) -> float:
