@@ -1,5 +1,6 @@
 """Rivals on ordinary attention take the bytes they say, and code keys and values head by head without a trace."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,20 @@ def test_the_script_measures_every_rival_on_ordinary_attention(ordinary_folder: 
     assert kl["transformers-fp8"] > 0
     assert kl["ours"] < kl["rotated-lloyd4"]
     assert all(row.get("other_variant") is None for row in rows.values())
+
+
+def test_the_script_tells_each_row_at_once_and_can_do_without_ours(
+    ordinary_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("builtins.print", lambda *parts, **_: told.append(str(parts[0])))
+    sizes = ["--window", "64", "--calibration-tokens", "64", "--evaluation-tokens", "64", "--ours", "0"]
+    settings = ["--rivals", "transformers-fp8", "oscar2", "--output", str(tmp_path)]
+    with pytest.raises(IndexError):  # the program's own last line went the same way
+        run_program("measure/codecs.py", "--model", ordinary_folder, *sizes, *settings)
+    *rows, report = map(json.loads, told)
+    assert [row["name"] for row in rows] == ["transformers-fp8", "oscar2"]
+    assert rows == report["results"]
 
 
 @pytest.mark.parametrize("name", ["int4-g32-k8", "weight-svd-0.5"])

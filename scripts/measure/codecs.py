@@ -93,7 +93,7 @@ class Arguments:
     )
     ours: list[float] = field(
         default_factory=lambda: [385.0, 257.0, 193.0, 154.0, 128.0],
-        metadata={"help": "budgets of our own codec, bytes per token and layer with the exact tokens"},
+        metadata={"help": "budgets of our own codec, bytes per token and layer with the exact tokens; 0: without it"},
     )
     statistics: list[str] = field(
         default_factory=list,
@@ -179,7 +179,8 @@ class CodecComparison(Comparison):
     def run(self) -> list[Row]:
         """All rows, each told as soon as it is there: the program runs for long, and may not reach its end."""
         names = dict.fromkeys(self.args.rivals or [*self.rivals, *CACHE_BACKENDS])  # each once, in the order given
-        own = itertools.product(self.calibrators if self.args.ours else (), self.args.ours)
+        budgets = [budget for budget in self.args.ours if budget]
+        own = itertools.product(self.calibrators if budgets else (), budgets)
         rows = [self.told(self.ours(budget, name)) for name, budget in own]
         return rows + [self.told(self.named(name)) for name in names]
 
