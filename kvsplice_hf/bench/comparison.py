@@ -1,6 +1,7 @@
 """Variants of one model on the same texts: loss of each beside the bytes that a row of its cache takes."""
 
 import contextlib
+import functools
 import statistics
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvs
 from kvsplice_hf.bench.rivals import RIVALS, CacheBackend, Rival
 from kvsplice_hf.bench.texts import spread_windows
 from kvsplice_hf.evaluation.reference import Forward, score_against, score_reference
+from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import patched_sites
 
@@ -94,17 +96,24 @@ class Comparison:
 
     def bytes_of(self, codec: Rival | CacheBackend) -> float:
         """Per token and layer, averaged over layers, which may differ in size."""
-        sites = [site for site in find_sites(self.model) if site.stores_latent]
-        heads = [max(site.kv_heads, 1) for site in sites]
-        return statistics.fmean(
-            codec.bytes_per_token(count * site.kv_lora_rank, count * site.qk_rope_head_dim)
-            for count, site in zip(heads, sites, strict=True)
-        )
+        return statistics.fmean(_bytes_at(site, codec) for site in find_sites(self.model) if site.stores_latent)
+
+    @functools.cached_property
+    def has_heads(self) -> bool:
+        """Whether the model has ordinary attention, whose rows are keys and values of heads."""
+        return any(site.kv_heads for site in find_sites(self.model))
 
     def row(self, name: str, bytes_per_token: float, texts: dict[str, Row], **more: Any) -> Row:
         """A row of the table; bytes beside those of bf16."""
         ratio = bytes_per_token / self.bytes_of(RIVALS["bf16"])
         return {"name": name, "bytes_per_token": bytes_per_token, "bytes_ratio": ratio, "texts": texts, **more}
+
+
+def _bytes_at(site: AttentionSite, codec: Rival | CacheBackend) -> float:
+    if site.kv_heads and isinstance(codec, Rival):
+        return codec.heads_bytes(site.kv_heads, site.qk_rope_head_dim, site.kv_lora_rank)
+    heads = max(site.kv_heads, 1)
+    return codec.bytes_per_token(heads * site.kv_lora_rank, heads * site.qk_rope_head_dim)
 
 
 def loss_text(row: Row) -> str:

@@ -27,7 +27,7 @@ from kvsplice_hf.errors import CalibrationError, PatchStateError, UnsupportedErr
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import is_patched
-from kvsplice_hf.patch.tap import tapped
+from kvsplice_hf.patch.tap import Attended, tapped
 from kvsplice_hf.upstream import POSITION_EMBEDDINGS
 from kvsplice_hf.weights.offload import input_device
 
@@ -177,16 +177,16 @@ class Collector:
     def _record(self, site: AttentionSite, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
         return type(site.module).expand_kv(site.module, *self._count(site, latent, k_rot))
 
-    def _record_heads(self, site: AttentionSite, key: torch.Tensor, value: torch.Tensor) -> tuple[Any, Any]:
+    def _record_heads(self, site: AttentionSite, seen: Attended) -> Attended:
         """Count keys [B, K, T, d] and values [B, K, T, v] of a layer with ordinary attention, and hand them on."""
-        found = key.shape[1], key.shape[-1], value.shape[-1]
+        found = seen.key.shape[1], seen.key.shape[-1], seen.value.shape[-1]
         if found != (site.kv_heads, site.qk_rope_head_dim, site.kv_lora_rank):
             raise CalibrationError(
                 f"{site.name} computes {found[0]} key heads of {found[1]} numbers and values of {found[2]}, where "
                 f"{(site.kv_heads, site.qk_rope_head_dim, site.kv_lora_rank)} were expected from its projections."
             )
-        value, key = self._count(site, value, key)
-        return key, value
+        value, key = self._count(site, seen.value, seen.key)
+        return seen._replace(key=key, value=value)
 
     def _count(
         self, site: AttentionSite, latent: torch.Tensor, k_rot: torch.Tensor

@@ -1,8 +1,8 @@
-"""Looks at keys and values where the attention function of a module gets them, without changing anything else."""
+"""Looks at queries, keys and values where the attention function of a module gets them, and may hand on others."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,8 +15,24 @@ from kvsplice_hf.patch.names import WRAPPED_ATTENTION
 
 _PREFIX = "kvsplice_tap_"
 _ATTRIBUTE = "_kvsplice_tap"
-# Told of a site, its keys [B, K, T, d] and values [B, K, T, v]; gives those to go on with.
-Tap = Callable[[AttentionSite, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Attended(NamedTuple):
+    """What an attention function gets.
+
+    Attributes:
+        query, key, value: [B, H, T, d], [B, K, S, d] and [B, K, S, v].
+        mask: bool or added to scores, [B, 1, T, S]; None: causal.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+
+
+# Told of a site and what its attention function gets; gives what to go on with.
+Tap = Callable[[AttentionSite, Attended], Attended]
 
 
 @contextlib.contextmanager
@@ -52,8 +68,9 @@ def tapped(sites: Sequence[AttentionSite], tap: Tap) -> Iterator[None]:
 
 def _attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
     base = module.config._attn_implementation.removeprefix(_PREFIX)
+    seen = Attended(query, key, value, mask)
     tapped_site = vars(module).get(_ATTRIBUTE)
     if tapped_site is not None:
         site, tap = tapped_site
-        key, value = tap(site, key, value)
-    return attend_expanded(module, query, key, value, mask, base=base, **kwargs)
+        seen = tap(site, seen)
+    return attend_expanded(module, *seen, base=base, **kwargs)

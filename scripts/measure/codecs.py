@@ -1,25 +1,32 @@
 #!/usr/bin/env python
-"""Loss against bytes: other codecs for the rows of an MLA cache beside the one of this package, on the same text.
+"""Loss against bytes: other codecs for the rows of a cache beside the one of this package, on the same text.
 
 Every codec reads back whole windows without a cache; the first 4 tokens of each are exact and not counted in the bytes.
-Every one but bf16 runs twice, on latents as they are and on standardised ones, and the better result counts; where
-there are many windows, the better on some of them runs on all. The last line of stdout is one JSON object.
+On latents of MLA every one but bf16 runs twice, as they are and standardised, and the better result counts; where there
+are many windows, the better on some of them runs on all. On ordinary attention they code keys after their rotation and
+values, head by head, as they are. The last line of stdout is one JSON object.
 
     python scripts/measure/codecs.py                                            # SmolLM2-135M as MLA, pydoc
+    python scripts/measure/codecs.py --model smollm2                            # SmolLM2-135M as it is
     python scripts/measure/codecs.py --evaluation pydoc book.txt --rivals fp8-g128 int4-g32 --ours 288 184
 """
 
 import functools
+import itertools
+import json
 import math
 import statistics
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
 from rich.table import Table
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig
 from kvsplice_hf.bench.command_line import (
@@ -37,14 +44,17 @@ from kvsplice_hf.bench.comparison import Comparison, Row, loss_text, ours
 from kvsplice_hf.bench.rivals import (
     CACHE_BACKENDS,
     EXACT_TOKENS,
+    HEAD_RIVALS,
     RIVALS,
     CacheBackend,
-    LayerStatistics,
     Rival,
+    collect_head_statistics,
     collect_statistics,
     simulated,
+    simulated_heads,
 )
 from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.upstream import cache_argument
 
 
@@ -52,7 +62,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 
-_NAMES = [*RIVALS, *CACHE_BACKENDS]
+_NAMES = list(dict.fromkeys([*RIVALS, *HEAD_RIVALS, *CACHE_BACKENDS]))
 _OURS = "ours"
 # Updates per window of a cache of transformers. What it returns at the first one is not coded yet, so that an eighth of
 # each window is scored as the stock model: an advantage, but the first one also sets its scales.
@@ -66,7 +76,7 @@ _SMALLEST_DRAWN = 0.01
 
 @dataclass
 class Arguments:
-    """Loss against bytes of several codecs for the rows of an MLA cache."""
+    """Loss against bytes of several codecs for the rows of a cache."""
 
     model: str = field(default=DEMO, metadata={"help": 'folder, hub name, "demo" (SmolLM2 as MLA) or "smollm2"'})
     calibration: list[str] = field(
@@ -78,10 +88,12 @@ class Arguments:
     )
     evaluation_tokens: int = field(default=8192, metadata={"help": "tokens to measure on, per text"})
     window: int = field(default=1024, metadata={"help": "tokens per sequence, in calibration and evaluation"})
-    rivals: list[str] = field(default_factory=lambda: list(_NAMES), metadata={"help": f"any of {', '.join(_NAMES)}"})
+    rivals: list[str] = field(
+        default_factory=list, metadata={"help": f"any of {', '.join(_NAMES)}; none: all that suit the model"}
+    )
     ours: list[float] = field(
         default_factory=lambda: [385.0, 257.0, 193.0, 154.0, 128.0],
-        metadata={"help": "budgets of our own codec, bytes per token and layer with the exact tokens"},
+        metadata={"help": "budgets of our own codec, bytes per token and layer with the exact tokens; 0: without it"},
     )
     statistics: list[str] = field(
         default_factory=list,
@@ -97,8 +109,15 @@ class CodecComparison(Comparison):
     args: Arguments
 
     @functools.cached_property
-    def statistics(self) -> dict[int, LayerStatistics]:
-        return collect_statistics(self.model, tqdm(self.calibration.split(1), desc="calibration", file=sys.stderr))
+    def statistics(self) -> dict[Any, Any]:
+        """Of latents by layer, or of keys and values by key head."""
+        collect = collect_head_statistics if self.has_heads else collect_statistics
+        return collect(self.model, tqdm(self.calibration.split(1), desc="calibration", file=sys.stderr))
+
+    @functools.cached_property
+    def rivals(self) -> Mapping[str, Rival]:
+        """Those that suit the model."""
+        return HEAD_RIVALS if self.has_heads else RIVALS
 
     @property
     def chunk(self) -> int:
@@ -117,7 +136,7 @@ class CodecComparison(Comparison):
         variants = [
             replace(rival, is_standardised=choice)
             for choice in (False, True)
-            if not choice or rival.has_standardised_variant
+            if not choice or (rival.has_standardised_variant and not self.has_heads)
         ]
         if len(variants) == 1:
             return self.row(
@@ -131,7 +150,8 @@ class CodecComparison(Comparison):
         return self.row(rival.name, self.bytes_of(rival), texts, standardised=best.is_standardised, other_variant=other)
 
     def read_back(self, rival: Rival, windows: int = sys.maxsize) -> dict[str, Row]:
-        with simulated(self.model, rival, self.statistics):
+        simulation = simulated_heads if self.has_heads else simulated
+        with simulation(self.model, rival, self.statistics):
             return self.texts(self.plain, rival.name + "*" * rival.is_standardised, windows)
 
     def backend(self, backend: CacheBackend) -> Row:
@@ -157,14 +177,21 @@ class CodecComparison(Comparison):
         return self.row(_OURS, bytes_per_token, texts, budget=budget, calibration=calibration)
 
     def run(self) -> list[Row]:
-        names = dict.fromkeys(self.args.rivals)  # each once, in the order given
-        rows = [
-            self.ours(budget, name)
-            for name in (self.calibrators if self.args.ours else ())
-            for budget in self.args.ours
-        ]
-        rows += [self.rival(RIVALS[name]) for name in names if name in RIVALS]
-        return rows + [self.backend(CACHE_BACKENDS[name]) for name in names if name in CACHE_BACKENDS]
+        """All rows, each told as soon as it is there: the program runs for long, and may not reach its end."""
+        names = dict.fromkeys(self.args.rivals or [*self.rivals, *CACHE_BACKENDS])  # each once, in the order given
+        budgets = [budget for budget in self.args.ours if budget]
+        own = itertools.product(self.calibrators if budgets else (), budgets)
+        rows = [self.told(self.ours(budget, name)) for name, budget in own]
+        return rows + [self.told(self.named(name)) for name in names]
+
+    def named(self, name: str) -> Row:
+        """A rival, or a cache of transformers, by name."""
+        return self.rival(self.rivals[name]) if name in self.rivals else self.backend(CACHE_BACKENDS[name])
+
+    @staticmethod
+    def told(row: Row) -> Row:
+        print(json.dumps(row), file=sys.stderr)
+        return row
 
 
 def mean_loss(texts: dict[str, Row]) -> float:
@@ -176,7 +203,7 @@ def mean_loss(texts: dict[str, Row]) -> float:
 def table_of(rows: list[Row], texts: list[str]) -> Table:
     """Rows by bytes, those that were skipped below; `*` marks where the standardised variant was the better one."""
     columns = [f"{Path(text).name}: loss" for text in texts]
-    notes = ["* latents standardised per channel"]
+    notes = ["* latents standardised per channel"] if any(row.get("standardised") for row in rows) else []
     notes += [f"{row['name']}: skipped. {row['skipped']}" for row in rows if "skipped" in row]
     table = Table("codec", "bytes", "of stock", *columns, "KL (nats)", caption="\n".join(notes), caption_justify="left")
     measured = [row for row in rows if "skipped" not in row]
@@ -228,11 +255,23 @@ def check(args: Arguments) -> None:
         raise ConfigError(f"--window is {args.window}; the first {EXACT_TOKENS} tokens are exact, so it needs more.")
 
 
+def require_suited(args: Arguments, model: PreTrainedModel) -> None:
+    """Refuse rivals that do not suit the model, before the stock model is scored.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    has_heads = any(site.kv_heads for site in find_sites(model))
+    require_known("rivals", args.rivals, [*(HEAD_RIVALS if has_heads else RIVALS), *CACHE_BACKENDS])
+
+
 def main() -> None:
     (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
     with readable_errors():
         check(args)
-        comparison = CodecComparison(*load_model(args.model, args.dtype), args)
+        loaded = load_model(args.model, args.dtype)
+        require_suited(args, loaded.model)
+        comparison = CodecComparison(*loaded, args)
         rows = comparison.run()
     folder = results_folder(args.output, "codecs")
     draw(rows, list(comparison.stock), folder / "loss_against_bytes.png")

@@ -25,11 +25,15 @@ class Rival(ABC):
         rot_bits: 16 keeps the rotated key in bf16; 8 stores integers with one bf16 scale per token.
         is_standardised: take mean and spread of each channel out first.
         tokens: coded tokens of a sequence, over which bytes that belong to the sequence are spread.
+        first, recent: so many tokens at the start of a sequence, and the last ones before each query, are kept in bf16
+            beside the coded ones. Of ordinary attention only.
     """
 
     rot_bits: int = 16
     is_standardised: bool = False
     tokens: int = 1024
+    first: int = 0
+    recent: int = 0
 
     # Whether a standardised variant makes sense at all.
     has_standardised_variant: ClassVar[bool] = True
@@ -39,7 +43,13 @@ class Rival(ABC):
 
     @property
     def name(self) -> str:
-        return self.label + ("" if self.rot_bits == 16 else f"-k{self.rot_bits}")
+        window = f"-s{self.first}-w{self.recent}" if self.first or self.recent else ""
+        return self.label + window + ("" if self.rot_bits == 16 else f"-k{self.rot_bits}")
+
+    @property
+    def for_values(self) -> "Rival":
+        """What codes the values of ordinary attention where this one codes the keys."""
+        return self
 
     @property
     @abstractmethod
@@ -62,6 +72,16 @@ class Rival(ABC):
         rot = 2 * rope_dim if self.rot_bits == 16 or rope_dim == 0 else math.ceil(rope_dim * self.rot_bits / 8) + 2
         return self.latent_bytes(latent_dim) + rot
 
+    def heads_bytes(self, heads: int, key_dim: int, value_dim: int) -> float:
+        """Bytes of the keys and values of all heads, packed, with their scales, per token and layer.
+
+        Tokens kept in bf16 count as such, in a sequence of `tokens`.
+        """
+        exact = min(self.first + self.recent, self.tokens)
+        coded = self.latent_bytes(key_dim) + self.for_values.latent_bytes(value_dim)
+        whole = 2 * (key_dim + value_dim)
+        return heads * (exact * whole + (self.tokens - exact) * coded) / self.tokens
+
     def fit(self, statistics: LayerStatistics) -> Self:
         """A copy for the layer that has these statistics."""
         fitted = copy(self)
@@ -75,8 +95,12 @@ class Rival(ABC):
 
     def round_trip(self, latent: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows as they would be read back: latents [..., T, R] and rotated keys [..., T, P], same shapes and dtypes."""
+        return self.read_back(latent), self._code_rot(k_rot.float()).to(k_rot.dtype)
+
+    def read_back(self, latent: torch.Tensor) -> torch.Tensor:
+        """Latents, or keys or values of one head [..., T, n], as they would be read back, same shape and dtype."""
         decoded = self.code((latent.float() - self._centre) / self._spread) * self._spread + self._centre
-        return decoded.to(latent.dtype), self._code_rot(k_rot.float()).to(k_rot.dtype)
+        return decoded.to(latent.dtype)
 
     def _code_rot(self, k_rot: torch.Tensor) -> torch.Tensor:
         if self.rot_bits == 16 or k_rot.shape[-1] == 0:

@@ -16,17 +16,18 @@ from transformers.cache_utils import (
 
 @dataclass(frozen=True)
 class CacheBackend:
-    """A `QuantizedCache` of transformers, given the latents and rotated keys of MLA as its keys and values.
+    """A `QuantizedCache` of transformers; of MLA it is given latents and rotated keys as its keys and values.
 
     It holds no token exact, and what it returns at the first update is what it was given. Those with integers keep up
     to 128 of the last tokens as they came; when there are more, they quantise all tokens anew.
     """
 
     backend: str
+    bits: int | None = None  # None: what the backend takes by itself
 
     @property
     def name(self) -> str:
-        return f"transformers-{self.backend}"
+        return f"transformers-{self.backend}" + ("" if self.bits is None else str(self.bits))
 
     def bytes_per_token(self, latent_dim: int, rope_dim: int) -> float:
         """Bytes of a row, counted in the tensors of a layer that holds `_COUNTED_ROWS` of them.
@@ -44,7 +45,7 @@ class CacheBackend:
         return sum(tensor.numel() * min(tensor.itemsize, 2) for tensor in tensors) / _COUNTED_ROWS
 
     def make_cache(self, config: PreTrainedConfig) -> Cache:
-        return QuantizedCache(self.backend, config)
+        return QuantizedCache(self.backend, config, **self._settings)
 
     def why_not(self) -> str | None:
         """Why it cannot run here, or None."""
@@ -56,10 +57,14 @@ class CacheBackend:
 
     def _layer(self) -> BaseQuantizedLayer:
         """An empty layer of such a cache."""
-        return _CACHE_LAYERS[self.backend]()
+        return _CACHE_LAYERS[self.backend](**self._settings)
+
+    @property
+    def _settings(self) -> dict[str, int]:
+        return {} if self.bits is None else {"nbits": self.bits}
 
 
-_CACHE_LAYERS: Mapping[str, Callable[[], BaseQuantizedLayer]] = {
+_CACHE_LAYERS: Mapping[str, Callable[..., BaseQuantizedLayer]] = {
     "fp8": Fp8QuantizedLayer,
     "quanto": QuantoQuantizedLayer,
     "hqq": HQQQuantizedLayer,
@@ -80,5 +85,6 @@ def _tensors_in(holder: Any) -> Iterator[torch.Tensor]:
 
 
 CACHE_BACKENDS: Mapping[str, CacheBackend] = {
-    backend.name: backend for backend in map(CacheBackend, ("fp8", "quanto", "hqq"))
+    backend.name: backend
+    for backend in (CacheBackend("fp8"), CacheBackend("quanto"), CacheBackend("quanto", 2), CacheBackend("hqq"))
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kvsplice_hf.bench.rivals.base import Rival
+from kvsplice_hf.bench.rivals.integers import IntegerPerToken
 from kvsplice_hf.bench.rivals.rounding import affine, in_groups, to_bf16
 
 
@@ -24,6 +25,10 @@ class IntegerPerChannel(Rival):
     @property
     def label(self) -> str:
         return f"kivi{self.bits}-t{self.group}"
+
+    @property
+    def for_values(self) -> Rival:
+        return IntegerPerToken(bits=self.bits, group=self.group)
 
     def latent_bytes(self, latent_dim: int) -> float:
         whole = self.tokens // self.group * self.group

@@ -1,4 +1,4 @@
-"""All rivals by name."""
+"""All rivals by name, those of latents and those of the keys and values of ordinary attention."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,6 +7,7 @@ from kvsplice_hf.bench.rivals.base import Rival
 from kvsplice_hf.bench.rivals.float_formats import Fp8Rows, NvFp4, Stock
 from kvsplice_hf.bench.rivals.integers import IntegerPerToken
 from kvsplice_hf.bench.rivals.kivi import IntegerPerChannel
+from kvsplice_hf.bench.rivals.readers import ReaderRotatedIntegers
 from kvsplice_hf.bench.rivals.rotation import HadamardIntegers, HadamardLloydMax, RotatedLloydMax
 from kvsplice_hf.bench.rivals.truncation import PcaTruncation, PromptTruncation, WeightTruncation
 
@@ -34,4 +35,13 @@ def _table() -> dict[str, Rival]:
     return {rival.name: rival for rival in rivals}
 
 
+def _table_of_heads() -> dict[str, Rival]:
+    # Not those that differ from others in a rotated key beside the latent, or that look at the weights of MLA.
+    shared = [rival for rival in RIVALS.values() if rival.rot_bits == 16 and not isinstance(rival, WeightTruncation)]
+    rivals = [*shared, ReaderRotatedIntegers(), ReaderRotatedIntegers(first=64, recent=256)]
+    return {rival.name: rival for rival in rivals}
+
+
 RIVALS: Mapping[str, Rival] = _table()
+# Of the keys and values of ordinary attention.
+HEAD_RIVALS: Mapping[str, Rival] = _table_of_heads()

@@ -62,7 +62,7 @@ class LayerStatistics:
         )
 
 
-class _Moments:
+class Moments:
     """Running sums over the rows of one layer. fp64: differences of large sums follow."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class _Moments:
 
 
 def _expand_and_add(
-    module: Any, moments: _Moments, latent: torch.Tensor, k_rot: torch.Tensor
+    module: Any, moments: Moments, latent: torch.Tensor, k_rot: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     moments.add(latent[..., EXACT_TOKENS:, :], k_rot[..., EXACT_TOKENS:, :])
     return type(module).expand_kv(module, latent, k_rot)
@@ -105,17 +105,26 @@ def collect_statistics(model: nn.Module, batches: Iterable[torch.Tensor]) -> dic
         PatchStateError: the model is patched.
     """
     sites = [site for site in find_sites(model) if site.stores_latent]
-    moments = {site.layer_idx: _Moments() for site in sites}
+    moments = {site.layer_idx: Moments() for site in sites}
 
     def make(site: AttentionSite) -> Callable[..., Any]:
         # A layer that expands the latent of another one adds nothing to what is known about it.
-        mine = moments[site.layer_idx] if site.stores_latent else _Moments()
+        mine = moments[site.layer_idx] if site.stores_latent else Moments()
         return functools.partial(_expand_and_add, site.module, mine)
 
     device = next(model.parameters()).device
     with replaced_expand_kv(model, make):
         for batch in batches:
             model(batch.to(device), use_cache=False)
-    if not all(layer.count for layer in moments.values()):
-        raise ConfigError(f"Calibration needs sequences of more than {EXACT_TOKENS} tokens.")
+    require_counted(moments.values())
     return {site.layer_idx: moments[site.layer_idx].statistics(effective_weight(site)) for site in sites}
+
+
+def require_counted(moments: Iterable[Moments]) -> None:
+    """Refuse sums over nothing.
+
+    Raises:
+        ConfigError: no sequence was longer than the tokens that are left out.
+    """
+    if not all(layer.count for layer in moments):
+        raise ConfigError(f"Calibration needs sequences of more than {EXACT_TOKENS} tokens.")
