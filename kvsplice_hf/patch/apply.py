@@ -65,8 +65,14 @@ def _require_packed(sites: list[AttentionSite], config: KVSpliceConfig) -> None:
     if ordinary is not None and not config.is_packed:
         raise ConfigError(
             f"`compression_ratio` and `rank` are for layers that store a latent, and {ordinary.name} "
-            f"({type(ordinary.module).__name__}) has ordinary attention. Give `bytes_per_token` or `bits`, or no "
-            "budget for a quarter of the stock bytes."
+            f"({type(ordinary.module).__name__}) has ordinary attention. Give `bytes_per_token`, `bits` or "
+            "`compression`, or no budget for a quarter of the stock bytes."
+        )
+    latent = next((site for site in sites if not site.kv_heads), None)
+    if latent is not None and config.values != "coded":
+        raise ConfigError(
+            f"`values` is {config.values!r}; {latent.name} ({type(latent.module).__name__}) stores a latent, from "
+            'which both keys and values are made. Leave `values` out; `keys="exact"` keeps its rotated keys.'
         )
     if ordinary is not None and not codec_class(config.codec).fitted_together:
         raise ConfigError(
