@@ -28,6 +28,13 @@ _SIZES: dict[str, Any] = {
 }
 _MULTI_HEAD = {"num_key_value_heads": None}
 _MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+# The last two of four layers read keys and values of the first two.
+_SHARED = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "sliding_window": WINDOW,
+    "layer_types": 2 * ["sliding_attention", "full_attention"],
+}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 # What differs from the sizes above; None: the setting is left out.
 ORDINARY_MODELS: dict[str, dict[str, Any]] = {
@@ -40,8 +47,23 @@ ORDINARY_MODELS: dict[str, dict[str, Any]] = {
     "gemma": {},
     "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 8},
     "gemma3_text": {**_MIXED, "query_pre_attn_scalar": 8},
+    "gemma3n_text": {
+        **_SHARED,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": None,
+    },
+    "gemma4_text": {
+        **_SHARED,
+        "global_head_dim": 16,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+    },
     "glm4": {"partial_rotary_factor": 0.5},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, **_MULTI_HEAD},
+    "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, **_MULTI_HEAD},
     "gpt_neox": {"rotary_pct": 0.5, **_MULTI_HEAD},
     "gpt_oss": {**_EXPERTS, "sliding_window": WINDOW},
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, **_MULTI_HEAD},

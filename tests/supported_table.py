@@ -53,6 +53,8 @@ def _attention(sites: list[AttentionSite]) -> list[str]:
         found.append("capped scores")
     if getattr(first.module, "sinks", None) is not None:
         found.append("learned sinks")
+    if not all(site.stores_latent for site in sites):
+        found.append("layers that read another's keys")
     return found
 
 
@@ -64,6 +66,7 @@ def _keys(model: Any, sites: list[AttentionSite]) -> str:
     """
     if POSITION_EMBEDDINGS not in forward_parameters(sites[0].module):
         return "number by number"
+    sites = [site for site in sites if site.stores_latent]
     seen: dict[int, list[torch.Tensor]] = {}
 
     def look(site: AttentionSite, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ Legend: `H` query heads, `K` key heads, `d` numbers of a key, `v` of a value.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ def _check(name: str, module: Any) -> None:
 
 def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> AttentionSite:
     config, width = module.config, _head_size(module)
+    source = _source(name, module, earlier) if getattr(module, "is_kv_shared_layer", False) else None
+    if source is not None:
+        return replace(source, name=name, module=module, layer_idx=module.layer_idx, source=source)
     heads = config.num_attention_heads
     key_width, value_width = (_out_features(getattr(module, part, None)) for part in ("k_proj", "v_proj"))
     kv_heads = key_width // width if key_width else getattr(config, "num_key_value_heads", None) or heads
@@ -63,6 +67,22 @@ def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> Atten
     )
 
 
+def _source(name: str, module: Any, earlier: Sequence[AttentionSite]) -> AttentionSite:
+    """The site whose keys and values a layer reads that has none of its own.
+
+    Raises:
+        NotMLAError: no earlier layer of its kind hands its keys on.
+    """
+    kind = _kind(module)
+    for site in reversed(earlier):
+        if getattr(site.module, "store_full_length_kv", False) and _kind(site.module) == kind:
+            return site
+    raise NotMLAError(
+        f"{name} ({type(module).__name__}) reads keys and values of another layer, but no earlier one of the kind "
+        f"{kind!r} hands them on. Patch the whole decoder, not a part of it."
+    )
+
+
 def _head_size(module: Any) -> int:
     """d, under the names that models have for it."""
     sizes = (getattr(module, name, None) for name in ("head_dim", "head_size"))
@@ -78,9 +98,13 @@ def _window(module: Any) -> int | None:
 
 def _is_chunked(module: Any) -> bool:
     """Whether a query sees the tokens of its own chunk of the text only."""
-    config, layer_idx = module.config, module.layer_idx
-    kinds = getattr(config, "layer_types", None) or []
-    return layer_idx < len(kinds) and kinds[layer_idx] == "chunked_attention"
+    return _kind(module) == "chunked_attention"
+
+
+def _kind(module: Any) -> str | None:
+    """What the settings call a layer's attention, if they do."""
+    kinds = getattr(module.config, "layer_types", None) or []
+    return kinds[module.layer_idx] if module.layer_idx < len(kinds) else None
 
 
 def _projection(module: Any) -> nn.Module:
