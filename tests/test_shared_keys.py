@@ -34,7 +34,7 @@ def test_a_cache_holds_the_layers_that_store_and_no_others(name: str) -> None:
     model = packed(name)
     _, cache = step_by_step(model, tokens(1))
     assert [isinstance(layer, SplicedLayerMixin) for layer in cache.layers[:2]] == [True, True]
-    assert not any(getattr(layer, "is_initialized", False) for layer in cache.layers[2:])
+    assert all(layer.keys is None for layer in cache.layers[2:])
     first, second = (site for site, _ in patched_sites(model))
     stock = 4 * ((WINDOW - 1) * first.row_dim + 40 * second.row_dim)
     assert get_kv_cache_size(model, seq_len=40).original_bytes == stock

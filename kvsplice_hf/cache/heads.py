@@ -78,6 +78,10 @@ class CompressedHeads:
         read = [_read(head) for head in self.heads]
         return torch.cat([key for _, key in read], dim=1), torch.cat([value for value, _ in read], dim=1)
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "CompressedHeads":
+        """The same on another device: of a layer that reads keys of another one, which may be elsewhere."""
+        return CompressedHeads([head.to(device, non_blocking) for head in self.heads])
+
     def __getitem__(self, index: Any) -> Any:
         return self.__getattr__("[...]")
 

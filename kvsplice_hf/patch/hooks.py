@@ -17,6 +17,7 @@ from kvsplice_hf.cache.layers import see_turns, splice_cache_layer
 from kvsplice_hf.cache.pages import paged_rows
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
 from kvsplice_hf.call import STATE_ARGUMENT, Call, current_state, enter_call, leave_call
+from kvsplice_hf.code.keys import one_rotation
 from kvsplice_hf.errors import CacheMismatchError
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
 
@@ -51,7 +52,7 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     mask = patched.arguments.get("attention_mask", args, kwargs)
     hidden_states = patched.arguments.get("hidden_states", args, kwargs)
     new_tokens = None if hidden_states is None else hidden_states.shape[1]
-    embeddings = patched.arguments.get(upstream.POSITION_EMBEDDINGS, args, kwargs)
+    embeddings = one_rotation(patched.arguments.get(upstream.POSITION_EMBEDDINGS, args, kwargs))
     rows = paged_rows(kwargs) if state.enabled else None
     if rows is not None:
         if patched.stores_latent and patched.geometry.coded_keys:
