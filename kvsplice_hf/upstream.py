@@ -162,7 +162,7 @@ def argument(names: tuple[str, ...], name: str, args: tuple[Any, ...], kwargs: M
 
 def forward_parameters(module: Any) -> tuple[str, ...]:
     """The parameters of the forward of a module, without `self`."""
-    return _parameters(type(module))
+    return forward_parameters_of(type(module))
 
 
 def caches_keys_and_values(cls: type) -> bool:
@@ -191,7 +191,7 @@ def read_forward(
         UpstreamChangedError: it does something else than all releases known so far.
     """
     title = f"{name} ({type(module).__name__})"
-    used, parameters = names_used(type(module)), _parameters(type(module))
+    used, parameters = names_used(type(module)), forward_parameters_of(type(module))
     missing = " and ".join(word for word in ("update", "expand_kv")[: 1 + expands] if word not in used)
     if missing:
         raise changed(title, f"its forward does not call {missing}, so that codes would not be stored or read.")
@@ -242,7 +242,7 @@ def names_used(cls: type) -> tuple[str, ...]:
     return names
 
 
-def _parameters(cls: type) -> tuple[str, ...]:
+def forward_parameters_of(cls: type) -> tuple[str, ...]:
     """Parameters of the outermost forward that can be given by position or name, without `self`."""
     forward = next(_forwards(cls), None)
     if forward is None:

@@ -44,6 +44,7 @@ ORDINARY_MODELS: dict[str, dict[str, Any]] = {
     "cohere2": _MIXED,
     "ernie4_5": {},
     "exaone4": _MIXED,
+    "falcon": {"head_dim": None, "ffn_hidden_size": 48, "multi_query": True, **_MULTI_HEAD},
     "gemma": {},
     "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 8},
     "gemma3_text": {**_MIXED, "query_pre_attn_scalar": 8},
@@ -98,7 +99,6 @@ ORDINARY_MODELS: dict[str, dict[str, Any]] = {
 # Whose attention computes by itself, and what else they are built with.
 REFUSED_MODELS: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4, **_MULTI_HEAD},
-    "falcon": {"head_dim": None, "ffn_hidden_size": 48, "multi_query": True},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, **_MULTI_HEAD},
 }
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.errors import NotMLAError
+from kvsplice_hf.patch.alone import computes_alone
 from kvsplice_hf.patch.families import AttentionSite, Family
 from kvsplice_hf.patch.heads import attend_heads
 from kvsplice_hf.upstream import caches_keys_and_values
@@ -30,7 +31,7 @@ def _looks_ordinary(module: nn.Module) -> bool:
         and not hasattr(module, "kv_b_proj")  # latents in a release or code that does not cache them
         and not getattr(module, "is_cross_attention", False)
         and _head_size(module) > 0
-        and caches_keys_and_values(type(module))
+        and (caches_keys_and_values(type(module)) or computes_alone(type(module)))
     )
 
 
@@ -48,7 +49,7 @@ def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> Atten
         return replace(source, name=name, module=module, layer_idx=module.layer_idx, source=source)
     heads = config.num_attention_heads
     key_width, value_width = (_out_features(getattr(module, part, None)) for part in ("k_proj", "v_proj"))
-    kv_heads = key_width // width if key_width else getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = key_width // width if key_width else _heads_handed_over(module, heads)
     value_dim = value_width // kv_heads if value_width else width
     return AttentionSite(
         name=name,
@@ -65,6 +66,14 @@ def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> Atten
         kv_heads=kv_heads,
         device=execution_device(_projection(module)),
     )
+
+
+def _heads_handed_over(module: Any, heads: int) -> int:
+    """K, where no projection tells."""
+    if computes_alone(type(module)):
+        # Falcon of the newer kind hands each key over once for each query that reads it.
+        return heads if getattr(module, "new_decoder_architecture", False) else getattr(module, "num_kv_heads", heads)
+    return getattr(module.config, "num_key_value_heads", None) or heads
 
 
 def _source(name: str, module: Any, earlier: Sequence[AttentionSite]) -> AttentionSite:
