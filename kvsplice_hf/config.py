@@ -11,14 +11,15 @@ from kvsplice_hf.errors import ConfigError
 
 
 SCHEMA_VERSION = 1
-# Bytes of a row over those of the stock row in bf16, where no budget is given.
-DEFAULT_BYTES_RATIO = 0.25
+# Bytes of the stock row in bf16 over those of a row, where no budget is given.
+DEFAULT_COMPRESSION = 4
 # The exact tokens of a sequence of this length are counted into a budget of bytes per token.
 REFERENCE_LENGTH = 4096
 # The codecs of this package (`kvsplice_hf.code`).
 ROWS_CODEC, TRELLIS_CODEC = "rows", "trellis"
 DEFAULT_CODEC = TRELLIS_CODEC
-KEYS = ("unrotated", "rotated")
+KEYS = ("unrotated", "rotated", "exact")
+VALUES = ("coded", "exact")
 # Bytes of the smallest row of either: a bit or two, and the gain.
 SMALLEST_ROW = 2
 ALLOCATIONS = ("auto", "global", "layer")
@@ -48,6 +49,10 @@ def _rounded_up(value: float) -> float:
     return math.ceil(value * 100) / 100
 
 
+def _rounded_down(value: float) -> float:
+    return math.floor(value * 100) / 100
+
+
 def _parse_last(layers: str) -> int | None:
     """The n of "last:n", or None where the text is something else."""
     prefix, _, count = layers.partition(":")
@@ -64,15 +69,18 @@ class KVSpliceConfig:
         rank: the spliced rank r itself, the same for every layer, from 1 to the smallest `kv_lora_rank`.
         bytes_per_token: all bytes per token and layer on average, in packed codes, for one sequence; the exact first
             tokens are counted in at a length of 4096, and so is what layers have in common. Needs calibration.
-        bits: the same as bits per number of the stock row. Of these four budgets give one; with none, packed codes at
-            a quarter of the stock row in bf16.
+        bits: the same as bits per number of the stock row.
+        compression: the same as a ratio: how many times smaller than the stock row in bf16, 1 or more. Of these five
+            budgets give one; with none, `compression=4`.
         codec: name of the codec that packs rows: "trellis" is `TrellisCodec`, "rows" is `RowCodec`, which rounds each
             coordinate by itself, writes faster and loses more; others are registered (docs/how_to_add.md).
         keys: "unrotated" codes keys in packed rows before their rotation, which loses less at equal bytes; "rotated" as
-            they come. Only read where a splice is fitted.
+            they come; "exact" stores them as they come in bf16, and codes values alone. Only read where a splice is
+            fitted.
         key_block: how many numbers of a key before its rotation share a basis, those of neighbouring frequencies: even,
             or None for all. Narrow blocks decode faster, and lose more (docs/ordinary_attention.md). Only read where a
             splice is fitted.
+        values: of ordinary attention: "coded", or "exact" in bf16, so that keys alone are coded.
         allocation: "global" lets layers compete for bytes, "layer" gives each the same, "auto" takes what loses less on
             calibration text that was held out ("global" where there is none).
         layers: which latents to splice: "all", "last:n", or a sequence of cache layer indices (`layer_idx`).
@@ -99,9 +107,11 @@ class KVSpliceConfig:
     rank: int | None = None
     bytes_per_token: float | None = None
     bits: float | None = None
+    compression: float | None = None
     codec: str = DEFAULT_CODEC
     keys: str = KEYS[0]
     key_block: int | None = None
+    values: str = VALUES[0]
     allocation: str = "auto"
     layers: str | tuple[int, ...] = "all"
     layer_pattern: str | None = None
@@ -121,11 +131,8 @@ class KVSpliceConfig:
         self._check_layers()
         _check_choice("attention", self.attention, ATTENTION_MODES)
         _check_choice("init", self.init, INITIALISATIONS)
-        _check_choice("keys", self.keys, KEYS)
-        if self.key_block is not None and not (_is_int(self.key_block) and self.key_block > 0 == self.key_block % 2):
-            raise ConfigError(
-                f"`key_block` is {self.key_block!r}; it must be an even number of numbers, or None for all."
-            )
+        self._check_exact()
+        self._check_key_block()
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         if not _is_int(self.sink_tokens) or self.sink_tokens < 0:
             raise ConfigError(f"`sink_tokens` is {self.sink_tokens!r}; it must be an integer of 0 or more.")
@@ -140,8 +147,26 @@ class KVSpliceConfig:
         if self.layer_pattern is not None and not (isinstance(self.layer_pattern, str) and self.layer_pattern):
             raise ConfigError(f'`layer_pattern` is {self.layer_pattern!r}; it must be a path such as "transformer.h".')
 
+    def _check_key_block(self) -> None:
+        size = self.key_block
+        if size is not None and not (_is_int(size) and size > 0 and size % 2 == 0):
+            raise ConfigError(f"`key_block` is {size!r}; it must be an even number of numbers, or None for all.")
+
+    def _check_exact(self) -> None:
+        _check_choice("keys", self.keys, KEYS)
+        _check_choice("values", self.values, VALUES)
+        if self.keys == self.values == "exact":
+            raise ConfigError('`keys` and `values` are both "exact"; one of them has to be coded.')
+        for name in ("keys", "values"):
+            if getattr(self, name) != "exact":
+                continue
+            if not self.is_packed:
+                raise ConfigError(f'`{name}` is "exact"; it is for packed rows: give a budget in bytes, bits or times.')
+            if self.codec not in (ROWS_CODEC, TRELLIS_CODEC):
+                raise ConfigError(f'`{name}` is "exact"; the codec {self.codec!r} cannot leave numbers as they are.')
+
     def _check_budget(self) -> None:
-        names = ("compression_ratio", "rank", "bytes_per_token", "bits")
+        names = ("compression_ratio", "rank", "bytes_per_token", "bits", "compression")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if len(given) > 1:
             raise ConfigError(f"Give one budget, not {' and '.join(f'`{name}` ({v!r})' for name, v in given.items())}.")
@@ -156,39 +181,54 @@ class KVSpliceConfig:
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and 0 < value < float("inf")):
                 raise ConfigError(f"`{name}` is {value!r}; it must be a positive number of {unit}.")
+        times = self.compression
+        if times is not None and not (_is_number(times) and 1 <= times < float("inf")):
+            raise ConfigError(
+                f"`compression` is {times!r}; it must be a number of 1 or more: stock bytes in bf16 over those of rows."
+            )
 
     @property
     def is_packed(self) -> bool:
         """Whether rows are packed bytes."""
         return self.compression_ratio is None and self.rank is None
 
-    def row_budget(self, row_dim: int, shared: float = 0.0) -> float:
+    def row_budget(self, row_dim: int, shared: float = 0.0, smallest: float = SMALLEST_ROW) -> float:
         """Bytes of a packed row.
 
         Args:
-            row_dim: numbers of the stock row, R + P.
+            row_dim: numbers of the stock row, R + P, or those of all keys and values.
             shared: what else a cache keeps per token, divided by the layers that have it in common.
+            smallest: bytes of the smallest row of the package's codecs.
 
         Raises:
-            ConfigError: the smallest row of the package's codecs and the exact first tokens take more than the budget.
+            ConfigError: the smallest row and the exact first tokens take more than the budget.
         """
         if self.bytes_per_token is not None:
             budget = float(self.bytes_per_token)
         elif self.bits is not None:
             budget = self.bits * row_dim / 8
         else:
-            budget = DEFAULT_BYTES_RATIO * 2 * row_dim
+            budget = 2 * row_dim / (self.compression or DEFAULT_COMPRESSION)
         exact = self.exact_bytes(row_dim)
-        needed = SMALLEST_ROW + exact + shared
+        needed = smallest + exact + shared
         if budget < needed and self.codec in (ROWS_CODEC, TRELLIS_CODEC):
-            bits = f", or `bits` of {_rounded_up(needed * 8 / row_dim)}" if self.bits is not None else ""
+            whole = " and ".join(f"`{name}`" for name in ("keys", "values") if getattr(self, name) == "exact")
             raise ConfigError(
                 f"A budget of {budget:.1f} bytes per token and layer is below the {needed:.1f} that are the least: "
-                f"{SMALLEST_ROW} for the smallest row, {exact:.1f} for {self.sink_tokens} exact tokens in "
-                f"{REFERENCE_LENGTH}, and {shared:.1f} for how keys were rotated. Give `bytes_per_token` of at least "
-                f"{_rounded_up(needed)}{bits}, or fewer `sink_tokens`."
+                f"{smallest:.1f} for the smallest row{whole and f' with exact {whole}'}, {exact:.1f} for "
+                f"{self.sink_tokens} exact tokens in {REFERENCE_LENGTH}, and {shared:.1f} for how keys were rotated. "
+                f"Give {self._form_of(needed, row_dim)}, or fewer `sink_tokens`{whole and f', or code {whole}'}."
             )
         return budget - exact - shared
+
+    def _form_of(self, needed: float, row_dim: int) -> str:
+        """The smallest budget, in the form in which one was given as well as in bytes."""
+        forms = f"`bytes_per_token` of at least {_rounded_up(needed)}"
+        if self.bits is not None:
+            forms += f", or `bits` of {_rounded_up(needed * 8 / row_dim)}"
+        if self.compression is not None and needed <= 2 * row_dim:
+            forms += f", or `compression` of at most {_rounded_down(2 * row_dim / needed)}"
+        return forms
 
     def exact_bytes(self, row_dim: int) -> float:
         """What the exact first tokens take per token, as they are counted into a budget of bytes."""
@@ -245,10 +285,11 @@ class KVSpliceConfig:
         values = asdict(self)
         if not self.is_packed:
             del values["codec"]
-        if self.keys == KEYS[0]:  # files say it by what they hold
-            del values["keys"]
-        if self.key_block is None:
-            del values["key_block"]
+        # Files say it by what they hold, and releases that do not know of these go on reading them.
+        defaults = (("keys", KEYS[0]), ("values", VALUES[0]), ("compression", None), ("key_block", None))
+        for name, default in defaults:
+            if values[name] == default:
+                del values[name]
         if not isinstance(self.layers, str):
             values["layers"] = list(self.layers)
         return dict(sorted(values.items()))

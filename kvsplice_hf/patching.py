@@ -28,6 +28,9 @@ def patch_model_with_kvsplice(
     rank: int | None = None,
     bytes_per_token: float | None = None,
     bits: float | None = None,
+    compression: float | None = None,
+    keys: str | None = None,
+    values: str | None = None,
     layers: str | Sequence[int] | None = None,
     layer_pattern: str | None = None,
     use_layernorm: bool = False,
@@ -46,9 +49,11 @@ def patch_model_with_kvsplice(
         config: the settings; the keyword arguments below are short for some of its fields and override it.
         compression_ratio: spliced rank over latent rank, in (0, 1].
         rank: the spliced rank.
-        bytes_per_token: all bytes per token and layer on average, in packed codes. With no budget given, a quarter of
-            what the stock cache takes in bf16.
+        bytes_per_token: all bytes per token and layer on average, in packed codes.
         bits: the same as bits per number of the stock row.
+        compression: the same as how many times smaller than the stock cache in bf16. With no budget given, 4.
+        keys: "unrotated", "rotated", or "exact", see `KVSpliceConfig`.
+        values: "coded" or "exact", of ordinary attention.
         layers: "all", "last:n", or a list of cache layer indices.
         layer_pattern: dotted path of the list of layers ("transformer.h").
         use_layernorm: LayerNorm on the code.
@@ -79,7 +84,9 @@ def patch_model_with_kvsplice(
         >>> model.generate(**inputs, max_new_tokens=64)
     """
     budget = {"compression_ratio": compression_ratio, "rank": rank, "bytes_per_token": bytes_per_token, "bits": bits}
-    config = _with_overrides(config, budget, layers, layer_pattern, use_layernorm)
+    budget |= {"compression": compression}
+    others = {"layers": layers, "layer_pattern": layer_pattern, "use_layernorm": use_layernorm or None}
+    config = _with_overrides(config, budget, others | {"keys": keys, "values": values})
     sites = sites_to_patch(model, config)
     splices = splices_for(model, sites, config, calibration, tokenizer)
     apply_splices(model, sites, splices, config)
@@ -116,10 +123,8 @@ def _row_sizes(splice: Any) -> list[int]:
     return [] if splice.codec is None else [splice.codec.row_bytes]
 
 
-def _with_overrides(config: KVSpliceConfig | None, budget: dict[str, Any], *values: Any) -> KVSpliceConfig:
-    layers, layer_pattern, use_layernorm = values
-    changes: dict[str, Any] = {"layers": layers, "layer_pattern": layer_pattern, "use_layernorm": use_layernorm or None}
-    changes = {name: value for name, value in changes.items() if value is not None}
+def _with_overrides(config: KVSpliceConfig | None, budget: dict[str, Any], others: dict[str, Any]) -> KVSpliceConfig:
+    changes = {name: value for name, value in others.items() if value is not None}
     if any(value is not None for value in budget.values()):  # replaces the config's budget, whatever form that had
         changes |= budget
     if config is None:

@@ -164,12 +164,12 @@ def argument(names: tuple[str, ...], name: str, args: tuple[Any, ...], kwargs: M
 
 def forward_parameters(module: Any) -> tuple[str, ...]:
     """The parameters of the forward of a module, without `self`."""
-    return _parameters(type(module))
+    return forward_parameters_of(type(module))
 
 
 def caches_keys_and_values(cls: type) -> bool:
     """Whether the forward of a class hands states to the cache, and then to an attention function found by its name."""
-    used = _names_used(cls)
+    used = names_used(cls)
     by_name = {"update", "ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(used) and "expand_kv" not in used
     return by_name and used.index("update") < used.index("ALL_ATTENTION_FUNCTIONS")
 
@@ -193,7 +193,7 @@ def read_forward(
         UpstreamChangedError: it does something else than all releases known so far.
     """
     title = f"{name} ({type(module).__name__})"
-    used, parameters = _names_used(type(module)), _parameters(type(module))
+    used, parameters = names_used(type(module)), forward_parameters_of(type(module))
     missing = " and ".join(word for word in ("update", "expand_kv")[: 1 + expands] if word not in used)
     if missing:
         raise changed(title, f"its forward does not call {missing}, so that codes would not be stored or read.")
@@ -218,7 +218,7 @@ def require_latent_cache(name: str, module: Any) -> None:
     Raises:
         TransformersTooOldError: it caches expanded keys and values, as sparse-attention models did before 5.18.
     """
-    used = _names_used(type(module))
+    used = names_used(type(module))
     if "update" in used and "expand_kv" in used and used.index("update") > used.index("expand_kv"):
         raise TransformersTooOldError(
             f"{name} ({type(module).__name__}) caches expanded keys and values in transformers {INSTALLED}; it caches "
@@ -234,7 +234,7 @@ def _forwards(cls: type) -> Iterator[Any]:
             yield inspect.unwrap(vars(base)["forward"])
 
 
-def _names_used(cls: type) -> tuple[str, ...]:
+def names_used(cls: type) -> tuple[str, ...]:
     """Names in the order in which the forward first uses them; that of a base, where the forward hands over to it."""
     names: tuple[str, ...] = ()
     for forward in _forwards(cls):
@@ -244,7 +244,7 @@ def _names_used(cls: type) -> tuple[str, ...]:
     return names
 
 
-def _parameters(cls: type) -> tuple[str, ...]:
+def forward_parameters_of(cls: type) -> tuple[str, ...]:
     """Parameters of the outermost forward that can be given by position or name, without `self`."""
     forward = next(_forwards(cls), None)
     if forward is None:

@@ -26,6 +26,8 @@ ROUND_TRIPS = {
     "defaults": KVSpliceConfig(),
     "every_field": EVERY_FIELD,
     "rank_and_last": KVSpliceConfig(rank=7, layers="last:2"),
+    "times_and_exact_keys": KVSpliceConfig(compression=3, keys="exact"),
+    "exact_values": KVSpliceConfig(values="exact"),
 }
 
 INVALID = {
@@ -46,6 +48,17 @@ INVALID = {
     "bytes_of_zero": ({"bytes_per_token": 0}, r"`bytes_per_token` is 0; .* positive number of bytes"),
     "bytes_infinite": ({"bytes_per_token": float("inf")}, r"`bytes_per_token` is inf"),
     "bits_text": ({"bits": "4"}, r"`bits` is '4'; .* bits per number"),
+    "times_below_one": ({"compression": 0.25}, r"`compression` is 0\.25; .* 1 or more: stock bytes in bf16 over"),
+    "times_boolean": ({"compression": True}, r"`compression` is True"),
+    "times_and_bits": ({"compression": 4, "bits": 4}, r"one budget, not `bits` \(4\) and `compression` \(4\)"),
+    "keys": ({"keys": "raw"}, r"`keys` is 'raw'; .*'unrotated', 'rotated', 'exact'"),
+    "values": ({"values": "raw"}, r"`values` is 'raw'; .*'coded', 'exact'"),
+    "nothing_coded": ({"keys": "exact", "values": "exact"}, r"both \"exact\"; one of them has to be coded"),
+    "exact_keys_of_a_rank": ({"keys": "exact", "rank": 4}, r"`keys` is \"exact\"; it is for packed rows"),
+    "exact_keys_of_another_codec": (
+        {"keys": "exact", "codec": "x"},
+        r"`keys` is \"exact\"; the codec 'x' cannot leave",
+    ),
     "allocation": ({"allocation": "best"}, r"`allocation` is 'best'; .*'auto', 'global', 'layer'"),
     "layernorm_on_packed_rows": (
         {"bits": 4, "use_layernorm": True},
@@ -104,7 +117,8 @@ def test_a_config_is_equal_after_a_trip_through_json(config: KVSpliceConfig, tmp
 
 def test_json_names_every_field_in_order_and_lists_layers() -> None:
     values = EVERY_FIELD.to_dict()
-    assert list(values) == sorted({field.name for field in dataclasses.fields(KVSpliceConfig)} - {"codec", "keys"})
+    of_packed_rows = {"codec", "keys", "values", "compression"}
+    assert list(values) == sorted({field.name for field in dataclasses.fields(KVSpliceConfig)} - of_packed_rows)
     assert values["layers"] == [3, 1]
     assert values["schema_version"] == SCHEMA_VERSION
 
@@ -176,6 +190,8 @@ def test_the_rank_follows_the_budget(settings: dict[str, Any], kv_lora_rank: int
         ({"sink_tokens": 0}, 576, 288.0),  # a quarter of the stock row in bf16
         ({"bytes_per_token": 193, "sink_tokens": 0}, 385, 193.0),
         ({"bits": 4, "sink_tokens": 0}, 576, 288.0),
+        ({"compression": 4, "sink_tokens": 0}, 576, 288.0),
+        ({"compression": 6, "sink_tokens": 0}, 576, 192.0),
         # Four exact tokens of 385 bf16 numbers and a position, spread over 4096 tokens.
         ({"bytes_per_token": 193}, 385, 193 - 4 * (770 + 8) / 4096),
     ],
@@ -188,6 +204,26 @@ def test_a_budget_of_bytes_leaves_room_for_the_exact_tokens(
     assert config.row_budget(row_dim) == pytest.approx(budget)
     with pytest.raises(ConfigError, match="follows from calibration"):
         config.rank_for(512, "layers.0")
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"bytes_per_token": 9}, r"Give `bytes_per_token` of at least 20\.01, or fewer"),
+        ({"bits": 1}, r"Give `bytes_per_token` of at least 20\.01, or `bits` of 2\.51, or fewer"),
+        (
+            {"compression": 16},
+            r"Give `bytes_per_token` of at least 20\.01, or `compression` of at most 6\.39, or fewer",
+        ),
+        ({"compression": 16, "keys": "exact"}, r"row with exact `keys`, .*or fewer `sink_tokens`, or code `keys`"),
+    ],
+)
+def test_a_budget_below_the_smallest_row_names_it_in_the_form_of_the_budget(
+    settings: dict[str, Any], phrase: str
+) -> None:
+    with pytest.raises(ConfigError, match=phrase) as error:
+        KVSpliceConfig(**settings, sink_tokens=0).row_budget(64, shared=0.001, smallest=20)
+    assert "20.0 for the smallest row" in str(error.value)
 
 
 def test_a_rank_above_the_latent_names_the_layer() -> None:

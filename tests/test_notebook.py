@@ -20,13 +20,17 @@ def test_the_notebook_is_kept_without_outputs() -> None:
     assert all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code")
 
 
-# In the place of the embedded model: a tiny one that is trained in seconds.
+# In the place of the embedded models: a tiny one that is trained in seconds, and a random one.
 STANDS_IN = f"""
 import copy, sys
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import kvsplice_hf.demo
 from byte_tokenizer import byte_tokenizer, trained_model
+from ordinary_models import build_ordinary
 kvsplice_hf.demo.load_demo_model = lambda: (copy.deepcopy(trained_model()), byte_tokenizer())
+kvsplice_hf.demo.load_original_demo_model = lambda: (
+    build_ordinary("llama", vocab_size=256, max_position_embeddings=128), byte_tokenizer()
+)
 """
 
 
@@ -47,6 +51,7 @@ def test_every_cell_of_the_notebook_runs_on_a_tiny_model(tmp_path: Path) -> None
     printed = run_cells(STANDS_IN, tmp_path)
     assert "trainable params" in printed
     assert "128 bytes:" in printed
+    assert "ordinary attention: 8." in printed, "a quarter of bf16 is an eighth of a float32 cache"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer, trained_model
+from ordinary_models import build_ordinary
 from programs import assert_figures_only, load_program, run_program
 
 from kvsplice_hf import ConfigError
@@ -107,12 +109,34 @@ def test_the_throughput_script_measures_both_models_in_every_setting(model_folde
 def test_the_demo_answers_with_both_models(model_folder: str, tmp_path: Path) -> None:
     model = ["--model", model_folder, "--calibration-tokens", "2048", "--prompt", "What is"]
     settings = ["--samples", "1", "--new-tokens", "4", "--context", "64", "--window", "64"]
-    report = run_program("run/demo.py", *model, *settings, "--output", str(tmp_path))
+    report = run_program("run/demo.py", *model, *settings, "--output", str(tmp_path))["models"][model_folder]
     assert set(report["answers"]) == set(report["speed"]) == {"original", "spliced"}
     assert all(answer["text"] for answer in report["answers"].values())
     assert report["bytes_per_token"]["spliced"] < report["bytes_per_token"]["original"]
     assert report["quality"]["kl"] > 0
     assert report["quality"]["perplexity_stderr"] is None, "one window has no spread, and NaN is no JSON"
+
+
+def test_the_demo_shows_several_models_each_with_statistics_of_its_own(model_folder: str, tmp_path: Path) -> None:
+    ordinary = tmp_path / "ordinary"
+    build_ordinary("llama", vocab_size=256, max_position_embeddings=128).save_pretrained(ordinary)
+    byte_tokenizer().save_pretrained(ordinary)
+    for file in Path(model_folder).iterdir():
+        if not (ordinary / file.name).exists() or "token" in file.name:
+            shutil.copy(file, ordinary)
+    settings = ["--samples", "1", "--new-tokens", "4", "--context", "64", "--window", "64", "--calibration-tokens"]
+    settings += ["2048", "--prompt", "What is", "--statistics", str(tmp_path / "known.safetensors")]
+    report = run_program("run/demo.py", "--model", str(ordinary), model_folder, *settings, "--output", str(tmp_path))
+    assert list(report["models"]) == [str(ordinary), model_folder]
+    for one in report["models"].values():
+        assert one["bytes_per_token"]["spliced"] < 0.6 * one["bytes_per_token"]["original"]
+    kept = {path.name for path in tmp_path.glob("known*")}
+    assert kept == {"known-ordinary.safetensors", f"known-{Path(model_folder).name}.safetensors"}
+
+
+def test_the_demo_is_of_both_forms_of_the_embedded_model() -> None:
+    program = load_program("run/demo.py")
+    assert program.Arguments().model == ["smollm2", "demo"]
 
 
 def test_one_command_runs_benchmark_and_quality(model_folder: str, tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ class Budget(Calibration):
     bytes_per_token: float | None = field(
         default=None, metadata={"help": "bytes per token and layer in packed codes; no budget: a quarter of stock"}
     )
+    bits: float | None = field(default=None, metadata={"help": "the same as bits per number of the stock row"})
+    compression: float | None = field(default=None, metadata={"help": "the same as times less than stock in bf16"})
 
 
 class LoadedModel(NamedTuple):
@@ -163,7 +165,8 @@ def splice(model: PreTrainedModel, tokenizer: Any, args: Budget) -> None:
         KVSpliceError: the model cannot be patched, the budget cannot be met, or the text cannot be had.
     """
     calibration = calibrate(model, tokenizer, args)
-    config = KVSpliceConfig(compression_ratio=args.compression_ratio, bytes_per_token=args.bytes_per_token)
+    names = ("compression_ratio", "bytes_per_token", "bits", "compression")
+    config = KVSpliceConfig(**{name: getattr(args, name) for name in names})
     patch_model_with_kvsplice(model, config, calibration=calibration, tokenizer=tokenizer)
 
 

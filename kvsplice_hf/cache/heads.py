@@ -112,6 +112,23 @@ class CompressedHeads:
         read = [_read(head) for head in self.heads]
         return torch.cat([key for _, key in read], dim=1), torch.cat([value for value, _ in read], dim=1)
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "CompressedHeads":
+        """The same on another device: of a layer that reads keys of another one, which may be elsewhere."""
+        fresh, turns = self.fresh, self.turns
+        if fresh is not None:
+            fresh = fresh[0].to(device, non_blocking=non_blocking), fresh[1].to(device, non_blocking=non_blocking)
+        return CompressedHeads(
+            self.rows.to(device, non_blocking=non_blocking),
+            self.splice,
+            None if self.exact is None else self.exact.to(device, non_blocking),
+            self.new_tokens,
+            self.first_row,
+            self.dtype,
+            fresh,
+            None if turns is None else turns.to(device, non_blocking),
+            self.identity,
+        )
+
     def __getitem__(self, index: Any) -> Any:
         return self.__getattr__("[...]")
 

@@ -166,10 +166,32 @@ def _relative(unit: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.stack(columns, dim=1).double().cummin(dim=1).values
 
 
+def smallest_widths(solution: LayerSolution) -> torch.Tensor:
+    """The bits of the smallest row, [n]: of what is not exact, one for the latent, and one for keys in a basis."""
+    widths, R = torch.zeros(len(solution.cost), dtype=torch.int64, device="cpu"), solution.latent_dim
+    widths[0] = 1
+    if solution.exact_latent:
+        widths[:R] = 16
+    if solution.pairs is not None:
+        widths[R] = 1
+    if solution.exact_key:
+        widths[R:] = 16
+    return widths
+
+
+def smallest_row(solution: LayerSolution) -> int:
+    """Bytes of the smallest row, its gain included."""
+    return row_bytes(smallest_widths(solution), solution.latent_dim)
+
+
 def increments(solution: LayerSolution, relative: torch.Tensor) -> torch.Tensor:
     """Cost saved per bit by each increment, float64 [n, W], never rising from one increment to the next."""
     saved = -relative.diff(dim=1) * solution.cost[:, None]
     per_bit = saved / torch.tensor(STEPS, dtype=torch.float64, device="cpu")
+    if solution.exact_latent:  # whose bits are not to be chosen
+        per_bit[: solution.latent_dim] = 0
+    if solution.exact_key:
+        per_bit[solution.latent_dim :] = 0
     return per_bit.cummin(dim=1).values
 
 
@@ -182,7 +204,7 @@ class _LayerTable:
     """
 
     def __init__(self, solution: LayerSolution, distortion: Distortion, ratios: torch.Tensor) -> None:
-        self.latent_dim, self.has_coded_keys = solution.latent_dim, solution.pairs is not None
+        self.latent_dim, self.smallest = solution.latent_dim, smallest_widths(solution)
         self.per_bit = increments(solution, distortion.relative * ratios)
         self.with_key_gain = None
         if distortion.with_key_gain is not None:
@@ -208,13 +230,12 @@ class _LayerTable:
         return float(((per_bit[self.latent_dim :] - threshold).clamp(min=0) * steps).sum())
 
     def _widths(self, per_bit: torch.Tensor, threshold: float) -> torch.Tensor:
-        """Widths [n]; one coordinate of the latent gets a bit anyway, and one of coded keys."""
+        """Widths [n]; latents and keys that get no bit have those of the smallest row."""
         taken = per_bit > threshold
         widths = (taken * torch.tensor(STEPS, dtype=torch.int64, device="cpu")).sum(1)
-        if not widths[: self.latent_dim].any():
-            widths[0] = 1
-        if self.has_coded_keys and not widths[self.latent_dim :].any():
-            widths[self.latent_dim] = 1
+        for part in (slice(self.latent_dim), slice(self.latent_dim, None)):
+            if not widths[part].any():
+                widths[part] = self.smallest[part]
         return widths
 
     def bytes_of(self, allocation: Allocation) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from kvsplice_hf.cache.turns import SLOT_DTYPE
-from kvsplice_hf.calibration.allocate import Distortion, allocate, measure_distortion
+from kvsplice_hf.calibration.allocate import Distortion, allocate, measure_distortion, smallest_row
 from kvsplice_hf.calibration.collect import METRICS, Batch, Collector
 from kvsplice_hf.calibration.data import as_batches, share_of_process
 from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model
@@ -281,9 +281,9 @@ class KVSpliceCalibrator:
 
     def _fit_bytes(self, config: KVSpliceConfig, chosen: _Parts, solutions: list[LayerSolution]) -> list[LayerFit]:
         self._require_tokens(max(solution.latent_dim for solution in solutions))
+        budget = _part_budget(config, chosen, solutions)
         progress = tqdm(chosen, desc="measuring codes", file=sys.stderr, disable=len(chosen) < 8)
         distortions = [self._distortion(layer_idx, KindOfRows.of(config)) for layer_idx in progress]
-        budget = _part_budget(config, chosen, solutions)
         kind: Any = codec_class(config.codec)
         layers = [layer_of(part) for part in chosen] if config.allocation == "layer" else None
         found = allocate(solutions, distortions, budget, kind=kind, layers=layers)
@@ -343,9 +343,14 @@ def calibrate(
 def _part_budget(config: KVSpliceConfig, chosen: Sequence[PartKey], solutions: Sequence[LayerSolution]) -> float:
     """Bytes of the rows of a part on average: of a layer, or of one of its key heads."""
     dims: dict[int, int] = {}
+    smallest: dict[int, int] = {}
     for part, solution in zip(chosen, solutions, strict=True):
-        dims[layer_of(part)] = dims.get(layer_of(part), 0) + len(solution.cost)
-    return config.row_budget(max(dims.values()), _shared_bytes(solutions, len(dims))) * len(dims) / len(solutions)
+        layer = layer_of(part)
+        dims[layer] = dims.get(layer, 0) + len(solution.cost)
+        smallest[layer] = smallest.get(layer, 0) + smallest_row(solution)
+    least = max(smallest.values()) if config.allocation == "layer" else sum(smallest.values()) / len(smallest)
+    shared = _shared_bytes(solutions, len(dims))
+    return config.row_budget(max(dims.values()), shared, least) * len(dims) / len(solutions)
 
 
 def _shared_bytes(solutions: Sequence[LayerSolution], layers: int) -> float:

@@ -22,7 +22,7 @@ from kvsplice_hf import upstream
 from kvsplice_hf.cache.exact import exact_in_full_sequence
 from kvsplice_hf.calibration.readers import ReaderRecorder
 from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
-from kvsplice_hf.code.keys import angle_columns, turns_of
+from kvsplice_hf.code.keys import angle_columns, one_rotation, turns_of
 from kvsplice_hf.errors import CalibrationError, PatchStateError, UnsupportedError
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
@@ -161,7 +161,7 @@ class Collector:
             self._counted = None
 
     def _see_embeddings(self, parameters: tuple[str, ...], module: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-        self._embeddings = upstream.argument(parameters, POSITION_EMBEDDINGS, args, kwargs)
+        self._embeddings = one_rotation(upstream.argument(parameters, POSITION_EMBEDDINGS, args, kwargs))
 
     def _turns(self, site: AttentionSite, batch: int) -> torch.Tensor | None:
         """How the keys of a layer that count were rotated, [tokens, F]; None where that is not known."""

@@ -18,6 +18,9 @@ from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import ConfigError
 
 
+# Scale of the transform of a latent that is to be stored as it comes: softplus gives back what is above 20 exactly, and
+# products with a power of two are exact.
+_POWER_OF_TWO = 32.0
 _SMALLEST_STD = 1e-6  # relative to the largest; a dimension that never varies keeps a finite scale
 
 
@@ -146,6 +149,8 @@ def _layer_fit(
     keys: KeyProjection | None,
     loss: float,
 ) -> LayerFit:
+    if solution.exact_latent:
+        return _exact_fit(solution, codec, keys, loss)
     std = statistics.covariance.diagonal().clamp(min=0).sqrt()
     std = torch.maximum(std, _SMALLEST_STD * std.max()).clamp(min=1e-30)
     sigmas, R = sigmas_of(solution), solution.latent_dim
@@ -163,6 +168,13 @@ def _layer_fit(
         predicted_loss=loss,
         predicted_from=0 if solution.predict is None else len(of_key),
     )
+
+
+def _exact_fit(solution: LayerSolution, codec: Codec | None, keys: KeyProjection | None, loss: float) -> LayerFit:
+    """A latent that is stored as it comes, up to a power of two."""
+    same = torch.eye(solution.latent_dim, dtype=torch.float64, device="cpu")
+    scale = torch.full_like(solution.mean, _POWER_OF_TWO)
+    return LayerFit(scale, torch.zeros_like(scale), same, same, codec, keys, loss)
 
 
 @torch.no_grad()

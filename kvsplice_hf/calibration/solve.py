@@ -67,6 +67,7 @@ class LayerSolution:
         pairs: which numbers of a key are rotated together, int64 [3, F], as `code.keys.Pairs`; None where rows are to
             hold keys as they come, each of whose numbers is then a coordinate of its own.
         codes: sampled rows in this basis, [M, R + P]; half of a squared error in it is its cost.
+        exact_latent, exact_key: whether rows are to hold it as it comes, in bf16.
     """
 
     mean: torch.Tensor
@@ -79,6 +80,8 @@ class LayerSolution:
     key_decode: torch.Tensor
     pairs: torch.Tensor | None
     codes: torch.Tensor
+    exact_latent: bool = False
+    exact_key: bool = False
 
     @property
     def latent_dim(self) -> int:
@@ -96,17 +99,20 @@ class KindOfRows(NamedTuple):
         unrotated: whether keys may be coded before their rotation.
         predicted: whether latents are to be predicted from the codes of such keys.
         key_block: how many numbers of a key share a basis, those of neighbouring frequencies; None: all.
+        exact_latent, exact_key: see `LayerSolution`.
     """
 
     unrotated: bool = True
     predicted: bool = False
+    exact_latent: bool = False
+    exact_key: bool = False
     key_block: int | None = None
 
     @classmethod
     def of(cls, config: KVSpliceConfig) -> "KindOfRows":
-        unrotated = config.keys == "unrotated"
-        predicted = unrotated and config.is_packed and codec_class(config.codec).keys_apart
-        return cls(unrotated, predicted, config.key_block)
+        unrotated, exact_latent = config.keys == "unrotated", config.values == "exact"
+        predicted = unrotated and not exact_latent and config.is_packed and codec_class(config.codec).keys_apart
+        return cls(unrotated, predicted, exact_latent, config.keys == "exact", config.key_block)
 
 
 _PLAIN = KindOfRows()
@@ -146,7 +152,11 @@ def _solve(
     if rows.predicted and pairs is not None:
         predict, explained = _prediction(statistics, pairing, keys)
         covariance, latents = covariance - explained, latents - key_codes @ predict.T
-    basis = _basis_of(_shrunk(covariance, statistics.count), matrix)
+    basis = (
+        _own_basis(covariance, matrix)
+        if rows.exact_latent
+        else _basis_of(_shrunk(covariance, statistics.count), matrix)
+    )
     return LayerSolution(
         mean=statistics.mean,
         encode=basis.encode,
@@ -158,6 +168,8 @@ def _solve(
         key_decode=keys.decode,
         pairs=pairs,
         codes=torch.cat([latents @ basis.encode.T, key_codes], dim=-1),
+        exact_latent=rows.exact_latent,
+        exact_key=rows.exact_key,
     )
 
 
@@ -263,8 +275,14 @@ def _rotated_basis(statistics: LayerStatistics, metric: str) -> Basis:
         fisher = statistics.rot_fisher[0].diagonal()
         weight = (fisher if metric == "fisher" else statistics.rot_readers) / statistics.count + 1e-30
     mean = statistics.rot_sum[0] / statistics.count
-    variance = (statistics.rot_outer[0].diagonal() / statistics.count - mean.square()).clamp(min=0)
-    return Basis(torch.diag(weight.sqrt()), torch.diag(1 / weight.sqrt()), variance * weight)
+    covariance = statistics.rot_outer[0] / statistics.count - torch.outer(mean, mean)
+    return _own_basis(covariance, torch.diag(weight))
+
+
+def _own_basis(covariance: torch.Tensor, metric: torch.Tensor) -> Basis:
+    """Each number by itself; arguments as of `_basis_of`, of which the diagonals are read."""
+    weight = metric.diagonal()
+    return Basis(torch.diag(weight.sqrt()), torch.diag(1 / weight.sqrt()), covariance.diagonal().clamp(min=0) * weight)
 
 
 def _latent_metric(statistics: LayerStatistics, metric: str, shrinkage: float) -> torch.Tensor:

@@ -97,6 +97,15 @@ def not_turned(columns: torch.Tensor) -> torch.Tensor:
     return half_pairs(torch.full_like(columns, NOT_TURNED))
 
 
+def one_rotation(embeddings: Any) -> Any:
+    """What a model hands to its attention modules, or None where it hands over a rotation for each of several axes.
+
+    Of these the module puts one together itself, in a way that is not known here.
+    """
+    cos = _cosines(embeddings)
+    return None if cos is not None and cos.dim() > 3 else embeddings
+
+
 def _cosines(embeddings: Any) -> torch.Tensor | None:
     if isinstance(embeddings, torch.Tensor):
         return embeddings if embeddings.is_complex() else None

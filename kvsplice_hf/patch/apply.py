@@ -16,6 +16,7 @@ from kvsplice_hf import upstream
 from kvsplice_hf.code.codecs import codec_class
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
+from kvsplice_hf.patch.alone import computes_alone
 from kvsplice_hf.patch.attention import register_attention
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.hooks import enter_attention, leave_attention
@@ -65,8 +66,14 @@ def _require_packed(sites: list[AttentionSite], config: KVSpliceConfig) -> None:
     if ordinary is not None and not config.is_packed:
         raise ConfigError(
             f"`compression_ratio` and `rank` are for layers that store a latent, and {ordinary.name} "
-            f"({type(ordinary.module).__name__}) has ordinary attention. Give `bytes_per_token` or `bits`, or no "
-            "budget for a quarter of the stock bytes."
+            f"({type(ordinary.module).__name__}) has ordinary attention. Give `bytes_per_token`, `bits` or "
+            "`compression`, or no budget for a quarter of the stock bytes."
+        )
+    latent = next((site for site in sites if not site.kv_heads), None)
+    if latent is not None and config.values != "coded":
+        raise ConfigError(
+            f"`values` is {config.values!r}; {latent.name} ({type(latent.module).__name__}) stores a latent, from "
+            'which both keys and values are made. Leave `values` out; `keys="exact"` keeps its rotated keys.'
         )
     if ordinary is not None and not codec_class(config.codec).fitted_together:
         raise ConfigError(
@@ -76,7 +83,7 @@ def _require_packed(sites: list[AttentionSite], config: KVSpliceConfig) -> None:
 
 
 def _read_forward(site: AttentionSite, config: KVSpliceConfig) -> upstream.ForwardArguments:
-    by_name = config.attention != "expanded" or site.kv_heads > 0
+    by_name = (config.attention != "expanded" or site.kv_heads > 0) and not computes_alone(type(site.module))
     return upstream.read_forward(site.name, site.module, by_name, expands=not site.kv_heads)
 
 
@@ -90,6 +97,13 @@ def _check_attention(sites: list[AttentionSite], config: KVSpliceConfig) -> None
     for site in sites:
         base = site.module.config._attn_implementation
         absorbable = wrapped_name(base) is not None
+        if computes_alone(type(site.module)):
+            if config.attention == "absorbed":
+                raise UnsupportedError(
+                    f'attention="absorbed" needs an attention function that can be stood in for, and {site.name} '
+                    f'({type(site.module).__name__}) computes attention by itself. Use attention="auto".'
+                )
+            continue
         if site.kv_heads and not absorbable:
             raise UnsupportedError(
                 f"{site.name} uses the attention function {base!r}, which the patch cannot stand in for. Load the "
@@ -103,7 +117,8 @@ def _check_attention(sites: list[AttentionSite], config: KVSpliceConfig) -> None
         if config.attention == "absorbed" and not site.kv_heads and foldable_weight(site.module.kv_b_proj) is None:
             raise FoldingError(f"{site.name}: {unfoldable_message(site.module.kv_b_proj)}")
     base = sites[0].module.config._attn_implementation
-    if config.attention == "auto" and wrapped_name(base) is None:
+    alone = computes_alone(type(sites[0].module))
+    if config.attention == "auto" and wrapped_name(base) is None and not alone:
         logger.warning(
             "The model uses the attention function %r, which only the expanded path can feed: the cache is compressed, "
             'but every step decodes all of it. Load the model with attn_implementation="sdpa" to decode on the codes.',
@@ -130,7 +145,8 @@ def apply_splices(
         if site.stores_latent:
             module.kvsplice = splices[site.layer_idx]
         base = module.config._attn_implementation
-        name = None if config.attention == "expanded" and not site.kv_heads else wrapped_name(base)
+        unnamed = (config.attention == "expanded" and not site.kv_heads) or computes_alone(type(module))
+        name = None if unnamed else wrapped_name(base)
         state = SitePatch(
             site.name,
             patch,

@@ -57,7 +57,7 @@ def attend_heads(
         return _attend_pages(module, query, key, base=base, scaling=scaling, dropout=dropout, **kwargs), None
     if not isinstance(key, CompressedHeads):
         assert isinstance(value, torch.Tensor)
-        return stock(*_without_cache(module, patched, key, value))
+        return stock(*without_cache(module, patched, key, value))
     refused = decoding_refusal(module, patched) or upstream.further_arguments(kwargs, _DONE_ON_ROWS)
     if query.shape[2] > 1 or key.fresh is not None or refused:
         return stock(*key.keys_and_values())
@@ -119,6 +119,8 @@ def _attend_pages(module: Any, query: torch.Tensor, pages: PagedStates, **kwargs
 
 def decoding_refusal(module: Any, patched: SitePatch) -> str | None:
     """Why a step of one token does not attend to rows as they are stored, or None where it does."""
+    if patched.by_itself:
+        return "the module computes attention by itself, on plain keys and values"
     if patched.mode == "expanded":
         return 'attention="expanded" was asked for'
     if getattr(module, "attn_logit_softcapping", None) is not None:
@@ -126,7 +128,7 @@ def decoding_refusal(module: Any, patched: SitePatch) -> str | None:
     return None
 
 
-def _without_cache(
+def without_cache(
     module: Any, patched: SitePatch, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of whole sequences after their round trip, the first ones exact."""

@@ -16,8 +16,10 @@ from kvsplice_hf import upstream
 from kvsplice_hf.cache.layers import see_turns, splice_cache_layer
 from kvsplice_hf.cache.pages import ROWS_ATTRIBUTE, paged_rows
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
-from kvsplice_hf.call import STATE_ARGUMENT, Call, current_state, enter_call, leave_call
+from kvsplice_hf.call import STATE_ARGUMENT, Call, current_state, enter_call, leave_call, note_expansion
+from kvsplice_hf.code.keys import one_rotation
 from kvsplice_hf.errors import CacheMismatchError, UnsupportedError
+from kvsplice_hf.patch.alone import decoding_cache
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
 
 
@@ -52,7 +54,7 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     mask = patched.arguments.get("attention_mask", args, kwargs)
     hidden_states = patched.arguments.get("hidden_states", args, kwargs)
     new_tokens = None if hidden_states is None else hidden_states.shape[1]
-    embeddings = patched.arguments.get(upstream.POSITION_EMBEDDINGS, args, kwargs)
+    embeddings = one_rotation(patched.arguments.get(upstream.POSITION_EMBEDDINGS, args, kwargs))
     rows = paged_rows(args, kwargs) if state.enabled else None
     if rows is not None:
         if patched.stores_latent and patched.geometry.coded_keys:
@@ -71,6 +73,10 @@ def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             position_ids = patched.arguments.get(upstream.POSITION_IDS, args, kwargs)
             see_turns(cache, layer, embeddings, position_ids)
     enter_call(Call(module, state, mask, new_tokens, reads_cache=cache is not None, embeddings=embeddings))
+    if patched.by_itself:
+        if state.enabled:
+            return upstream.with_cache(patched.arguments, decoding_cache(module, patched, cache), args, kwargs)
+        note_expansion()  # nothing is to be seen of the call
     return (args, kwargs) if carried else None
 
 
@@ -83,6 +89,8 @@ def leave_attention(module: Any, args: tuple[Any, ...], output: Any) -> None:
     if not leave_call(module):
         patched: SitePatch = getattr(module, PATCH_ATTRIBUTE)
         missing = "the attention function under its name in the config" if patched.geometry.heads else "`expand_kv`"
+        if patched.by_itself:
+            missing = "`update` of the cache"
         raise upstream.changed(title_of(module), f"its forward ended without a call of {missing}.")
 
 

@@ -8,6 +8,7 @@ Legend: `H` query heads, `K` key heads, `d` numbers of a key, `v` of a value.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicSlidi
 from kvsplice_hf.cache.layers import can_be_spliced
 from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.errors import NotMLAError
+from kvsplice_hf.patch.alone import computes_alone
 from kvsplice_hf.patch.families import AttentionSite, Family
 from kvsplice_hf.patch.heads import attend_heads
 from kvsplice_hf.upstream import caches_keys_and_values
@@ -30,7 +32,7 @@ def _looks_ordinary(module: nn.Module) -> bool:
         and not hasattr(module, "kv_b_proj")  # latents in a release or code that does not cache them
         and not getattr(module, "is_cross_attention", False)
         and _head_size(module) > 0
-        and caches_keys_and_values(type(module))
+        and (caches_keys_and_values(type(module)) or computes_alone(type(module)))
     )
 
 
@@ -49,9 +51,12 @@ def _check(name: str, module: Any) -> None:
 
 def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> AttentionSite:
     config, width = module.config, _head_size(module)
+    source = _source(name, module, earlier) if getattr(module, "is_kv_shared_layer", False) else None
+    if source is not None:
+        return replace(source, name=name, module=module, layer_idx=module.layer_idx, source=source)
     heads = config.num_attention_heads
     key_width, value_width = (_out_features(getattr(module, part, None)) for part in ("k_proj", "v_proj"))
-    kv_heads = key_width // width if key_width else getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = key_width // width if key_width else _heads_handed_over(module, heads)
     value_dim = value_width // kv_heads if value_width else width
     return AttentionSite(
         name=name,
@@ -68,6 +73,30 @@ def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> Atten
         kv_heads=kv_heads,
         chunked=_is_chunked(module),
         device=execution_device(_projection(module)),
+    )
+
+
+def _heads_handed_over(module: Any, heads: int) -> int:
+    """K, where no projection tells."""
+    if computes_alone(type(module)):
+        # Falcon of the newer kind hands each key over once for each query that reads it.
+        return heads if getattr(module, "new_decoder_architecture", False) else getattr(module, "num_kv_heads", heads)
+    return getattr(module.config, "num_key_value_heads", None) or heads
+
+
+def _source(name: str, module: Any, earlier: Sequence[AttentionSite]) -> AttentionSite:
+    """The site whose keys and values a layer reads that has none of its own.
+
+    Raises:
+        NotMLAError: no earlier layer of its kind hands its keys on.
+    """
+    kind = _kind(module)
+    for site in reversed(earlier):
+        if getattr(site.module, "store_full_length_kv", False) and _kind(site.module) == kind:
+            return site
+    raise NotMLAError(
+        f"{name} ({type(module).__name__}) reads keys and values of another layer, but no earlier one of the kind "
+        f"{kind!r} hands them on. Patch the whole decoder, not a part of it."
     )
 
 
@@ -91,9 +120,13 @@ def _window(module: Any) -> int | None:
 
 def _is_chunked(module: Any) -> bool:
     """Whether a query sees the tokens of its own chunk of the text only."""
-    config, layer_idx = module.config, module.layer_idx
-    kinds = getattr(config, "layer_types", None) or []
-    return layer_idx < len(kinds) and kinds[layer_idx] == "chunked_attention"
+    return _kind(module) == "chunked_attention"
+
+
+def _kind(module: Any) -> str | None:
+    """What the settings call a layer's attention, if they do."""
+    kinds = getattr(module.config, "layer_types", None) or []
+    return kinds[module.layer_idx] if module.layer_idx < len(kinds) else None
 
 
 def _projection(module: Any) -> nn.Module:

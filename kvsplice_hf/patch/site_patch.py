@@ -62,6 +62,11 @@ class SitePatch:
     def splice(self) -> Any:
         return self.owner.kvsplice
 
+    @property
+    def by_itself(self) -> bool:
+        """Whether the module computes attention by itself, so that no name in its settings is ours (`patch.alone`)."""
+        return self.geometry.heads > 0 and self.settings is None
+
     def __getstate__(self) -> dict[str, Any]:
         name = None if self.settings is None else self.settings._attn_implementation
         return {**vars(self), "named": name.base if isinstance(name, AttentionName) else None}

@@ -8,7 +8,7 @@ from kvsplice_hf.errors import NotMLAError, TransformersTooOldError
 from kvsplice_hf.patch.families import AttentionSite, Family
 from kvsplice_hf.patch.mla import MLA
 from kvsplice_hf.patch.ordinary import ORDINARY
-from kvsplice_hf.upstream import INSTALLED, MIN_TRANSFORMERS, MIN_TRANSFORMERS_DSA
+from kvsplice_hf.upstream import INSTALLED, MIN_TRANSFORMERS, MIN_TRANSFORMERS_DSA, names_used
 
 
 # In the order in which they are asked. To add a family is to add it here.
@@ -105,9 +105,17 @@ def _raise_not_mla(model: nn.Module, root: nn.Module, layer_pattern: str | None)
             f"(>={MIN_TRANSFORMERS_DSA} for models with a sparse-attention indexer)."
         )
     where = f" under {layer_pattern!r}" if layer_pattern is not None else ""
+    alone = sorted({type(m).__name__ for m in attentions if _computes_alone(type(m))})
+    reason = f" {', '.join(alone)}: keys and values go to a cache, but its forward computes attention by itself."
     raise NotMLAError(
         f"{type(model).__name__} has no attention layer that can be patched{where}: neither Multi-head Latent "
         "Attention (a module with `expand_kv`, `kv_b_proj` and `kv_lora_rank`), nor ordinary attention whose forward "
         "hands keys and values to `update` of the cache and then looks the attention function up by its name in the "
-        f"config. Attention classes seen: {', '.join(classes) or 'none'}."
+        f"config. Attention classes seen: {', '.join(classes) or 'none'}.{reason if alone else ''}"
     )
+
+
+def _computes_alone(cls: type) -> bool:
+    """Whether a class caches keys and values, but looks no attention function up that could be stood in for."""
+    used = names_used(cls)
+    return "update" in used and "ALL_ATTENTION_FUNCTIONS" not in used

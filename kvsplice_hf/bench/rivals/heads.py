@@ -16,7 +16,8 @@ from torch import nn
 from kvsplice_hf.bench.rivals.base import Rival
 from kvsplice_hf.bench.rivals.statistics import EXACT_TOKENS, LayerStatistics, Moments, require_counted
 from kvsplice_hf.code.heads import HeadKey
-from kvsplice_hf.errors import PatchStateError
+from kvsplice_hf.errors import PatchStateError, UnsupportedError
+from kvsplice_hf.patch.alone import computes_alone
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import is_patched
@@ -74,10 +75,15 @@ def _ordinary_sites(model: nn.Module) -> list[AttentionSite]:
 
     Raises:
         PatchStateError: the model is patched.
+        UnsupportedError: a layer computes attention by itself, where its queries cannot be seen.
     """
     if is_patched(model):
         raise PatchStateError("The model is patched. Unpatch the model first.")
-    return [site for site in find_sites(model) if site.kv_heads]
+    sites = [site for site in find_sites(model) if site.kv_heads]
+    alone = [site.name for site in sites if computes_alone(type(site.module))]
+    if alone:
+        raise UnsupportedError(f"{', '.join(alone)} computes attention by itself, where other codecs cannot be put in.")
+    return sites
 
 
 @torch.no_grad()
@@ -97,6 +103,7 @@ def collect_head_statistics(model: nn.Module, batches: Iterable[torch.Tensor]) -
     moments = {HeadKey(site.layer_idx, head): _HeadMoments() for site in sites for head in range(site.kv_heads)}
 
     def count(site: AttentionSite, seen: Attended) -> Attended:
+        assert seen.query is not None  # see `_ordinary_sites`
         queries = seen.query.chunk(site.kv_heads, dim=1)
         for head, query in enumerate(queries):
             moments[HeadKey(site.layer_idx, head)].add(query, seen.key[:, head], seen.value[:, head])
@@ -149,6 +156,7 @@ def _with_exact_window(seen: Attended, coded: Attended, first: int, recent: int)
 
     Exact are the first tokens of a sequence and the most recent ones of each query, itself among them.
     """
+    assert seen.query is not None  # see `_ordinary_sites`
     queries, keys = seen.query.shape[2], seen.key.shape[2]
     place = torch.arange(keys, dtype=torch.int64, device=seen.key.device)
     distance = place[keys - queries :, None] - place
