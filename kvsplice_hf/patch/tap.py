@@ -96,4 +96,4 @@ def _attend(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Te
         site, tap = tapped_site
         seen = tap(site, seen)
     assert seen.query is not None
-    return attend_expanded(module, *seen, base=base, **kwargs)
+    return attend_expanded(module, seen.query, seen.key, seen.value, seen.mask, base=base, **kwargs)
