@@ -102,6 +102,8 @@ KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
     ("sm_100", "heads of 128", 16): 56,
     ("gfx1100", "heads of 128", 16): 472,
     ("gfx1100", "heads of 128", 32): 432,
+    ("sm_100", "heads of 256", 16): 96,
+    ("gfx1100", "heads of 256", 16): 3140,
 }
 
 
