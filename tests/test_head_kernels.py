@@ -421,6 +421,15 @@ def test_what_does_not_fit_is_refused(device: str, kind: str) -> None:
         attend_heads(query, heads)
 
 
+def test_wide_keys_in_float32_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernel would hold next to nothing in registers."""
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    monkeypatch.setattr(kernels, "kernels_available", lambda device: True)
+    layer = Layer(size=130, heads=1, rows=3, group=1)
+    with pytest.raises(ConfigError, match="float32 queries of 130 numbers; .* at most 128"):
+        attend_heads(layer.query("cpu"), layer.make("cpu"))
+
+
 @on_devices("bias", [(torch.zeros(2, 69),), (torch.zeros(3, 70),), (torch.zeros(2, 70, dtype=torch.float64),)])
 def test_a_bias_of_another_shape_or_type_is_refused(device: str, bias: torch.Tensor) -> None:
     with pytest.raises(ConfigError, match=r"Got a bias .*needed float32 \[2 or 1, 70\]"):

@@ -37,6 +37,7 @@ from kvsplice_hf.attend.triton.launch import (
     searched_columns,
     splits_for,
 )
+from kvsplice_hf.attend.triton.pieces import WIDEST_HEAD, WIDEST_KEY
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.trellis import TrellisTables
 from kvsplice_hf.errors import ConfigError, UnsupportedError
@@ -162,9 +163,9 @@ def attend_heads(
     Args:
         query: rotated, [B, H, d], the G = H / K queries of a key head side by side. Products are taken in its type.
         heads: the packed rows of each of K key heads: views of the layer's rows, side by side, with one table of angles
-            and one tensor of slots. Keys were coded before their rotation, and have at most 256 numbers; the codecs
-            are of one kind, and may differ in widths and sizes. What is made of them is kept, and made anew when their
-            tensors change.
+            and one tensor of slots. Keys were coded before their rotation, and have at most 256 numbers, 128 in
+            float32. The codecs are of one kind, and may differ in widths and sizes. What is made of them is kept, and
+            made anew when their tensors change.
         bias: added to the scores of all heads, float32 [B or 1, S], any strides.
         splits, scaling, input_precision: see `attend_rows`.
 
@@ -182,6 +183,11 @@ def attend_heads(
         raise ConfigError(f"Got {splits} splits; at least one is needed.")
     # The interpreter computes wrong numbers in bf16 and slow ones in fp16.
     dtype = torch.float32 if interpreted() else query.dtype
+    if dtype == torch.float32 and query.shape[2] > WIDEST_KEY and not interpreted():
+        raise ConfigError(
+            f"Got float32 queries of {query.shape[2]} numbers; in float32 the kernel of all key heads reads keys of at "
+            f"most {WIDEST_KEY}, and of {WIDEST_HEAD} in 16 bits. Run the model in bfloat16, or let PyTorch serve."
+        )
     problem = head_problem(_scaled(query, scaling), heads, bias, dtype, input_precision)
     (batch, queries, _), device = query.shape, query.device
     mixed_width = problem.tables.mixed_width

@@ -95,6 +95,15 @@ KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
     ("gfx1100", "trellis, coded keys", 16): 1668,
     ("gfx1100", "trellis", 32): 2672,
     ("gfx1100", "trellis, coded keys", 32): 3248,
+    # The kernel of all key heads, by the numbers of a key.
+    ("sm_100", "heads of 64", 16): 24,
+    ("sm_90", "heads of 64", 32): 32,
+    ("sm_100", "heads of 64", 32): 56,
+    ("sm_100", "heads of 128", 16): 56,
+    ("gfx1100", "heads of 128", 16): 472,
+    ("gfx1100", "heads of 128", 32): 432,
+    ("sm_100", "heads of 256", 16): 96,
+    ("gfx1100", "heads of 256", 16): 3140,
 }
 
 
