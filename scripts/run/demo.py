@@ -133,7 +133,7 @@ class Progress:
 def run(name: str, args: Arguments, progress: Progress) -> tuple[dict[str, Any], dict[str, str]]:
     progress(name, "loading")
     model, tokenizer = load_model(name, args.dtype)
-    progress(name, "calibrating and patching (a minute or two, or seconds where --statistics are there)")
+    progress(name, "calibrating and patching, the longest part")
     splice(model, tokenizer, replace(args, statistics=statistics_of(args, name)))
     progress(name, "answering, twice")
     with splice_disabled(model):
