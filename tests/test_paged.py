@@ -4,9 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from ordinary_models import ORDINARY_MODELS, build_ordinary
-from packaging.version import Version
 from test_ordinary import calibration_of
 from test_packed import calibrated
 from tiny_models import FIRST_ORDINARY_TOKEN, PAD_TOKEN, TINY_MODELS, build
@@ -270,10 +268,6 @@ def test_other_architectures_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", NOT_HANDED_ON)
 def test_pages_that_come_without_the_requests_are_refused(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    if Version(transformers.__version__) < Version("5.24"):
-        model = ordinary(name)  # whose layers hand everything on in these releases
-        assert together(model) == alone(model)
-        return
     with pytest.raises(AssertionError):
         together(ordinary(name))
     errors = [record.exc_info[1] for record in caplog.records if record.exc_info]
