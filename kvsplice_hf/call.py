@@ -71,6 +71,7 @@ class _Thread(threading.local):
 
     call: Call | None = None
     was_expanded: bool = False
+    batches: bool = False
     states: tuple[tuple[object, SpliceState], ...] = ()
 
 
@@ -80,6 +81,16 @@ _thread = _Thread()
 def enter_call(call: Call) -> None:
     """Say that the forward of `call.module` is about to run in this thread."""
     _thread.call, _thread.was_expanded = call, False
+
+
+def note_batch(found: bool) -> None:
+    """Say whether the model that is about to run in this thread was given a batch of continuous batching."""
+    _thread.batches = found
+
+
+def runs_batch() -> bool:
+    """Whether the model that runs in this thread was given a batch of continuous batching."""
+    return _thread.batches
 
 
 def running_call(module: Any) -> Call | None:

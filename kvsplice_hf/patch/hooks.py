@@ -16,7 +16,16 @@ from kvsplice_hf import upstream
 from kvsplice_hf.cache.layers import see_turns, splice_cache_layer
 from kvsplice_hf.cache.pages import ROWS_ATTRIBUTE, paged_rows
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
-from kvsplice_hf.call import STATE_ARGUMENT, Call, current_state, enter_call, leave_call, note_expansion
+from kvsplice_hf.call import (
+    STATE_ARGUMENT,
+    Call,
+    current_state,
+    enter_call,
+    leave_call,
+    note_batch,
+    note_expansion,
+    runs_batch,
+)
 from kvsplice_hf.code.keys import one_rotation
 from kvsplice_hf.errors import CacheMismatchError, UnsupportedError
 from kvsplice_hf.patch.alone import decoding_cache
@@ -33,6 +42,11 @@ def carry_state(patch: Any, decoder: Any, args: tuple[Any, ...], kwargs: dict[st
     if not any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
         return None
     return args, {**kwargs, STATE_ARGUMENT: current_state(patch)}
+
+
+def see_batch(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the outermost model: whether its attention modules have to get pages."""
+    note_batch("read_index" in kwargs)
 
 
 def enter_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments | None:
@@ -95,10 +109,10 @@ def leave_attention(module: Any, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _require_no_other_cache(patched: SitePatch, cache: Any) -> None:
-    if hasattr(cache, ROWS_ATTRIBUTE):
+    if hasattr(cache, ROWS_ATTRIBUTE) or runs_batch():
         raise UnsupportedError(
-            f"Continuous batching (generate_batch) cannot run on this model: {patched.name} got the pages, but not "
-            "which tokens belong to which request (`read_index`), because the layers around it do not hand that on. "
+            f"Continuous batching (generate_batch) cannot run on this model: {patched.name} did not get the pages and "
+            "which tokens belong to which request (`read_index`), because the layers around it do not hand both on. "
             "Use model.generate with a padded batch instead."
         )
     if cache is not None:

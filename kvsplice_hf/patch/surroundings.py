@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from kvsplice_hf import upstream
 from kvsplice_hf.cache.batching import init_continuous_batching
 from kvsplice_hf.patch.families import AttentionSite
-from kvsplice_hf.patch.hooks import carry_state
+from kvsplice_hf.patch.hooks import carry_state, see_batch
 from kvsplice_hf.patch.saving import save_splice_of
 from kvsplice_hf.patch.state import ModelPatch, is_patched, models_around, patched_modules, patched_sites
 
@@ -34,7 +34,8 @@ class _Surroundings:
     """What the patch changed on a model of transformers around patched layers, kept there.
 
     Attributes:
-        hooks: of the decoder that runs the layers: before its forward, and before weights are loaded into it.
+        hooks: of the outermost model and of the decoder that runs the layers: before their forward, and before weights
+            are loaded into the latter.
         keys_to_ignore_on_save: `_keys_to_ignore_on_save` before the patch, where it was changed.
     """
 
@@ -45,8 +46,10 @@ class _Surroundings:
 def change_surroundings(model: nn.Module, sites: list[AttentionSite], patch: ModelPatch) -> None:
     """On the models of transformers around the layers: state for checkpointed layers, saving, continuous batching."""
     decoders = {id(decoder) for decoder in _decoders(model, sites)}
-    for around in models_around(model):
+    for index, around in enumerate(models_around(model)):
         changed = _Surroundings()
+        if index == 0:
+            changed.hooks.append(around.register_forward_pre_hook(see_batch, with_kwargs=True))
         if id(around) in decoders:
             hook = functools.partial(carry_state, patch)
             changed.hooks.append(around.register_forward_pre_hook(hook, with_kwargs=True))
