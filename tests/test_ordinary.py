@@ -400,7 +400,7 @@ def test_what_attention_on_rows_does_not_know_is_left_to_the_stock_function(monk
     model = packed("llama")
     cache = cache_of(model(tokens(1, 12), use_cache=True))
     heads = importlib.import_module("kvsplice_hf.patch.heads")
-    monkeypatch.setattr(heads, "absorbed_attention", lambda *args, **kwargs: pytest.fail("it was attended to rows"))
+    monkeypatch.setattr(heads, "decode_heads", lambda *args, **kwargs: pytest.fail("it was attended to rows"))
     seen: dict[str, Any] = {}
 
     def stock(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:

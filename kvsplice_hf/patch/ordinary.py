@@ -41,7 +41,7 @@ def _check(name: str, module: Any) -> None:
         raise NotMLAError(
             f"{name} ({type(module).__name__}) is part of an encoder-decoder model, which is not supported."
         )
-    layer = _cache_layer(module)
+    layer = None if getattr(module, "is_kv_shared_layer", False) else _cache_layer(module)
     if layer is not None and not can_be_spliced(layer):
         raise NotMLAError(
             f"{name} ({type(module).__name__}) shares its cache layer, a {type(layer).__name__}, with what is no "
