@@ -87,7 +87,7 @@ sanitize: $(VENV)/.ready
 	KVSPLICE_CACHE=$(CURDIR)/.sanitized CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g" \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 $(BIN)/python -m pytest -s -p no:xdist \
-	    tests/test_native.py tests/test_native_keys.py tests/test_allocations.py tests/test_explanation.py
+	    tests/test_native.py tests/test_native_keys.py tests/test_native_heads.py tests/test_allocations.py tests/test_explanation.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -79,7 +79,7 @@ def fill(model: PreTrainedModel, recipe: Recipe, batch: int, length: int, spare:
         embeddings = _rotations(model, positions)
         for layer in cache.layers:
             if hasattr(layer, "embeddings"):  # as `attention_mask`
-                layer.embeddings, layer.position_ids = embeddings, positions
+                layer.embeddings, layer.position_ids, layer.announced = embeddings, positions, True
             if padding is not None and hasattr(layer, "attention_mask"):
                 layer.attention_mask = filled.mask(end)  # what the hook of a patched model tells its cache layer
             states = (
