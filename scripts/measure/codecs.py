@@ -95,6 +95,10 @@ class Arguments:
         default_factory=lambda: [385.0, 257.0, 193.0, 154.0, 128.0],
         metadata={"help": "budgets of our own codec, bytes per token and layer with the exact tokens; 0: without it"},
     )
+    key_blocks: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "sizes of our bases of keys, each measured at each budget; 0: whole bases"},
+    )
     statistics: list[str] = field(
         default_factory=list,
         metadata={"help": "files of KVSpliceCalibrator.save, to each of which ours is fitted; none: --calibration"},
@@ -169,19 +173,20 @@ class CodecComparison(Comparison):
         calibrator = KVSpliceCalibrator(self.model, sink_tokens=EXACT_TOKENS)
         return {"": calibrator.collect(list(self.calibration))}
 
-    def ours(self, budget: float, calibration: str) -> Row:
+    def ours(self, budget: float, calibration: str, key_block: int = 0) -> Row:
         """Our codec at a budget that counts the exact tokens as well."""
-        config = KVSpliceConfig(bytes_per_token=budget, sink_tokens=EXACT_TOKENS)
+        config = KVSpliceConfig(bytes_per_token=budget, sink_tokens=EXACT_TOKENS, key_block=key_block or None)
         with ours(self.model, self.calibrators[calibration], config) as bytes_per_token:
-            texts = self.texts(self.plain, f"{_OURS} {budget:g} {calibration}")
-        return self.row(_OURS, bytes_per_token, texts, budget=budget, calibration=calibration)
+            texts = self.texts(self.plain, f"{_OURS} {budget:g} {calibration} {key_block or ''}")
+        more = {"budget": budget, "calibration": calibration, "key_block": key_block}
+        return self.row(_OURS, bytes_per_token, texts, **more)
 
     def run(self) -> list[Row]:
         """All rows, each told as soon as it is there: the program runs for long, and may not reach its end."""
         names = dict.fromkeys(self.args.rivals or [*self.rivals, *CACHE_BACKENDS])  # each once, in the order given
         budgets = [budget for budget in self.args.ours if budget]
-        own = itertools.product(self.calibrators if budgets else (), budgets)
-        rows = [self.told(self.ours(budget, name)) for name, budget in own]
+        own = itertools.product(self.calibrators if budgets else (), budgets, self.args.key_blocks)
+        rows = [self.told(self.ours(budget, name, key_block)) for name, budget, key_block in own]
         return rows + [self.told(self.named(name)) for name in names]
 
     def named(self, name: str) -> Row:
