@@ -210,9 +210,8 @@ def encode_heads(
             for head, part, place in parts
         )
 
-    backend: Backend | None = None
-    if keys.shape[0] * keys.shape[2] <= _MOST_TOKENS:
-        backend, prepared = _backend_for_heads("encode_heads", (values, keys), splices, identity)
+    # However many tokens: what takes long is the search along the trellis, which PyTorch cannot do at once.
+    backend, prepared = _backend_for_heads("encode_heads", (values, keys), splices, identity)
     if backend is None:
         return by_torch()
     kind = ("encode_heads", keys.dtype, _coded(turns is not None), _along(splices.codec), backend.name)
