@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, QuantoQuantizedLayer, StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from kvsplice_hf.bench.memory_limits import reason_to_skip, too_large
 from kvsplice_hf.bench.recipes import RECIPES, Recipe, random_tokens, state_shapes, text_config
@@ -121,14 +121,6 @@ def rewind(filled: Filled, count: int) -> None:
     for layer in filled.cache.layers:
         if isinstance(layer, StaticLayer):
             layer.cumulative_length.sub_(count)
-        elif isinstance(layer, QuantoQuantizedLayer):
-            keys: Any = layer.keys  # those that are not quantized yet
-            values: Any = layer.values
-            kept = keys.shape[-2] - count
-            if kept < 0:
-                raise ValueError(f"{count} tokens cannot be taken back: only {kept + count} are not quantized yet")
-            layer.keys, layer.values = keys[..., :kept, :], values[..., :kept, :]
-            layer.cumulative_length -= count
         elif getattr(layer, "_quantized_keys", None) is not None:
             for name in ("_quantized_keys", "_quantized_values"):
                 rows, scale = getattr(layer, name)

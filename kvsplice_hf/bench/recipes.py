@@ -32,10 +32,6 @@ def _fp8_cache(config: PreTrainedConfig, length: int) -> Cache:
     return QuantizedCache("fp8", config)
 
 
-def _quanto_cache(config: PreTrainedConfig, length: int) -> Cache:
-    return QuantizedCache("quanto", config)  # of 4 bits
-
-
 def _dynamic_cache(config: PreTrainedConfig, length: int) -> Cache:
     return DynamicCache(config=config)
 
@@ -72,7 +68,6 @@ RECIPES: Mapping[str, Recipe] = {
     STOCK: Recipe(),
     "stock static": Recipe(make_cache=_static_cache),
     "stock fp8": Recipe(make_cache=_fp8_cache),
-    "stock quanto": Recipe(make_cache=_quanto_cache),
     "full rank": Recipe(KVSpliceConfig(compression_ratio=1.0, init="identity")),
     "rank R/2": Recipe(KVSpliceConfig(compression_ratio=0.5, init="orthogonal")),
     "packed 4x": Recipe(is_packed=True),
