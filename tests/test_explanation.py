@@ -198,12 +198,12 @@ def with_a_damaged_splice(model: PreTrainedModel) -> None:
 
 
 def without_memory(model: PreTrainedModel) -> None:
-    run = native._run
-    native._run = lambda function, given: (_ for _ in ()).throw(MemoryError("no memory"))
+    run = native.run
+    native.run = lambda function, given: (_ for _ in ()).throw(MemoryError("no memory"))
     try:
         generate(model)
     finally:
-        native._run = run
+        native.run = run
 
 
 def with_a_codec_in_fp16(model: PreTrainedModel) -> None:

@@ -75,6 +75,8 @@ def row_shapes() -> dict[str, RowShape]:
     shapes = {TINY: RowShape(3, 40, 16), WIDE: RowShape(64, 1024, 64)}
     for name, geometry in GEOMETRIES.items():
         config = geometry.config(layers=1)
+        if not hasattr(config, "kv_lora_rank"):  # ordinary attention: see `head_shapes`
+            continue
         shapes[name] = RowShape(config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim)
     return shapes | {"minicpm3": RowShape(40, 256, 32)}
 
