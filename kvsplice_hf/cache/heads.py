@@ -3,7 +3,6 @@
 Legend: `B` batch, `T` new tokens, `S` stored tokens, `K` key heads, `d` numbers of a key, `v` of a value.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -85,10 +84,16 @@ class CompressedHeads:
         self.fresh = fresh
         self.turns = turns
         self.identity = identity
+        self._heads: list[CompressedLatent] | None = None
 
-    @functools.cached_property
+    @property
     def heads(self) -> list[CompressedLatent]:
         """Of each key head the rows, as values and keys that are read like a latent and its key."""
+        if self._heads is None:  # `cached_property` takes a lock, which dynamo does not know
+            self._heads = self._by_head()
+        return self._heads
+
+    def _by_head(self) -> list[CompressedLatent]:
         splice, exact = self.splice, self.exact
         sizes, count = splice.row_bytes, len(splice.heads)
         kept = [None] * count if exact is None else exact.latents.chunk(count, dim=-1)
