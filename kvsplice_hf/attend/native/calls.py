@@ -18,6 +18,7 @@ from kvsplice_hf.attend.native import types
 from kvsplice_hf.attend.native.keys import contiguous_keys, key_coding_of
 from kvsplice_hf.attend.native.library import load_library
 from kvsplice_hf.attend.native.problems import problem_of, read_in_order, threads_for
+from kvsplice_hf.attend.native.tables import packer_of, trellis_of
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.keys import KeyWeights
@@ -273,7 +274,7 @@ def encode(
         predicted=predicted,
         keys=coding,
         kind=types.KINDS[dtype],
-        packer=types.packer_of(codec),
+        packer=packer_of(codec),
         rows=types.address(rows, dtype, tokens * width),
         threads=threads_for(tokens * rank * latent_dim),
     )
@@ -301,7 +302,7 @@ def encode_pack(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
         dim=codec.row_dim,
         rows=types.address(numbers, torch.float32, count * codec.row_dim),
         packed=types.address(packed, torch.uint8, count * codec.row_bytes),
-        packer=types.packer_of(codec),
+        packer=packer_of(codec),
         threads=threads_for(_PRODUCTS_PER_LOGARITHM * rows.numel()),
     )
     run(require_library().kvsplice_pack, packing)
@@ -323,7 +324,7 @@ def search(unit: torch.Tensor, tables: TrellisTables) -> torch.Tensor:
     given = types.Search(
         count_=count,
         units=types.address(numbers, torch.float32, count * columns),
-        trellis=types.trellis_of(tables, columns),
+        trellis=trellis_of(tables, columns),
         codes=types.address(codes, torch.uint8, count * columns),
         threads=threads_for(_PRODUCTS_PER_LOGARITHM * unit.numel()),
     )

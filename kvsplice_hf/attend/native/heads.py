@@ -21,6 +21,7 @@ from kvsplice_hf.attend.native import types
 from kvsplice_hf.attend.native.calls import contiguous, reads, require_library, room, row_codec, run, transform_of
 from kvsplice_hf.attend.native.keys import basis_of, columns_of, key_coding_of, turned_keys
 from kvsplice_hf.attend.native.problems import read_in_order, splits_for, threads_for
+from kvsplice_hf.attend.native.tables import packer_of
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.heads import HeadSplices
 from kvsplice_hf.code.projection import LearnedKVSplice
@@ -141,7 +142,7 @@ def _head(splice: LearnedKVSplice, first_byte: int) -> types.Head:
         predicted=splice.predicted_from,
         keys=key_coding_of(keys, turns, torch.Size((*one_token, rotated)), one_token)._replace(turns=0, turned=0),
         kind=types.KINDS[torch.uint8],
-        packer=types.packer_of(codec),
+        packer=packer_of(codec),
         rows=0,
         threads=1,
     )

@@ -8,6 +8,7 @@ import torch
 from kvsplice_hf.attend.backend import CodedKeys
 from kvsplice_hf.attend.native import types
 from kvsplice_hf.attend.native.keys import columns_of, keys_of
+from kvsplice_hf.attend.native.tables import codec_of
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.errors import ConfigError
 
@@ -47,9 +48,7 @@ def problem_of(
             f"Got rows {list(rows.shape)} on {rows.device} with strides {rows.stride()} for {batch} sequences of "
             "queries; the library reads rows of numbers side by side in the memory of the CPU."
         )
-    columns, mixed = dim, value_dim
-    if codec is not None:
-        columns, mixed = columns_of(codec, keys, value_dim)
+    columns, mixed = (dim, value_dim) if codec is None else columns_of(codec, keys, value_dim)
     products = batch * queries * count * (columns + mixed)
     return types.Problem(
         batch=batch,
@@ -73,7 +72,7 @@ def problem_of(
         columns=columns,
         mixed=mixed,
         column_scales=0,
-        codec=types.codec_of(codec),
+        codec=codec_of(codec),
         keys=keys_of(keys, codec, batch, count, dim, value_dim),
         splits=splits_for(threads_for(products), batch, count),
         threads=max(threads_for(products), threads_for(other_products)),
