@@ -110,4 +110,5 @@ def test_comparing_two_allocations_goes_from_calibration_to_patch_and_back_for_e
     assert calibrator.holdout, "nothing is held out, so that nothing is compared"
     rooms = walk_of(model, KVSpliceConfig(bits=5.0, sink_tokens=SINKS), calibrator)
     assert rooms.count("patching") == 1
-    assert rooms.count("patch") <= 2 + 2 * 2, rooms
+    # Each time it is patched, run (through a hook on the whole model), and unpatched.
+    assert rooms.count("patch") <= 2 + 2 * 3, rooms

@@ -6,7 +6,6 @@ there, and gives the module plain keys and values: what its rows decode to.
 Legend: `B` batch, `T` new tokens, `K` key heads, `d`, `v` sizes of a key and of a value.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,6 @@ from kvsplice_hf.patch.heads import without_cache
 from kvsplice_hf.patch.site_patch import SitePatch, title_of
 
 
-@functools.lru_cache(maxsize=256)
 def computes_alone(cls: type) -> bool:
     """Whether a class caches keys and values like others, but looks no attention function up by its name.
 
