@@ -12,7 +12,7 @@ from test_ordinary import KINDS, tokens
 
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
-from kvsplice_hf.patch.tap import tapped
+from kvsplice_hf.patch.tap import Attended, tapped
 from kvsplice_hf.upstream import POSITION_EMBEDDINGS, forward_parameters
 
 
@@ -69,9 +69,9 @@ def _keys(model: Any, sites: list[AttentionSite]) -> str:
     sites = [site for site in sites if site.stores_latent]
     seen: dict[int, list[torch.Tensor]] = {}
 
-    def look(site: AttentionSite, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.setdefault(site.layer_idx, []).append(key)
-        return key, value
+    def look(site: AttentionSite, found: Attended) -> Attended:
+        seen.setdefault(site.layer_idx, []).append(found.key)
+        return found
 
     places = torch.arange(6)[None]
     with tapped(sites, look):
