@@ -75,8 +75,9 @@ def test_with_and_without_a_cache_the_numbers_are_the_same(name: str, part: str)
     assert rms(within - without) < 0.02 * loss
     decoded, _ = step_by_step(packed(name, BITS, attention="expanded", **EXACT[part]), tokens())
     torch.testing.assert_close(within, decoded, atol=1e-4, rtol=1e-4)
-    said = {layer.decode for layer in explain(model).layers}
-    assert said == {"expanded" if name == "gemma2" else "on codes"}
+    with torch.no_grad():
+        said = {layer.decode for layer in explain(model).layers}
+    assert said == {"expanded"} if name == "gemma2" else said <= {"C++", "PyTorch"}
 
 
 @all_kinds

@@ -293,6 +293,21 @@ def test_heads_that_the_library_does_not_read_are_refused_with_a_reason(change: 
         native.prepare_heads(splices, "another")
 
 
+def test_heads_that_only_pytorch_reads_are_left_to_it() -> None:
+    """A gain of their own for keys that values are predicted from."""
+    layer = layer_of(KINDS["as calibration makes them"], "batch")
+    for head in layer.splices:
+        codec: Any = head.codec
+        key_sigmas = torch.ones(codec.row_dim - len(codec.sigmas))
+        head.codec = type(codec)(codec.widths, codec.scales, codec.centres, codec.sigmas, key_sigmas)
+    with pytest.raises(UnsupportedError, match="shares a gain"):
+        native.prepare_heads(layer.splices, "")
+    step, expected = step_of(layer, layer.compressed()), torch.zeros(3, 1, 4, 16)
+    with torch.no_grad():
+        assert choice.decode_heads(step, lambda: expected) is expected
+        assert "shares a gain" in str(choice.refusal_of_heads([step.query], layer.splices))
+
+
 @pytest.mark.parametrize(
     "change",
     [

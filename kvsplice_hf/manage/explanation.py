@@ -109,8 +109,14 @@ def _explain_layer(site: AttentionSite, state: SitePatch, tokens: int) -> LayerP
     if not current_state(state.patch).enabled:
         return path(ORIGINAL, ORIGINAL, {"codes": "the splice is disabled in this thread (splice_disabled)"})
     if site.kv_heads:
-        reason = decoding_refusal(site.module, state)
-        return path(EXPANDED if reason else "on codes", EXPANDED, {"codes": reason} if reason else {})
+        reason = decoding_refusal(site.module, state) or _gradients_of_packed(site, state)
+        if reason is not None:
+            return path(EXPANDED, EXPANDED, {"codes": reason})
+        query = torch.empty(1, 1, dtype=site.dtype, device=site.device)
+        backend = choice.claiming([query])
+        kernel = "any kernel" if backend is None else backend.name
+        reason = choice.refusal_of_heads([query], state.splice) or _given_up()
+        return path("PyTorch" if reason else kernel, EXPANDED, {kernel: reason} if reason else {})
     prefill = EXPANDED if absorbed_refusal(site.module, state, 512, 512) else "on codes"
     reason = absorbed_refusal(site.module, state, 1, tokens) or _gradients_of_packed(site, state)
     if reason is not None:

@@ -85,9 +85,12 @@ def _look_at(splices: HeadSplices, identity: tuple[str, bool]) -> PreparedHeads:
         return PreparedHeads(identity, [], (), 0, None, {}, refusal)
     heads: list[types.Head] = []
     row_bytes = 0
-    for splice in splices:
-        heads.append(_head(splice, row_bytes))
-        row_bytes += heads[-1].coding.packer.codec.row_bytes
+    try:
+        for splice in splices:
+            heads.append(_head(splice, row_bytes))
+            row_bytes += heads[-1].coding.packer.codec.row_bytes
+    except ConfigError as error:  # PyTorch may read them
+        return PreparedHeads(identity, [], (), 0, None, {}, str(error))
     basis = next((head.keys for head in heads if head.keys.dim), None)
     return PreparedHeads(identity, [tensor.detach() for tensor in tensors], tuple(heads), row_bytes, basis, {}, None)
 
