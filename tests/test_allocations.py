@@ -169,10 +169,10 @@ def test_the_defaults_of_the_process_change_no_bit(
     expected = compute()
     STATISTICS[0]._solutions.clear()
     STATISTICS[0]._distortions.clear()
-    native.types._gains.cache_clear()
+    native.tables._gains.cache_clear()
     with defaults(dtype, device):
         found = compute()
-    native.types._gains.cache_clear()
+    native.tables._gains.cache_clear()
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         assert one.device == other.device
