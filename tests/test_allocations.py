@@ -22,6 +22,7 @@ from kvsplice_hf import (
 )
 from kvsplice_hf.attend.choice import encode
 from kvsplice_hf.attend.native import calls as native
+from kvsplice_hf.attend.native import tables
 from kvsplice_hf.attend.reference import attend_packed
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.initialise import initialise_
@@ -169,10 +170,10 @@ def test_the_defaults_of_the_process_change_no_bit(
     expected = compute()
     STATISTICS[0]._solutions.clear()
     STATISTICS[0]._distortions.clear()
-    native.tables._gains.cache_clear()
+    tables._gains.cache_clear()
     with defaults(dtype, device):
         found = compute()
-    native.tables._gains.cache_clear()
+    tables._gains.cache_clear()
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype
         assert one.device == other.device
