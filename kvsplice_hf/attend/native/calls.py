@@ -167,7 +167,7 @@ def row_codec(codec: Codec) -> RowCodec:
 
 
 def _contiguous(weights: SpliceWeights) -> SpliceWeights:
-    return SpliceWeights._make(None if tensor is None else tensor.contiguous() for tensor in weights)
+    return SpliceWeights._make(map(contiguous, weights))
 
 
 def transform_of(weights: SpliceWeights) -> types.Transform:
@@ -245,7 +245,7 @@ def encode(
     library = require_library()
     latent, k_rot, projection = latent.contiguous(), k_rot.contiguous(), _contiguous(projection)
     keys = None if keys is None else KeyWeights._make(tensor.contiguous() for tensor in keys)
-    turns = None if turns is None else turns.contiguous()
+    turns = contiguous(turns)
     rank, latent_dim = projection.compress.shape
     coding = key_coding_of(keys, turns, k_rot.shape, latent.shape[:-1])
     rotated = k_rot.shape[-1]

@@ -42,6 +42,9 @@ class PreparedHeads(NamedTuple):
         aliases: of all their tensors: what is read stays in memory as long as this does.
         heads: the structures.
         row_bytes: of all heads together.
+        sizes: numbers of a value and of a key; one pair, where all heads are alike.
+        columns, key_products: how many columns of a row of all heads each query meets or mixes, and how many products
+            decoding its keys takes.
         basis: of the first head whose keys are coded before their rotation; or None.
         in_memory: for products of float32, and of bf16 numbers: what is prepared, and the structures as they lie in
             memory. Filled when they are first needed.
@@ -52,6 +55,9 @@ class PreparedHeads(NamedTuple):
     aliases: list[torch.Tensor]
     heads: tuple[types.Head, ...]
     row_bytes: int
+    sizes: frozenset[tuple[int, int]]
+    columns: int
+    key_products: int
     basis: types.Keys | None
     in_memory: dict[bool, tuple[torch.Tensor, torch.Tensor]]
     refusal: str | None
@@ -82,7 +88,7 @@ def _look_at(splices: HeadSplices, identity: tuple[str, bool]) -> PreparedHeads:
     tensors = [*splices.parameters(), *splices.buffers()]
     refusal = _refusal(splices, tensors)
     if refusal is not None:
-        return PreparedHeads(identity, [], (), 0, None, {}, refusal)
+        return _refused(identity, refusal)
     heads: list[types.Head] = []
     row_bytes = 0
     try:
@@ -90,9 +96,24 @@ def _look_at(splices: HeadSplices, identity: tuple[str, bool]) -> PreparedHeads:
             heads.append(_head(splice, row_bytes))
             row_bytes += heads[-1].coding.packer.codec.row_bytes
     except ConfigError as error:  # PyTorch may read them
-        return PreparedHeads(identity, [], (), 0, None, {}, str(error))
+        return _refused(identity, str(error))
     basis = next((head.keys for head in heads if head.keys.dim), None)
-    return PreparedHeads(identity, [tensor.detach() for tensor in tensors], tuple(heads), row_bytes, basis, {}, None)
+    return PreparedHeads(
+        identity=identity,
+        aliases=[tensor.detach() for tensor in tensors],
+        heads=tuple(heads),
+        row_bytes=row_bytes,
+        sizes=frozenset((head.coding.latent, head.coding.rotated) for head in heads),
+        columns=sum(head.columns + head.mixed for head in heads),
+        key_products=sum(head.keys.dim * head.keys.rank for head in heads),
+        basis=basis,
+        in_memory={},
+        refusal=None,
+    )
+
+
+def _refused(identity: tuple[str, bool], reason: str) -> PreparedHeads:
+    return PreparedHeads(identity, [], (), 0, frozenset(), 0, 0, None, {}, reason)
 
 
 def _refusal(splices: HeadSplices, tensors: list[Any]) -> str | None:
@@ -200,8 +221,7 @@ def decode_heads(step: HeadsStep, known: PreparedHeads) -> torch.Tensor:
     exact, positions = contiguous(step.exact), contiguous(step.positions)
     output, keys = room(batch, 1, heads, value), _keys_of(step, known)
     queries, stored = heads // count, rows.shape[2]
-    products = sum(queries * (head.columns + head.mixed) + head.keys.dim * head.keys.rank for head in known.heads)
-    threads = threads_for(batch * stored * products)
+    threads = threads_for(batch * stored * (queries * known.columns + known.key_products))
     of_exact = types.numbers_of(exact, 0 if exact is None else exact.numel())  # its sizes are checked above
     given = types.HeadsDecoding(
         count_=count,
@@ -255,13 +275,12 @@ def _keys_of(step: HeadsStep, known: PreparedHeads) -> types.Keys:
 def _check(step: HeadsStep, known: PreparedHeads) -> None:
     """Refuse tensors that the library would read beyond."""
     batch, heads, tokens, width = step.query.shape
-    sizes = {(head.coding.latent, head.coding.rotated) for head in known.heads}
     value = known.heads[0].coding.latent
     fits = (
         tokens == 1
         and batch > 0
         and heads % len(known.heads) == 0
-        and sizes == {(value, width)}
+        and known.sizes == {(value, width)}
         and step.rows.dim() == 4
         and step.rows.shape[:2] == (batch, 1)
         and step.rows.shape[2] > 0
@@ -278,7 +297,7 @@ def _check(step: HeadsStep, known: PreparedHeads) -> None:
     if not fits:
         found = {name: list(part.shape) for name, part in step._asdict().items() if isinstance(part, torch.Tensor)}
         raise ConfigError(
-            f"Got {found} for {len(known.heads)} key heads of {sorted(sizes)} numbers (values, keys) in rows of "
+            f"Got {found} for {len(known.heads)} key heads of {sorted(known.sizes)} numbers (values, keys) in rows of "
             f"{known.row_bytes} bytes, side by side."
         )
 
@@ -296,13 +315,14 @@ def encode_heads(
     batch, count, tokens, width = keys.shape
     values, keys, turns = _in_lines(values), _in_lines(keys), contiguous(turns)
     pairs, shape = width // 2, None if turns is None else turns.shape
-    sizes = {(head.coding.latent, head.coding.rotated) for head in known.heads}
     turned = shape in ((batch, 1, tokens, pairs), (1, 1, tokens, pairs))
-    fits = count == len(known.heads) and sizes == {(values.shape[-1], width)} and values.shape[:3] == keys.shape[:3]
+    fits = (
+        count == len(known.heads) and known.sizes == {(values.shape[-1], width)} and values.shape[:3] == keys.shape[:3]
+    )
     if not fits or (known.basis is not None and not turned):
         raise ConfigError(
             f"Got values {list(values.shape)} and keys {list(keys.shape)}, turned by {shape and list(shape)}, for "
-            f"{len(known.heads)} key heads of {sorted(sizes)} numbers (values, keys)."
+            f"{len(known.heads)} key heads of {sorted(known.sizes)} numbers (values, keys)."
         )
     rows = torch.empty(batch, 1, tokens, known.row_bytes, dtype=torch.uint8, device="cpu")
     given = types.HeadsEncoding(
