@@ -8,6 +8,7 @@ import torch
 
 from kvsplice_hf import LearnedKVSplice, RowCodec, TrellisCodec
 from kvsplice_hf.attend import choice
+from kvsplice_hf.attend import heads as heads_choice
 from kvsplice_hf.attend.backend import HeadsStep
 from kvsplice_hf.attend.native import heads as native
 from kvsplice_hf.attend.native.backend import NativeBackend
@@ -304,8 +305,8 @@ def test_heads_that_only_pytorch_reads_are_left_to_it() -> None:
         native.prepare_heads(layer.splices, "")
     step, expected = step_of(layer, layer.compressed()), torch.zeros(3, 1, 4, 16)
     with torch.no_grad():
-        assert choice.decode_heads(step, lambda: expected) is expected
-        assert "shares a gain" in str(choice.refusal_of_heads([step.query], layer.splices))
+        assert heads_choice.decode_heads(step, lambda: expected) is expected
+        assert "shares a gain" in str(heads_choice.refusal_of_heads([step.query], layer.splices))
 
 
 @pytest.mark.parametrize(
@@ -350,8 +351,8 @@ def test_a_step_whose_result_differs_is_left_to_pytorch(monkeypatch: Any, caplog
     monkeypatch.setattr(NativeBackend, "decode_heads", lambda self, step, known: native.decode_heads(step, known) + 1)
     expected = by_softmax(layer, layer.compressed()).float()
     with torch.no_grad():
-        found = choice.decode_heads(step, lambda: expected)
-        again = choice.decode_heads(step, lambda: expected)
+        found = heads_choice.decode_heads(step, lambda: expected)
+        again = heads_choice.decode_heads(step, lambda: expected)
     assert torch.equal(found, expected)
     assert torch.equal(again, expected)
     assert "decode_heads" in caplog.text

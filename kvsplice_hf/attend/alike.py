@@ -34,6 +34,10 @@ def numbers_alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((found - expected).abs().amax() <= _TOLERANCE * expected.abs().amax())
 
 
+def both_alike(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
+    return all(map(numbers_alike, found, expected))
+
+
 def packed_alike(codec: Codec | None, rows: Callable[[], torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], bool]:
     """What compares rows; `rows` gives what was packed, which is only asked for along a trellis."""
     if codec is None:

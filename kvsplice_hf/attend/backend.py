@@ -158,7 +158,7 @@ class Backend(ABC):
     Attributes:
         name: in messages, and in the tables of `explain`.
         operations: which of the methods below it has: "attend", "attend_heads", "decode", "decode_heads", "encode",
-            "encode_heads", "pack", "search". PyTorch does the others.
+            "encode_heads", "read_heads", "pack", "search". PyTorch does the others.
         reads_coded_keys: whether those methods take keys that were coded before their rotation.
         codecs: the kinds of codec whose rows it reads and writes.
     """
@@ -216,7 +216,7 @@ class Backend(ABC):
         raise NotImplementedError
 
     def prepare_heads(self, splices: HeadSplices, identity: str) -> Any:
-        """What the next two are handed of the key heads of a layer, kept from call to call.
+        """What the next three are handed of the key heads of a layer, kept from call to call.
 
         `identity` as in `HeadsStep`.
 
@@ -235,6 +235,19 @@ class Backend(ABC):
         """The rows uint8 [B, 1, T, bytes] of values [B, K, T, v] and keys [B, K, T, d]: those of heads side by side.
 
         Where keys are coded before their rotation, with angles uint8 [B or 1, 1, T, d / 2].
+        """
+        raise NotImplementedError
+
+    def read_heads(
+        self,
+        prepared: Any,
+        rows: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor] | None,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [B, K, S, d] and values [B, K, S, v] of rows uint8 [B, 1, S, bytes], in float32 or bf16.
+
+        `turns` as in `HeadsStep`.
         """
         raise NotImplementedError
 

@@ -10,7 +10,6 @@ Legend: as in `reference`.
 """
 
 import functools
-import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -20,14 +19,13 @@ import torch
 
 from kvsplice_hf.attend import reference
 from kvsplice_hf.attend.alike import all_attend_alike, as_close, attend_alike, numbers_alike, packed_alike
-from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, HeadRows, HeadsStep, Step
+from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, HeadRows, Step
 from kvsplice_hf.attend.native.backend import NativeBackend
 from kvsplice_hf.attend.triton.backend import TritonBackend
 from kvsplice_hf.code import trellis
 from kvsplice_hf.code.codecs import Codec
-from kvsplice_hf.code.heads import HeadSplices, turns_for
 from kvsplice_hf.code.projection import LearnedKVSplice
-from kvsplice_hf.errors import KVSpliceError, UnsupportedError
+from kvsplice_hf.errors import KVSpliceError
 
 
 logger = logging.getLogger(__name__)
@@ -72,7 +70,7 @@ def attend(
     backend = None
     if not dropout and query.shape[1] <= _MOST_QUERIES:
         tensors = (query, rows) if keys is None else (query, rows, keys.expand, keys.mean)
-        backend = _backend_for("attend", tensors, codec, coded_keys=keys is not None)
+        backend = backend_for("attend", tensors, codec, coded_keys=keys is not None)
     if backend is None:
         return by_torch()
 
@@ -81,10 +79,10 @@ def attend(
         more = {} if keys is None else {"keys": keys}  # which only some backends take
         return backend.attend(query, rows, codec, value_dim, of_queries, scaling=scaling, **more)
 
-    more_of_rows = (_coded(keys is not None), _along(codec))
+    more_of_rows = (coded(keys is not None), along(codec))
     given = (codec is None, bias is None, query.dtype, rows.dtype, query.device, *more_of_rows)
     kind = ("attend", *given, backend.name)
-    return _either(kind, by_kernel, by_torch, attend_alike)
+    return either(kind, by_kernel, by_torch, attend_alike)
 
 
 def attend_heads(
@@ -113,12 +111,12 @@ def attend_heads(
     if not dropout and all(head.keys is not None for head in heads):
         tensors = [query, first.rows, *(step for head in heads for step in head.codec.steps)]
         tensors += [tensor for head in heads if head.keys is not None for tensor in (head.keys.expand, head.keys.mean)]
-        backend = _backend_for("attend_heads", tensors, first.codec, coded_keys=True)
+        backend = backend_for("attend_heads", tensors, first.codec, coded_keys=True)
     if backend is None:
         return by_torch()
-    kind = ("attend_heads", bias is None, query.dtype, query.device, _along(first.codec), backend.name)
+    kind = ("attend_heads", bias is None, query.dtype, query.device, along(first.codec), backend.name)
     by_kernel = functools.partial(backend.attend_heads, query, heads, bias, scaling=scaling)
-    return _either(kind, by_kernel, by_torch, all_attend_alike)
+    return either(kind, by_kernel, by_torch, all_attend_alike)
 
 
 def decode(step: Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -126,12 +124,12 @@ def decode(step: Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
 
     In one call where a backend serves that, by `by_torch` anywhere else.
     """
-    backend = _backend_for("decode", step.numbers, step.codec, coded_keys=step.keys is not None)
+    backend = backend_for("decode", step.numbers, step.codec, coded_keys=step.keys is not None)
     if backend is None:
         return by_torch()
     given = (step.codec is None, step.bias is None, step.exact is None, step.query.dtype, step.rows.dtype)
-    kind = ("decode", *given, _coded(step.keys is not None), _along(step.codec), backend.name)
-    return _either(kind, lambda: backend.decode(step).to(step.query.dtype), by_torch, numbers_alike)
+    kind = ("decode", *given, coded(step.keys is not None), along(step.codec), backend.name)
+    return either(kind, lambda: backend.decode(step).to(step.query.dtype), by_torch, numbers_alike)
 
 
 def encode(
@@ -162,91 +160,30 @@ def encode(
         given.append(k_rot)
     if keys is not None:
         given += [keys.compress, keys.mean]
-    backend = _backend_for("encode", given, codec, coded_keys=keys is not None)
+    backend = backend_for("encode", given, codec, coded_keys=keys is not None)
     if backend is None:
         return by_torch()
     alike = packed_alike(codec, lambda: splice.numbers_to_store(latent, k_rot, turns))
-    of_weights = (weights.offset is None, latent.dtype, weights.compress.dtype, _coded(keys is not None))
-    kind = ("encode", codec is None, *of_weights, _along(codec), backend.name)
+    of_weights = (weights.offset is None, latent.dtype, weights.compress.dtype, coded(keys is not None))
+    kind = ("encode", codec is None, *of_weights, along(codec), backend.name)
     more = () if keys is None else (keys, turns)  # which only some backends take
-    return _either(kind, lambda: backend.encode(latent, k_rot, weights, codec, *more), by_torch, alike)
-
-
-def decode_heads(step: HeadsStep, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """As `decode`, of a layer with ordinary attention: [B, 1, H, v]."""
-    backend, prepared = _backend_for_heads("decode_heads", step.numbers, step.splices, step.identity)
-    if backend is None:
-        return by_torch()
-    given = (
-        step.bias is None,
-        step.exact is None,
-        step.sinks is None,
-        step.query.dtype,
-        _coded(step.turns is not None),
-    )
-    kind = ("decode_heads", *given, _along(step.splices.codec), backend.name)
-    return _either(kind, lambda: backend.decode_heads(step, prepared).to(step.query.dtype), by_torch, numbers_alike)
-
-
-def encode_heads(
-    splices: HeadSplices, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None, identity: str = ""
-) -> torch.Tensor:
-    """The rows [B, 1, T, bytes] that a cache stores of values [B, K, T, v] and keys [B, K, T, d], side by side.
-
-    `turns` uint8 [B or 1, 1, T, F], where keys are coded before their rotation. `identity` as in `HeadsStep`.
-    """
-
-    def by_torch() -> torch.Tensor:
-        parts = zip(splices, splices.split(values, keys), strict=True)
-        return torch.cat([encode(head, *part, turns_for(head, turns)) for head, part in parts], dim=-1)
-
-    def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
-        places = itertools.pairwise([0, *itertools.accumulate(splices.row_bytes)])
-        parts = zip(splices, splices.split(values, keys), places, strict=True)
-        return all(
-            packed_alike(head.codec, functools.partial(head.numbers_to_store, *part, turns_for(head, turns)))(
-                found[..., slice(*place)], expected[..., slice(*place)]
-            )
-            for head, part, place in parts
-        )
-
-    # However many tokens: what takes long is the search along the trellis, which PyTorch cannot do at once.
-    backend, prepared = _backend_for_heads("encode_heads", (values, keys), splices, identity)
-    if backend is None:
-        return by_torch()
-    kind = ("encode_heads", keys.dtype, _coded(turns is not None), _along(splices.codec), backend.name)
-    return _either(kind, lambda: backend.encode_heads(prepared, values, keys, turns), by_torch, alike)
-
-
-def _backend_for_heads(
-    operation: str, tensors: Sequence[torch.Tensor], splices: HeadSplices, identity: str
-) -> tuple[Backend | None, Any]:
-    """As `_backend_for`, of a call on the key heads of a layer; and what the backend has prepared of them."""
-    if torch.is_grad_enabled():  # parameters may want gradients
-        tensors = (*tensors, *splices.parameters())
-    backend = _backend_for(operation, tensors, None)
-    if backend is None:
-        return None, None
-    try:
-        return backend, backend.prepare_heads(splices, identity)
-    except UnsupportedError:
-        return None, None
+    return either(kind, lambda: backend.encode(latent, k_rot, weights, codec, *more), by_torch, alike)
 
 
 def pack(rows: torch.Tensor, codec: Codec) -> torch.Tensor:
     """`codec.pack(rows)`: bytes [..., row_bytes] of rows [..., n]."""
-    backend = _backend_for("pack", (rows,), codec)
+    backend = backend_for("pack", (rows,), codec)
     if backend is None:
         return codec.pack(rows)
-    kind = ("pack", rows.dtype, rows.device, _along(codec), backend.name)
+    kind = ("pack", rows.dtype, rows.device, along(codec), backend.name)
     alike = packed_alike(codec, lambda: rows)
-    return _either(kind, lambda: backend.pack(rows, codec), lambda: codec.pack(rows), alike)
+    return either(kind, lambda: backend.pack(rows, codec), lambda: codec.pack(rows), alike)
 
 
 def search(unit: torch.Tensor, tables: trellis.TrellisTables) -> torch.Tensor:
     """`code.trellis.closest_codes(unit, tables)`: uint8 [T, c] of float32 [T, c]."""
     by_torch = functools.partial(trellis.closest_codes, unit, tables)
-    backend = _backend_for("search", (unit, tables.levels), None)
+    backend = backend_for("search", (unit, tables.levels), None)
     if backend is None:
         return by_torch()
 
@@ -254,23 +191,23 @@ def search(unit: torch.Tensor, tables: trellis.TrellisTables) -> torch.Tensor:
         errors, least = (trellis.squared_error(unit, codes, tables) for codes in (found, expected))
         return found.shape == expected.shape and as_close(errors, least)
 
-    return _either(("search", unit.device, backend.name), lambda: backend.search(unit, tables), by_torch, alike)
+    return either(("search", unit.device, backend.name), lambda: backend.search(unit, tables), by_torch, alike)
 
 
 trellis.search_by(search)
 
 
-def _along(codec: Codec | None) -> str | None:
+def along(codec: Codec | None) -> str | None:
     """In the kind of a call: whether levels were chosen along a trellis."""
     return "trellis" if isinstance(codec, trellis.TrellisCodec) else None
 
 
-def _coded(keys: bool) -> str | None:
+def coded(keys: bool) -> str | None:
     """In the kind of a call: whether keys were coded before their rotation."""
     return "coded keys" if keys else None
 
 
-def _backend_for(
+def backend_for(
     operation: str, tensors: Sequence[torch.Tensor], codec: Codec | None, coded_keys: bool = False
 ) -> Backend | None:
     """The backend that serves a call with these tensors, or None where PyTorch does."""
@@ -299,18 +236,6 @@ def refusal(tensors: Sequence[torch.Tensor], codec: Codec | None = None, coded_k
     return "no backend serves this device" if backend is None else _refusal_of(backend, tensors, codec, coded_keys)
 
 
-def refusal_of_heads(tensors: Sequence[torch.Tensor], splices: HeadSplices) -> str | None:
-    """As `refusal`, of steps over all key heads of a layer."""
-    reason, backend = refusal(tensors), claiming(tensors)
-    if reason is not None or backend is None or "decode_heads" not in backend.operations:
-        return reason
-    try:
-        backend.prepare_heads(splices, "")
-    except UnsupportedError as error:
-        return str(error)
-    return None
-
-
 def _refusal_of(backend: Backend, tensors: Sequence[torch.Tensor], codec: Codec | None, coded_keys: bool) -> str | None:
     if _WITHOUT_KERNELS:
         return "KVSPLICE_KERNELS=torch leaves the kernels out"
@@ -336,9 +261,16 @@ def _title(kind: tuple[Any, ...]) -> str:
     return ", ".join(str(part) for part in kind if part not in (None, False))
 
 
-def _either(
+def either(
     kind: tuple[Any, ...], by_kernel: Callable[[], Any], by_torch: Callable[[], Any], alike: Callable[[Any, Any], bool]
 ) -> Any:
+    """What the kernel computes, or PyTorch.
+
+    Args:
+        kind: of the call. The first one of a kind is computed in both ways.
+        by_kernel, by_torch: the two ways.
+        alike: whether what the kernel gave is as good as what PyTorch did.
+    """
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         kind = (*kind, "autocast")  # PyTorch computes other numbers there
     if kind in _verdicts:

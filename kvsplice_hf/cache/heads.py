@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from kvsplice_hf import upstream
-from kvsplice_hf.attend.choice import encode, encode_heads
-from kvsplice_hf.cache.exact import ExactTokens
+from kvsplice_hf.attend.choice import encode
+from kvsplice_hf.attend.heads import encode_heads, read_heads, rounds_trips
+from kvsplice_hf.cache.exact import ExactTokens, overlay_exact
 from kvsplice_hf.cache.rows import CompressedLatent
-from kvsplice_hf.cache.turns import Turns
+from kvsplice_hf.cache.turns import SLOT_DTYPE, Turns
 from kvsplice_hf.code.heads import HeadSplices
 from kvsplice_hf.code.projection import LearnedKVSplice
 
@@ -42,6 +43,34 @@ def encode_states(
     if isinstance(splice, HeadSplices):
         return encode_heads(splice, latents, k_rot, turns, identity)
     return encode(splice, latents, k_rot, turns)
+
+
+def round_trip(
+    splice: LearnedKVSplice | HeadSplices, latents: torch.Tensor, k_rot: torch.Tensor, turns: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the cache would give back of latents (or values) and keys, without a cache; arguments as `encode_states`.
+
+    Where nothing wants gradients, by the same code as with a cache.
+    """
+    wants_gradients = torch.is_grad_enabled() and (latents.requires_grad or k_rot.requires_grad)
+    if wants_gradients or not isinstance(splice, HeadSplices) or not rounds_trips(splice, latents, k_rot):
+        return splice.round_trip(latents, k_rot, turns)
+    splice.require_codec_here()
+    rows = encode_heads(splice, latents, k_rot, turns)
+    read = _stored(rows, splice, latents.dtype, None if turns is None else _each_in_a_slot(turns, rows.shape[0]))
+    keys, values = read.keys_and_values()
+    return values, keys
+
+
+def _each_in_a_slot(turns: torch.Tensor, batch: int) -> Turns:
+    """Angles [B or 1, 1, T, F] with a slot for each token."""
+    count = turns.shape[0] * turns.shape[2]
+    slots = torch.arange(count, dtype=SLOT_DTYPE, device=turns.device).view(turns.shape[0], -1)
+    return Turns(turns.flatten(0, 2).T.contiguous(), slots.expand(batch, -1))
+
+
+def _stored(rows: torch.Tensor, splice: HeadSplices, dtype: torch.dtype, turns: Turns | None) -> "CompressedHeads":
+    return CompressedHeads(rows, splice, None, rows.shape[2], 0, dtype, None, turns)
 
 
 def exact_states(splice: LearnedKVSplice | HeadSplices, latents: torch.Tensor, k_rot: torch.Tensor) -> torch.Tensor:
@@ -90,11 +119,11 @@ class CompressedHeads:
     def heads(self) -> list[CompressedLatent]:
         """Of each key head the rows, as values and keys that are read like a latent and its key."""
         if self._heads is None:  # `cached_property` takes a lock, which dynamo does not know
-            self._heads = self._by_head()
+            self._heads = self._by_head(self.exact)
         return self._heads
 
-    def _by_head(self) -> list[CompressedLatent]:
-        splice, exact = self.splice, self.exact
+    def _by_head(self, exact: ExactTokens | None) -> list[CompressedLatent]:
+        splice = self.splice
         sizes, count = splice.row_bytes, len(splice.heads)
         kept = [None] * count if exact is None else exact.latents.chunk(count, dim=-1)
         new = [None] * count if self.fresh is None else splice.split(*self.fresh)
@@ -114,8 +143,22 @@ class CompressedHeads:
 
     def keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys [B, K, S, d] and values [B, K, S, v], decoded, the exact ones in their places."""
-        read = [_read(head) for head in self.heads]
-        return torch.cat([key for _, key in read], dim=1), torch.cat([value for value, _ in read], dim=1)
+        if self.fresh is not None:
+            read = [_read(head) for head in self.heads]
+            return torch.cat([key for _, key in read], dim=1), torch.cat([value for value, _ in read], dim=1)
+        keys, values = read_heads(self.splice, self.rows, self.turns, self.dtype, self._as_coded, self.identity)
+        if self.exact is None:
+            return keys, values
+        exact, count = self.exact, keys.shape[1]
+        kept = exact.latents.unflatten(-1, (count, -1)).transpose(1, 2).flatten(0, 1)  # [B K, E, v + d]
+        positions = exact.positions.repeat_interleave(count, dim=0)
+        of_values, of_keys = kept.split([values.shape[-1], keys.shape[-1]], dim=-1)
+        return _overlaid(keys, ExactTokens(of_keys, positions)), _overlaid(values, ExactTokens(of_values, positions))
+
+    def _as_coded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values as their codes say."""
+        parts = self._by_head(None)
+        return torch.cat([part.k_rot for part in parts], dim=1), torch.cat([part.latent() for part in parts], dim=1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "CompressedHeads":
         """The same on another device: of a layer that reads keys of another one, which may be elsewhere."""
@@ -152,6 +195,11 @@ class CompressedHeads:
 
     def __repr__(self) -> str:
         return f"CompressedHeads(shape={tuple(self.shape)})"
+
+
+def _overlaid(states: torch.Tensor, exact: ExactTokens) -> torch.Tensor:
+    """Keys or values [B, K, S, n] with the exact ones of each head, [B K, E, n], in their places."""
+    return overlay_exact(states.flatten(0, 1)[:, None], exact).view(states.shape)
 
 
 def _read(head: CompressedLatent) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from kvsplice_hf.attend import choice
+from kvsplice_hf.attend.heads import refusal_of_heads
 from kvsplice_hf.call import current_state
 from kvsplice_hf.patch.expansion import absorbed_refusal
 from kvsplice_hf.patch.families import AttentionSite
@@ -115,7 +116,7 @@ def _explain_layer(site: AttentionSite, state: SitePatch, tokens: int) -> LayerP
         query = torch.empty(1, 1, dtype=site.dtype, device=site.device)
         backend = choice.claiming([query])
         kernel = "any kernel" if backend is None else backend.name
-        reason = choice.refusal_of_heads([query], state.splice) or _given_up()
+        reason = refusal_of_heads([query], state.splice) or _given_up()
         return path("PyTorch" if reason else kernel, EXPANDED, {kernel: reason} if reason else {})
     prefill = EXPANDED if absorbed_refusal(site.module, state, 512, 512) else "on codes"
     reason = absorbed_refusal(site.module, state, 1, tokens) or _gradients_of_packed(site, state)

@@ -10,7 +10,7 @@ import torch
 
 from kvsplice_hf import upstream
 from kvsplice_hf.attend.backend import HeadsStep
-from kvsplice_hf.attend.choice import decode_heads
+from kvsplice_hf.attend.heads import decode_heads
 from kvsplice_hf.cache.heads import CompressedHeads
 from kvsplice_hf.cache.pages import PagedStates
 from kvsplice_hf.call import note_expansion, running_call

@@ -10,6 +10,7 @@ import torch
 
 from kvsplice_hf import upstream
 from kvsplice_hf.cache.exact import exact_in_full_sequence
+from kvsplice_hf.cache.heads import round_trip
 from kvsplice_hf.call import Call
 from kvsplice_hf.patch.site_patch import SitePatch, title_of
 
@@ -29,7 +30,7 @@ def round_trip_of_sequences(
     Raises:
         UpstreamChangedError: nothing says how the keys are rotated, and they are coded before that.
     """
-    decoded, rotated = patched.splice.round_trip(latent, k_rot, _turns_without_cache(module, patched, call))
+    decoded, rotated = round_trip(patched.splice, latent, k_rot, _turns_without_cache(module, patched, call))
     if call.state.on_round_trip is not None:
         call.state.on_round_trip(module, latent, decoded)
     if patched.geometry.sink_tokens == 0:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, HeadsStep, Step
-from kvsplice_hf.attend.native import calls, heads
+from kvsplice_hf.attend.native import calls, heads, reading
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.heads import HeadSplices
@@ -18,7 +18,7 @@ class NativeBackend(Backend):
     """C++ on a CPU, for all operations."""
 
     name = "C++"
-    operations = frozenset({"attend", "decode", "encode", "pack", "search", "decode_heads", "encode_heads"})
+    operations = frozenset({"attend", "decode", "encode", "pack", "search", "decode_heads", "encode_heads", "read_heads"})
     codecs = frozenset({RowCodec.kind, TrellisCodec.kind})
     reads_coded_keys = True
 
@@ -74,6 +74,15 @@ class NativeBackend(Backend):
         self, prepared: heads.PreparedHeads, values: torch.Tensor, keys: torch.Tensor, turns: torch.Tensor | None
     ) -> torch.Tensor:
         return heads.encode_heads(prepared, values, keys, turns)
+
+    def read_heads(
+        self,
+        prepared: heads.PreparedHeads,
+        rows: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor] | None,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return reading.read_heads(prepared, rows, turns, dtype)
 
     def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:
         return calls.encode_pack(rows, calls.row_codec(codec))

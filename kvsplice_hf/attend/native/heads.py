@@ -11,7 +11,7 @@ a value.
 import ctypes
 import weakref
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -173,7 +173,7 @@ def _head(splice: LearnedKVSplice, first_byte: int) -> types.Head:
     return types.Head(coding, basis, columns, mixed, first_byte)
 
 
-def _in_memory(known: PreparedHeads, in_bf16: bool) -> int:
+def heads_in_memory(known: PreparedHeads, in_bf16: bool) -> int:
     """Where the structures of the heads lie, with what is prepared of them for products of one kind."""
     if in_bf16 not in known.in_memory:
         _prepare(known, in_bf16)
@@ -196,12 +196,23 @@ def _prepare(known: PreparedHeads, in_bf16: bool) -> None:
     known.in_memory[in_bf16] = numbers, packed
 
 
-def _run(function: Any, known: PreparedHeads, given: types.HeadsDecoding | types.HeadsEncoding) -> None:
-    """Call the library; where somebody has written to the parameters since, prepare once more."""
-    in_bf16 = bool(given.in_bf16)
-    if run(function, given._replace(heads=_in_memory(known, in_bf16))) == _NOT_PREPARED:
+_OnHeads: TypeAlias = types.HeadsDecoding | types.HeadsEncoding | types.HeadsReading
+
+
+def run_heads(function: Any, known: PreparedHeads, in_bf16: bool, given: _OnHeads) -> None:
+    """Call the library with the structures of `heads_in_memory`.
+
+    Where somebody has written to the parameters since, prepare once more.
+    """
+    if run(function, given) == _NOT_PREPARED:
         _prepare(known, in_bf16)
-        run(function, given._replace(heads=_in_memory(known, in_bf16)))
+        run(function, _with_heads(given, heads_in_memory(known, in_bf16)))
+
+
+def _with_heads(given: _OnHeads, heads: int) -> _OnHeads:
+    if isinstance(given, types.HeadsReading):
+        return given._replace(stored=given.stored._replace(heads=heads))
+    return given._replace(heads=heads)
 
 
 def decode_heads(step: HeadsStep, known: PreparedHeads) -> torch.Tensor:
@@ -219,14 +230,14 @@ def decode_heads(step: HeadsStep, known: PreparedHeads) -> torch.Tensor:
     query, bias = step.query.float().contiguous(), read_in_order(step.bias, rows, 1)
     sinks = None if step.sinks is None else step.sinks.float().contiguous()
     exact, positions = contiguous(step.exact), contiguous(step.positions)
-    output, keys = room(batch, 1, heads, value), _keys_of(step, known)
-    queries, stored = heads // count, rows.shape[2]
+    output, keys = room(batch, 1, heads, value), keys_of_rows(rows, step.turns, known)
+    queries, stored, in_bf16 = heads // count, rows.shape[2], step.query.dtype is torch.bfloat16
     threads = threads_for(batch * stored * (queries * known.columns + known.key_products))
     of_exact = types.numbers_of(exact, 0 if exact is None else exact.numel())  # its sizes are checked above
     given = types.HeadsDecoding(
         count_=count,
-        heads=0,
-        in_bf16=step.query.dtype is torch.bfloat16,
+        heads=heads_in_memory(known, in_bf16),
+        in_bf16=in_bf16,
         batch=batch,
         queries=queries,
         rows=stored,
@@ -253,23 +264,38 @@ def decode_heads(step: HeadsStep, known: PreparedHeads) -> torch.Tensor:
         sinks=0 if sinks is None else sinks.data_ptr(),
         output=output.data_ptr(),
     )
-    _run(library.kvsplice_decode_heads, known, given)
+    run_heads(library.kvsplice_decode_heads, known, in_bf16, given)
     return output
 
 
-def _keys_of(step: HeadsStep, known: PreparedHeads) -> types.Keys:
-    """The table and the slots of keys.
+def keys_of_rows(
+    rows: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor] | None, known: PreparedHeads
+) -> types.Keys:
+    """The table and the slots of the keys of rows [B, 1, S, bytes].
 
     Raises:
         ConfigError: these are not those of the rows.
     """
     if known.basis is None:
         return types.NO_KEYS
-    keys = step.turns and turned_keys(known.basis, *step.turns, step.rows.shape[0], step.rows.shape[2])
+    keys = turns and turned_keys(known.basis, *turns, rows.shape[0], rows.shape[2])
     if keys is None:
-        found = step.turns and [[tensor.dtype, *tensor.shape] for tensor in step.turns]
-        raise ConfigError(f"Got {found} for the rotations of rows {list(step.rows.shape)}.")
+        found = turns and [[tensor.dtype, *tensor.shape] for tensor in turns]
+        raise ConfigError(f"Got {found} for the rotations of rows {list(rows.shape)}.")
     return keys
+
+
+def lie_as_rows(rows: torch.Tensor, known: PreparedHeads) -> bool:
+    """Whether these are rows of the heads, uint8 [B, 1, S, bytes], each in one piece."""
+    return (
+        rows.dim() == 4
+        and rows.shape[1] == 1
+        and rows.shape[2] > 0
+        and rows.shape[3] == known.row_bytes
+        and rows.stride(3) == 1
+        and rows.dtype is torch.uint8
+        and rows.is_cpu
+    )
 
 
 def _check(step: HeadsStep, known: PreparedHeads) -> None:
@@ -281,13 +307,8 @@ def _check(step: HeadsStep, known: PreparedHeads) -> None:
         and batch > 0
         and heads % len(known.heads) == 0
         and known.sizes == {(value, width)}
-        and step.rows.dim() == 4
-        and step.rows.shape[:2] == (batch, 1)
-        and step.rows.shape[2] > 0
-        and step.rows.shape[3] == known.row_bytes
-        and step.rows.stride(3) == 1
-        and step.rows.dtype is torch.uint8
-        and step.rows.is_cpu
+        and step.rows.shape[0] == batch
+        and lie_as_rows(step.rows, known)
         and (step.sinks is None or step.sinks.numel() == heads)
     )
     if step.exact is not None:
@@ -324,36 +345,42 @@ def encode_heads(
             f"Got values {list(values.shape)} and keys {list(keys.shape)}, turned by {shape and list(shape)}, for "
             f"{len(known.heads)} key heads of {sorted(known.sizes)} numbers (values, keys)."
         )
+    in_bf16 = keys.dtype is torch.bfloat16
     rows = torch.empty(batch, 1, tokens, known.row_bytes, dtype=torch.uint8, device="cpu")
     given = types.HeadsEncoding(
         count_=count,
-        heads=0,
-        in_bf16=keys.dtype is torch.bfloat16,
+        heads=heads_in_memory(known, in_bf16),
+        in_bf16=in_bf16,
         batch=batch,
         tokens=tokens,
-        values=_numbers_in_lines(values),
-        keys=_numbers_in_lines(keys),
-        value_strides=types.Strides._make(values.stride()[:3]),
-        key_strides=types.Strides._make(keys.stride()[:3]),
+        values=values.data_ptr(),
+        values_are_bfloat16=values.dtype is torch.bfloat16,
+        keys=keys.data_ptr(),
+        keys_are_bfloat16=keys.dtype is torch.bfloat16,
+        values_from_sequence=values.stride(0),
+        values_from_head=values.stride(1),
+        values_from_token=values.stride(2),
+        keys_from_sequence=keys.stride(0),
+        keys_from_head=keys.stride(1),
+        keys_from_token=keys.stride(2),
         turns=0 if turns is None else turns.data_ptr(),
         turns_stride=0 if turns is None or turns.shape[0] == 1 else turns.stride(0),
         rows=rows.data_ptr(),
         row_bytes=known.row_bytes,
         threads=min(batch * count * tokens, threads_for(_PRODUCTS_PER_NUMBER * (keys.numel() + values.numel()))),
     )
-    _run(library.kvsplice_encode_heads, known, given)
+    run_heads(library.kvsplice_encode_heads, known, in_bf16, given)
     return rows
 
 
 def _in_lines(tensor: torch.Tensor) -> torch.Tensor:
-    """With the numbers of a token side by side."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """With the numbers of a token side by side.
 
-
-def _numbers_in_lines(tensor: torch.Tensor) -> types.Numbers:
-    """As `types.numbers_of`, of a tensor whose other strides are handed over beside."""
+    Raises:
+        ConfigError: the library does not read such numbers.
+    """
     if not reads(tensor):
         raise ConfigError(
             f"Got values or keys in {tensor.dtype} on {tensor.device}; the library reads float32 and bf16."
         )
-    return types.Numbers(tensor.data_ptr(), int(tensor.dtype is torch.bfloat16))
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

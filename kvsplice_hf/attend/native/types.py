@@ -254,14 +254,6 @@ class HeadsDecoding(NamedTuple):
     room: int = 0
 
 
-class Strides(NamedTuple):
-    """Of sequences, heads and tokens."""
-
-    sequence: int
-    head: int
-    token: int
-
-
 class HeadsEncoding(NamedTuple):
     """`HeadsEncoding` of csrc/heads.h."""
 
@@ -270,10 +262,16 @@ class HeadsEncoding(NamedTuple):
     in_bf16: int
     batch: int
     tokens: int
-    values: Numbers
-    keys: Numbers
-    value_strides: Strides
-    key_strides: Strides
+    values: int
+    values_are_bfloat16: int
+    keys: int
+    keys_are_bfloat16: int
+    values_from_sequence: int
+    values_from_head: int
+    values_from_token: int
+    keys_from_sequence: int
+    keys_from_head: int
+    keys_from_token: int
     turns: int
     turns_stride: int
     rows: int
@@ -281,19 +279,32 @@ class HeadsEncoding(NamedTuple):
     threads: int
 
 
+class HeadsReading(NamedTuple):
+    """`HeadsReading` of csrc/read_heads.h."""
+
+    stored: HeadsDecoding
+    keys: Numbers
+    values: Numbers
+    room: int = 0
+
+
 NO_CODEC = Codec(*[0] * len(Codec._fields))
 NO_TRELLIS = Trellis(*[0] * len(Trellis._fields))
 NO_PACKER = Packer(NO_CODEC, 0, 0, 0, 0, 0, 0, NO_TRELLIS, NO_TRELLIS)
 NO_NUMBERS = Numbers(0, 0)
 NO_KEYS = Keys(0, 0, 0, NO_NUMBERS, NO_NUMBERS, 0, 0, 0, 0, 0, 0, 0)
+NO_STEP = HeadsDecoding(*[0] * (len(HeadsDecoding._fields) - 1))
 NO_KEY_CODING = KeyCoding(0, NO_NUMBERS, NO_NUMBERS, 0, 0, 0)
 
 
 def as_bytes(given: Any) -> bytes:
     """A structure as it lies in memory."""
+    layout, is_flat = _layout(given.__class__)
+    if is_flat:  # as those of the steps of a model are
+        return layout.pack(*given)
     values: list[int | float] = []
     _flatten(given, values)
-    return _layout(given.__class__).pack(*values)
+    return layout.pack(*values)
 
 
 def _flatten(given: tuple[Any, ...], values: list[int | float]) -> None:
@@ -305,8 +316,10 @@ def _flatten(given: tuple[Any, ...], values: list[int | float]) -> None:
 
 
 @functools.cache
-def _layout(structure: type) -> struct.Struct:
-    return struct.Struct(_format(structure))
+def _layout(structure: type) -> tuple[struct.Struct, bool]:
+    """How a structure lies in memory, and whether none of its fields is a structure."""
+    kinds = get_type_hints(structure).values()
+    return struct.Struct(_format(structure)), all(kind in (int, float) for kind in kinds)
 
 
 def _format(kind: Any) -> str:

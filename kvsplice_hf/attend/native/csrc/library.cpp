@@ -6,6 +6,7 @@
 #include "encode.h"
 #include "heads.h"
 #include "pack.h"
+#include "read_heads.h"
 #include "workspace.h"
 
 #define KVSPLICE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -91,5 +92,16 @@ KVSPLICE_EXPORT int kvsplice_encode_heads(const kvsplice::HeadsEncoding* handed)
   int failed = 0;
 #pragma omp parallel num_threads(handed->threads) reduction(max : failed)
   failed = !kvsplice::encode_heads(*handed);
+  return failed;
+}
+
+KVSPLICE_EXPORT int kvsplice_read_heads(const kvsplice::HeadsReading* handed) {
+  kvsplice::HeadsReading given = *handed;
+  if (!are_prepared(given.stored.heads, given.stored.count, false)) return kNotPrepared;
+  given.room = room_for(given);
+  if (given.room == nullptr) return 1;
+  int failed = 0;
+#pragma omp parallel num_threads(given.stored.threads) reduction(max : failed)
+  failed = !kvsplice::read_heads(given);
   return failed;
 }

@@ -285,6 +285,10 @@ class PackedRows {
     });
   }
 
+  // The columns of a strip as they were read, the first row of which is `row` of the tile, and the gains of its rows.
+  const auto* strip(int64_t row) const { return columns_ + row / kStrip * strip_of(problem_); }
+  const float* gains(int64_t row) const { return gains_ + row; }
+
   float* const weights;  // [queries, kStride]
 
  private:
