@@ -43,6 +43,8 @@ struct EncodingRoom {
   int64_t latent, key, dim, kept;  // numbers from one token to the next
   float *latents, *keys, *rows;
   float* key_codes;  // as they will be read, where latents are predicted from that
+  uint8_t* found;    // their codes along a trellis, [tokens, found_of_token]
+  int64_t found_of_token;
   SearchRoom search{nullptr, 0};
   float* rest;
 
@@ -57,7 +59,9 @@ struct EncodingRoom {
     kept = round_up(given.predicted, kLanes);
     key_codes = rows + given.tokens * dim;
     const Trellis& longest = given.packer.longest();
-    float* rooms = key_codes + given.tokens * kept;
+    found = reinterpret_cast<uint8_t*>(key_codes + given.tokens * kept);
+    found_of_token = given.predicted ? round_up(given.packer.chains[1].columns, kLanes * sizeof(float)) : 0;
+    float* rooms = key_codes + given.tokens * (kept + found_of_token / sizeof(float));
     search = SearchRoom(rooms + thread * SearchRoom::size(longest.columns), longest.columns);
     rest = rooms + given.threads * SearchRoom::size(longest.columns);
   }
@@ -91,7 +95,8 @@ inline void subtract_predicted(const Encoding& given, const EncodingRoom& room, 
 
 inline void read_key_back(const Encoding& given, const EncodingRoom& room, int64_t token) {
   float* kept = room.key_codes + token * room.kept;
-  read_back(given.packer, room.rows + token * room.dim, given.rank, kept, room.search);
+  read_back(given.packer, room.rows + token * room.dim, given.rank, kept, room.search,
+            room.found + token * room.found_of_token);
   for (int64_t number = given.predicted; number < room.kept; ++number) kept[number] = 0;
 }
 
@@ -143,7 +148,9 @@ inline void store_row(const Encoding& given, const EncodingRoom& room, int64_t t
     row[given.rank + column] = rounded(number, given.latents.is_bfloat16);
   }
   if (given.kind == kPacked) {
-    pack_row(given.packer, row, static_cast<uint8_t*>(given.rows) + token * given.packer.codec.row_bytes, room.search);
+    uint8_t* known = given.predicted ? room.found + token * room.found_of_token : nullptr;
+    pack_row(given.packer, row, static_cast<uint8_t*>(given.rows) + token * given.packer.codec.row_bytes, room.search,
+             known);
   } else if (given.kind == kBfloat16) {
     Bfloat16* stored = static_cast<Bfloat16*>(given.rows) + token * room.dim;
     for (int64_t column = 0; column < room.dim; ++column) stored[column] = to_bfloat16(row[column]);

@@ -74,11 +74,17 @@ inline void write_code(const Codec& codec, int64_t column, uint8_t code, uint8_t
   }
 }
 
+// Codes that a search along a trellis has found, or will.
+struct Found {
+  uint8_t* codes;  // of the columns of one chain
+  bool is_known;
+};
+
 // Calls `each(column, code)` for the columns of one of the chains, and those beside them that are rounded.
 // `gain_of_column(column)` multiplies their scales.
 template <class Gain, class Each>
 void each_code(const Packer& packer, const float* row, int chain, Gain&& gain_of_column, const SearchRoom& room,
-               Each&& each) {
+               const Found& found, Each&& each) {
   const Codec& codec = packer.codec;
   const int64_t first = chain ? codec.gained : 0, last = chain ? codec.coded : codec.gained;
   int64_t next = first, searched = 0;
@@ -87,14 +93,16 @@ void each_code(const Packer& packer, const float* row, int chain, Gain&& gain_of
     const int64_t column = next++;
     return unit_of(codec, row, column, gain_of_column(column));
   };
-  if (packer.chains[chain].columns) search_row(packer.chains[chain], room, unit, room.codes);
+  if (packer.chains[chain].columns && !found.is_known) search_row(packer.chains[chain], room, unit, found.codes);
   for (int64_t column = first; column < last; ++column) {
     each(column,
-         codec.in_trellis(column) ? room.codes[searched++] : code_of(packer, row, column, gain_of_column(column)));
+         codec.in_trellis(column) ? found.codes[searched++] : code_of(packer, row, column, gain_of_column(column)));
   }
 }
 
-inline void pack_row(const Packer& packer, const float* row, uint8_t* packed, const SearchRoom& room) {
+// `known`: the codes of the second chain, where they were found already; or null.
+inline void pack_row(const Packer& packer, const float* row, uint8_t* packed, const SearchRoom& room,
+                     uint8_t* known = nullptr) {
   const Codec& codec = packer.codec;
   std::fill_n(packed, codec.row_bytes, uint8_t{0});
   float gain = 1.0f, key_gain = 1.0f;
@@ -116,13 +124,16 @@ inline void pack_row(const Packer& packer, const float* row, uint8_t* packed, co
     return behind < 0 ? gain : behind < codec.key_gained ? key_gain : 1.0f;
   };
   for (int chain = 0; chain < 2; ++chain) {
-    each_code(packer, row, chain, gain_of_column, room,
+    const Found found = chain && known ? Found{known, true} : Found{room.codes, false};
+    each_code(packer, row, chain, gain_of_column, room, found,
               [&](int64_t column, uint8_t code) { write_code(codec, column, code, packed); });
   }
 }
 
 // What packing leaves of the numbers of a row from `start` on, which do not share the gain: see `RowCodec.behind`.
-inline void read_back(const Packer& packer, const float* row, int64_t start, float* kept, const SearchRoom& room) {
+// What is found along the trellis is left in `codes`.
+inline void read_back(const Packer& packer, const float* row, int64_t start, float* kept, const SearchRoom& room,
+                      uint8_t* codes) {
   const Codec& codec = packer.codec;
   float key_gain = 1.0f;
   if (codec.has_key_gain)
@@ -137,7 +148,7 @@ inline void read_back(const Packer& packer, const float* row, int64_t start, flo
     kept[number - start] = number_of(to_bfloat16(row[number]));
   }
   uint32_t lowest = 0;  // bits of the columns before, the last one first
-  each_code(packer, row, 1, gain_of_column, room, [&](int64_t column, int code) {
+  each_code(packer, row, 1, gain_of_column, room, {codes, false}, [&](int64_t column, int code) {
     int level = code;
     if (codec.in_trellis(column)) {
       lowest = lowest << 1 | (code & 1);
