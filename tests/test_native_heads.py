@@ -12,8 +12,9 @@ from kvsplice_hf.attend import heads as heads_choice
 from kvsplice_hf.attend.backend import HeadsStep
 from kvsplice_hf.attend.native import heads as native
 from kvsplice_hf.attend.native.backend import NativeBackend
+from kvsplice_hf.attend.native.reading import read_heads
 from kvsplice_hf.cache.exact import ExactTokens
-from kvsplice_hf.cache.heads import CompressedHeads, exact_heads
+from kvsplice_hf.cache.heads import CompressedHeads, exact_heads, round_trip
 from kvsplice_hf.cache.turns import Turns
 from kvsplice_hf.code.heads import HeadSplices, turns_for
 from kvsplice_hf.code.keys import KeyProjection, half_pairs
@@ -160,10 +161,16 @@ def decoded(step: HeadsStep) -> torch.Tensor:
         return native.decode_heads(step, native.prepare_heads(step.splices, ""))
 
 
+def read_by_pytorch(compressed: CompressedHeads) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [B, K, S, d] and values [B, K, S, v], head by head."""
+    with torch.no_grad():
+        keys, values = [head.k_rot for head in compressed.heads], [head.latent() for head in compressed.heads]
+    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+
 def by_softmax(layer: Layer, compressed: CompressedHeads, bias: Any = None, sinks: Any = None) -> torch.Tensor:
     """[B, 1, H, v], over all keys and values as PyTorch reads them, in double precision."""
-    with torch.no_grad():
-        keys, values = (tensor.double() for tensor in compressed.keys_and_values())
+    keys, values = (tensor.double() for tensor in read_by_pytorch(compressed))
     group = layer.query.shape[1] // keys.shape[1]
     keys, values = (tensor.repeat_interleave(group, dim=1) for tensor in (keys, values))
     scores = layer.query.double() @ keys.transpose(2, 3) * layer.query.shape[-1] ** -0.5
@@ -212,6 +219,69 @@ def test_exact_tokens_padding_and_sinks_count(kind: str, dtype: torch.dtype) -> 
     assert_near(found, by_softmax(layer, compressed, bias, sinks), tolerance(dtype))
     without = decoded(step_of(layer, layer.compressed()))
     assert (found - without).abs().max() > 0.01  # all of them matter
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_read_back_as_pytorch_reads_them(kind: str, size: str, dtype: torch.dtype) -> None:
+    layer = layer_of(KINDS[kind], size, dtype)
+    compressed = layer.compressed()
+    with torch.no_grad():
+        found = read_heads(native.prepare_heads(layer.splices, ""), layer.rows, compressed.turns, dtype)
+    for states, expected in zip(found, read_by_pytorch(compressed), strict=True):
+        assert states.dtype is dtype
+        assert states.shape == expected.shape
+        assert (states - expected).abs().max() <= tolerance(dtype) / 3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_prompt_reads_exact_tokens_in_their_places(dtype: torch.dtype) -> None:
+    layer = layer_of(Kind(), "batch", dtype)
+    positions = torch.tensor([[0, 1, 5], [7, 8, 9], [2, 3, 2**31 - 1]])
+    states = exact_heads(layer.values, layer.keys)[:, 0]
+    kept = states.gather(1, positions.clamp(max=states.shape[1] - 1)[..., None].expand(-1, -1, states.shape[-1])) * 2
+    compressed = layer.compressed(ExactTokens(kept, positions))
+    with torch.no_grad():
+        keys, values = compressed.keys_and_values()
+    expected_keys, expected_values = read_by_pytorch(compressed)
+    assert torch.equal(values[1, :, 7:10], 2 * layer.values[1, :, 7:10])
+    assert (keys - expected_keys).abs().max() <= tolerance(dtype) / 3 * expected_keys.abs().max()
+    assert (values - expected_values).abs().max() <= tolerance(dtype) / 3 * expected_values.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_cache_states_come_back_as_with_one(kind: str) -> None:
+    layer = layer_of(KINDS[kind], "batch")
+    with torch.no_grad():
+        values, keys = round_trip(layer.splices, layer.values, layer.keys, layer.turns)
+        known = native.prepare_heads(layer.splices, "")
+        rows = native.encode_heads(known, layer.values, layer.keys, layer.turns)
+        with_cache = layer._replace(rows=rows).compressed().keys_and_values()
+    assert torch.equal(keys, with_cache[0])
+    assert torch.equal(values, with_cache[1])
+
+
+def test_without_a_cache_gradients_go_through_pytorch() -> None:
+    layer = layer_of(Kind(), "batch")
+    values = layer.values.clone().requires_grad_()
+    with_gradient, _ = round_trip(layer.splices, values, layer.keys, layer.turns)
+    with_gradient.sum().backward()
+    assert values.grad is not None
+    assert values.grad.abs().max() > 0
+    assert layer.splices.heads[0].expand.weight.grad is not None
+
+
+def test_rows_of_other_sizes_are_not_read() -> None:
+    layer = layer_of(Kind(), "batch")
+    known, turns = native.prepare_heads(layer.splices, ""), layer.compressed().turns
+    for rows in (layer.rows[..., 1:], layer.rows[:, 0], layer.rows.float(), layer.rows[:, :, :0]):
+        with pytest.raises(ConfigError, match="key heads of"):
+            read_heads(known, rows, turns, torch.float32)
+    with pytest.raises(ConfigError, match="float16"):
+        read_heads(known, layer.rows, turns, torch.float16)
+    with pytest.raises(ConfigError, match="rotations"):
+        read_heads(known, layer.rows, None, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

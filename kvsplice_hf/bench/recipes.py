@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvsplice
 from kvsplice_hf.config import DEFAULT_CODEC, ROWS_CODEC
+from kvsplice_hf.errors import ConfigError
 
 
 # The recipe that all others are compared with.
@@ -30,6 +31,13 @@ def _static_cache(config: PreTrainedConfig, length: int) -> Cache:
 
 def _fp8_cache(config: PreTrainedConfig, length: int) -> Cache:
     return QuantizedCache("fp8", config)
+
+
+def _quanto_cache(config: PreTrainedConfig, length: int) -> Cache:
+    try:
+        return QuantizedCache("quanto", config)
+    except ImportError as error:
+        raise ConfigError(f'The recipe "stock quanto" needs optimum-quanto: {" ".join(str(error).split())}') from None
 
 
 def _dynamic_cache(config: PreTrainedConfig, length: int) -> Cache:
@@ -68,6 +76,7 @@ RECIPES: Mapping[str, Recipe] = {
     STOCK: Recipe(),
     "stock static": Recipe(make_cache=_static_cache),
     "stock fp8": Recipe(make_cache=_fp8_cache),
+    "stock quanto": Recipe(make_cache=_quanto_cache),
     "full rank": Recipe(KVSpliceConfig(compression_ratio=1.0, init="identity")),
     "rank R/2": Recipe(KVSpliceConfig(compression_ratio=0.5, init="orthogonal")),
     "packed 4x": Recipe(is_packed=True),

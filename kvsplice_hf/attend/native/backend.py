@@ -18,7 +18,9 @@ class NativeBackend(Backend):
     """C++ on a CPU, for all operations."""
 
     name = "C++"
-    operations = frozenset({"attend", "decode", "encode", "pack", "search", "decode_heads", "encode_heads", "read_heads"})
+    operations = frozenset(
+        {"attend", "decode", "encode", "pack", "search", "decode_heads", "encode_heads", "read_heads"}
+    )
     codecs = frozenset({RowCodec.kind, TrellisCodec.kind})
     reads_coded_keys = True
 

@@ -30,8 +30,9 @@ def read_heads(
     library = require_library()
     if len(known.sizes) != 1 or dtype not in _WRITTEN or not lie_as_rows(rows, known):
         raise ConfigError(
-            f"Got rows {list(rows.shape)} in {rows.dtype} on {rows.device} for {dtype}, of {len(known.heads)} key heads "
-            f"of {sorted(known.sizes)} numbers (values, keys) in rows of {known.row_bytes} bytes, side by side."
+            f"Got rows {list(rows.shape)} in {rows.dtype} on {rows.device}, to be read as {dtype}, of "
+            f"{len(known.heads)} key heads of {sorted(known.sizes)} numbers (values, keys); the library reads rows of "
+            f"{known.row_bytes} bytes side by side, as float32 or bf16."
         )
     ((value, key),), count = known.sizes, len(known.heads)
     (batch, _, stored, _), turned = rows.shape, keys_of_rows(rows, turns, known)
