@@ -1,5 +1,6 @@
 """Caches as they are before a decode step, and steps on them."""
 
+import itertools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, QuantizedLayer, StaticLayer
 
 from kvsplice_hf.bench.memory_limits import reason_to_skip, too_large
 from kvsplice_hf.bench.recipes import RECIPES, Recipe, random_tokens, state_shapes, text_config
@@ -73,8 +74,7 @@ def fill(model: PreTrainedModel, recipe: Recipe, batch: int, length: int, spare:
     step(model, filled, random_tokens(model, batch, filled.length), grow=0)
     shapes = state_shapes(text_config(model))
     layer: Any
-    for start in range(filled.length, length, _FILL_CHUNK):
-        end = min(start + _FILL_CHUNK, length)
+    for start, end in _chunks(filled.length, length):
         positions = torch.arange(start, end, dtype=torch.int64, device=model.device)[None]
         embeddings = _rotations(model, positions)
         for layer in cache.layers:
@@ -89,6 +89,14 @@ def fill(model: PreTrainedModel, recipe: Recipe, batch: int, length: int, spare:
             layer.update(*states)
     filled.length = length
     return filled
+
+
+def _chunks(first: int, last: int) -> list[tuple[int, int]]:
+    """Tokens that are stored at a time. The last one by itself, because caches with a window of tokens as they came
+    quantise what is in the window when more come: so the window is not full before the first step.
+    """
+    edges = [*range(first, last - 1, _FILL_CHUNK), *([last - 1] if last - 1 > first else []), last]
+    return [(start, end) for start, end in itertools.pairwise(edges) if end > start]
 
 
 def _rotations(model: PreTrainedModel, positions: torch.Tensor) -> Any:
@@ -121,10 +129,13 @@ def rewind(filled: Filled, count: int) -> None:
     for layer in filled.cache.layers:
         if isinstance(layer, StaticLayer):
             layer.cumulative_length.sub_(count)
-        elif getattr(layer, "_quantized_keys", None) is not None:
+        elif isinstance(getattr(layer, "_quantized_keys", None), tuple):
             for name in ("_quantized_keys", "_quantized_values"):
                 rows, scale = getattr(layer, name)
                 setattr(layer, name, (rows[..., :-count, :], scale))
+            layer.cumulative_length -= count
+        elif isinstance(layer, QuantizedLayer):  # the last tokens are in its window
+            layer.keys, layer.values = layer.keys[..., :-count, :], layer.values[..., :-count, :]
             layer.cumulative_length -= count
         else:
             layer.crop(-count)
