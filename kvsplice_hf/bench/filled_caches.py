@@ -135,7 +135,8 @@ def rewind(filled: Filled, count: int) -> None:
                 setattr(layer, name, (rows[..., :-count, :], scale))
             layer.cumulative_length -= count
         elif isinstance(layer, QuantizedLayer):  # the last tokens are in its window
-            layer.keys, layer.values = layer.keys[..., :-count, :], layer.values[..., :-count, :]
+            for name in ("keys", "values"):
+                setattr(layer, name, getattr(layer, name)[..., :-count, :])
             layer.cumulative_length -= count
         else:
             layer.crop(-count)

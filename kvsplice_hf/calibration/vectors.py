@@ -1,0 +1,87 @@
+"""Samples of what a model caches: latents, or the values of each key head. See `kvsplice_hf.geometry`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kvsplice_hf.calibration.collect import Batch, Collector
+from kvsplice_hf.code.heads import PartKey
+from kvsplice_hf.errors import CalibrationError, ConfigError
+from kvsplice_hf.patch.families import AttentionSite
+
+
+def collect_vectors(
+    model: nn.Module,
+    batches: Sequence[torch.Tensor | Mapping[str, torch.Tensor]],
+    *,
+    max_samples: int = 120_000,
+    max_batches: int = 64,
+    sink_tokens: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[PartKey, torch.Tensor]:
+    """Latents of MLA layers and values of ordinary attention, by layer and key head: float32 [M, n], on the CPU.
+
+    The model runs as it is, unpatched and without gradients. Of each batch tokens are drawn at random, as many as make
+    up `max_samples` over all batches, and moved to the CPU at once.
+
+    Args:
+        model: with MLA or ordinary attention.
+        batches: token ids [B, T], or `input_ids` with an `attention_mask`.
+        max_samples: M, at most.
+        max_batches: further ones are left out.
+        sink_tokens: the first real tokens of a sequence, which are stored exactly and left out here.
+        seed: of the drawing.
+        progress: show a bar.
+
+    Raises:
+        CalibrationError: no tokens are left, or tokens that the model does not know.
+        ConfigError: `max_samples` or `max_batches` below 1.
+        PatchStateError: the model is patched.
+        NotMLAError: it has no attention layer that is known.
+    """
+    if min(max_samples, max_batches) < 1:
+        raise ConfigError(f"`max_samples` is {max_samples} and `max_batches` {max_batches}; both must be 1 or more.")
+    chosen: list[Batch] = [
+        dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch} for batch in batches[:max_batches]
+    ]
+    collector = _VectorCollector(model, -(-max_samples // max(1, len(chosen))), sink_tokens, seed)
+    collector.run(chosen, progress)
+    drawn = {part: torch.cat(vectors)[:max_samples] for part, vectors in collector.drawn.items() if vectors}
+    if not drawn or not all(map(len, drawn.values())):
+        raise CalibrationError(
+            f"No tokens are left of {len(chosen)} batches: the first {sink_tokens} of each sequence are stored exactly "
+            "and do not count. Give longer sequences."
+        )
+    return drawn
+
+
+class _VectorCollector(Collector):
+    """Keeps vectors where `Collector` keeps sums.
+
+    Args:
+        quota: tokens that are kept of each batch.
+    """
+
+    def __init__(self, model: nn.Module, quota: int, sink_tokens: int, seed: int) -> None:
+        super().__init__(model, "pca", None, sink_tokens, seed)
+        self._quota = quota
+        self._places: torch.Tensor | None = None
+        self.drawn: dict[PartKey, list[torch.Tensor]] = {part: [] for site in self.sites for part in site.parts}
+
+    def _run_batch(self, batch: Batch) -> None:
+        self._places = None
+        super()._run_batch(batch)
+
+    def _count(self, site: AttentionSite, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
+        for head, part in enumerate(site.parts):
+            rows = latent.detach()[:, head]
+            counted = self._counted
+            rows = rows.flatten(0, 1) if counted is None else rows[counted.to(rows.device)]
+            if self._places is None:  # the same tokens in all layers
+                order = torch.randperm(len(rows), generator=self.generator, dtype=torch.int64, device="cpu")
+                self._places = order[: self._quota]
+            self.drawn[part].append(rows[self._places.to(rows.device)].float().cpu())
+        return latent, k_rot

@@ -1,0 +1,151 @@
+#!/usr/bin/env python
+"""Does bending each number by a spline before principal components help? Squared errors, and perplexity.
+
+Latents of MLA, or values of each key head, of the calibration text are fitted to; those of the evaluation text are
+measured on, and the model reads through both geometries. Errors are means over layers and heads of the squared error
+over the variance. The last line of stdout is one JSON object.
+
+    python scripts/research/spline_geometry.py --model smollm2 --components 8 16 32 64
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.table import Table
+from tqdm import tqdm
+
+from kvsplice_hf.bench.command_line import (
+    DEMO,
+    ProgramParser,
+    console,
+    environment,
+    finish,
+    load_model,
+    readable_errors,
+    results_folder,
+)
+from kvsplice_hf.bench.comparison import Comparison, Row, loss_text
+from kvsplice_hf.bench.tables import number
+from kvsplice_hf.bench.texts import spread_windows
+from kvsplice_hf.bench.through_geometry import through_geometries
+from kvsplice_hf.calibration.vectors import collect_vectors
+from kvsplice_hf.code.heads import PartKey
+from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.geometry import SplinePCA
+
+
+@dataclass
+class Arguments:
+    """Does bending each number by a spline before principal components help?"""
+
+    model: str = field(default=DEMO, metadata={"help": 'folder, hub name, "demo" (SmolLM2 as MLA) or "smollm2"'})
+    calibration: list[str] = field(
+        default_factory=lambda: ["pydoc"], metadata={"help": "texts whose first half is fitted to"}
+    )
+    calibration_tokens: int = field(default=16384, metadata={"help": "tokens to run over, all texts together"})
+    evaluation: list[str] = field(
+        default_factory=lambda: ["pydoc"], metadata={"help": "texts whose second half is measured on"}
+    )
+    evaluation_tokens: int = field(default=4096, metadata={"help": "tokens to measure on, per text"})
+    window: int = field(default=1024, metadata={"help": "tokens per sequence, in calibration and evaluation"})
+    components: list[int] = field(default_factory=lambda: [8, 16, 32, 64], metadata={"help": "k, one row each"})
+    knots: int = field(default=7, metadata={"help": "of each spline"})
+    epochs: int = field(default=8, metadata={"help": "passes over the vectors"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "of the splines"})
+    max_samples: int = field(default=120_000, metadata={"help": "vectors of each layer or head"})
+    layers: list[int] = field(default_factory=list, metadata={"help": "cache layer indices; none: all"})
+    perplexity: bool = field(default=True, metadata={"help": "measure it as well, where all layers are fitted"})
+    dtype: str = field(default="float32", metadata={"help": "dtype of the model"})
+    output: str = field(default="results", metadata={"help": "folder for the results"})
+
+    def __post_init__(self) -> None:
+        if not self.components or min(self.components) < 1:
+            raise ConfigError(f"--components is {self.components}; it takes numbers of 1 or more.")
+
+
+def relative_error(geometry: SplinePCA, vectors: torch.Tensor) -> float:
+    """Squared error over the variance."""
+    return float((geometry(vectors) - vectors).square().mean() / vectors.var(dim=0, correction=0).mean())
+
+
+class Trial(Comparison):
+    """One model, its vectors, and geometries of different sizes fitted to them."""
+
+    args: Arguments
+
+    def vectors(self, windows: torch.Tensor) -> dict[PartKey, torch.Tensor]:
+        """Of the layers that are looked at."""
+        found = collect_vectors(self.model, list(windows.split(1)), max_samples=self.args.max_samples, max_batches=1024)
+        layers = self.args.layers
+        return {part: rows for part, rows in found.items() if not layers or getattr(part, "layer_idx", part) in layers}
+
+    def held_out(self) -> dict[PartKey, torch.Tensor]:
+        """Vectors of the evaluation texts."""
+        texts = [
+            spread_windows(self.tokenizer, text, "evaluation", self.args.window, self.args.evaluation_tokens)
+            for text in dict.fromkeys(self.args.evaluation)
+        ]
+        return self.vectors(torch.cat(texts))
+
+    def fitted(self, k: int, epochs: int, vectors: dict[PartKey, torch.Tensor]) -> dict[PartKey, SplinePCA]:
+        """A geometry of each layer or head."""
+        fitted = {}
+        for part, rows in tqdm(vectors.items(), desc=f"k = {k}, {epochs} epochs", file=sys.stderr):
+            fitted[part] = SplinePCA(k, self.args.knots)
+            fitted[part].fit(rows, epochs=epochs, learning_rate=self.args.learning_rate, progress=False)
+        return fitted
+
+    def measured(self, name: str, k: int, epochs: int, training: Any, held_out: Any) -> Row:
+        """One row of the table."""
+        start = time.perf_counter()
+        geometries = self.fitted(k, epochs, training)
+        seconds = time.perf_counter() - start
+        error = statistics.fmean(relative_error(geometries[part], rows) for part, rows in held_out.items())
+        row = {"name": name, "k": k, "error": error, "fit_s": seconds / len(geometries), "texts": None}
+        if self.args.perplexity and not self.args.layers:
+            with torch.no_grad(), through_geometries(self.model, geometries):
+                row["texts"] = self.texts(self.plain, f"{name}, k = {k}")
+        return row
+
+    def run(self) -> list[Row]:
+        training, held_out = self.vectors(self.calibration), self.held_out()
+        size = min(rows.shape[1] for rows in training.values())
+        if max(self.args.components) > size:
+            raise ConfigError(f"--components is {self.args.components}, and vectors have {size} numbers.")
+        return [
+            self.measured(name, k, epochs, training, held_out)
+            for k in self.args.components
+            for name, epochs in (("PCA", 0), ("spline, PCA", self.args.epochs))
+        ]
+
+
+def table_of(rows: list[Row], texts: list[str]) -> Table:
+    """Rows as they come, components alone above those behind a spline."""
+    table = Table("geometry", "k", "squared error", "seconds of a fit", *(f"{text}: loss" for text in texts))
+    for row in rows:
+        losses = ["-" if row["texts"] is None else loss_text(row["texts"][text]) for text in texts]
+        table.add_row(row["name"], str(row["k"]), f"{row['error']:.5f}", number(row["fit_s"]), *losses)
+    return table
+
+
+def run(args: Arguments) -> list[Row]:
+    """All rows."""
+    model, tokenizer = load_model(args.model, args.dtype)
+    rows = Trial(model, tokenizer, args).run()
+    console().print(table_of(rows, list(dict.fromkeys(args.evaluation))))
+    return rows
+
+
+def main() -> None:
+    with readable_errors():
+        (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
+        folder = results_folder(args.output, "spline_geometry")
+        finish({"rows": run(args), **environment(args)}, folder)
+
+
+if __name__ == "__main__":
+    main()
