@@ -6,6 +6,7 @@ is active, how it is scaled, and whether it is switched off or merged in plain a
 those in inference mode, are counted nowhere: only numbers tell.
 """
 
+import copy
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,13 +17,14 @@ from torch import nn
 
 # Of each tensor so many numbers are compared at each look. A sum over all of them is compared where it costs nothing
 # beside what else is done.
-SAMPLE_SIZE = 1024
+SAMPLE_SIZE = 256
 _COLUMNS = 64
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # What PyTorch itself keeps on a module. Parameters, buffers and modules are looked at by themselves; of hooks, which
 # there are. (`training` is a setting like others: dropout depends on it.)
 _OF_PYTORCH = frozenset(vars(nn.Module())) - {"training"}
 _SIMPLE = (str, int, float, bool, type(None), torch.dtype, torch.device)
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 
 
 def plain_parts(tensor: Any) -> Iterator[torch.Tensor]:
@@ -36,7 +38,47 @@ def plain_parts(tensor: Any) -> Iterator[torch.Tensor]:
         yield tensor
 
 
-class _Seen(NamedTuple):
+class _SeenModule(NamedTuple):
+    """A module as it was: what is in its `vars`, as far as it may change what the module computes.
+
+    Attributes:
+        held: its `vars`, as they are now.
+        size: how many there were.
+        parts: the modules in it.
+        hooks: the numbers of its forward hooks, which are given once in a process.
+        names, values: settings that can be compared, and copies of them.
+        others: settings that are or contain something else, and a form of them that does not change.
+        tensors: its parameters and buffers, and those in `others`.
+    """
+
+    held: dict[str, Any]
+    size: int
+    parts: dict[str, Any]
+    hooks: tuple[int, ...]
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    others: tuple[tuple[str, Any], ...]
+    tensors: tuple["_SeenTensor", ...]
+
+    def holds(self) -> bool:
+        held = self.held
+        if len(held) != self.size or held["_modules"] != self.parts or _hooks(held) != self.hooks:
+            return False
+        try:
+            if tuple(map(held.get, self.names)) != self.values:
+                return False
+        except (RuntimeError, ValueError):  # there is a tensor now where there was none
+            return False
+        tensors = [*held["_parameters"].values(), *held["_buffers"].values()]
+        if any(_frozen(held.get(name), tensors) != form for name, form in self.others):
+            return False
+        tensors = [tensor for tensor in tensors if tensor is not None]
+        if len(tensors) != len(self.tensors):
+            return False
+        return all(seen.holds(tensor) for seen, tensor in zip(self.tensors, tensors, strict=True))
+
+
+class _SeenTensor(NamedTuple):
     """A tensor as it was.
 
     Attributes:
@@ -46,8 +88,13 @@ class _Seen(NamedTuple):
     """
 
     tensor: Any
-    stamps: tuple[tuple[Any, ...], ...]
-    samples: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    stamps: list[tuple[Any, ...]]
+    samples: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def holds(self, tensor: Any) -> bool:
+        if self.tensor() is not tensor or _stamps_of(tensor) != self.stamps:
+            return False
+        return all(torch.equal(view, copied) for view, copied in self.samples)
 
 
 class LayerState:
@@ -58,12 +105,10 @@ class LayerState:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        settings, tensors = _look(module)
-        self._settings = settings
-        self._tensors = [_see(tensor) for tensor in tensors]
-        self._sums = [_sums(tensor) for tensor in tensors]
+        self._module = module
+        self._seen = [_see_module(part) for part in module.modules()]
+        self._sums = self._sum()
 
-    @torch.no_grad()
     def holds(self, module: nn.Module, *, thorough: bool = False) -> bool:
         """Whether the layer is still like that.
 
@@ -74,38 +119,44 @@ class LayerState:
             module: the layer.
             thorough: compare a sum over all numbers too.
         """
-        settings, tensors = _look(module)
-        if settings != self._settings or len(tensors) != len(self._tensors):
+        if module is not self._module or not all(seen.holds() for seen in self._seen):
             return False
-        if not all(_is_as_seen(tensor, seen) for tensor, seen in zip(tensors, self._tensors, strict=True)):
-            return False
-        return not thorough or [_sums(tensor) for tensor in tensors] == self._sums
+        return not thorough or self._sum() == self._sums
+
+    @torch.no_grad()
+    def _sum(self) -> list[list[int]]:
+        tensors = [seen.tensor() for module in self._seen for seen in module.tensors]
+        return [_sum(part.detach()) for tensor in tensors for part in plain_parts(tensor) if not part.is_meta]
 
 
-def _look(module: nn.Module) -> tuple[list[Any], list[Any]]:
-    """The settings of a layer and of all modules inside it, and their tensors."""
-    settings: list[Any] = []
-    tensors: list[Any] = []
-    _look_into(module, settings, tensors)
-    return settings, tensors
-
-
-def _look_into(module: nn.Module, settings: list[Any], tensors: list[Any]) -> None:
+def _see_module(module: nn.Module) -> _SeenModule:
     held = vars(module)
-    settings.append(id(module))
-    for name, value in held.items():
-        if name not in _OF_PYTORCH:
-            settings.append((name, value if type(value) in _SIMPLE else _frozen(value, tensors)))
-    # The numbers of hooks are given once in a process.
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        if held[name]:
-            settings.append(tuple(held[name]))
-    for name in ("_parameters", "_buffers"):
-        tensors.extend(tensor for tensor in held[name].values() if tensor is not None)
-    for name, part in held["_modules"].items():
-        settings.append(name)
-        if part is not None:
-            _look_into(part, settings, tensors)
+    names = [name for name in held if name not in _OF_PYTORCH]
+    comparable = tuple([name for name in names if _is_comparable(held[name])])
+    tensors = [*held["_parameters"].values(), *held["_buffers"].values()]
+    others = tuple([(name, _frozen(held[name], tensors)) for name in names if name not in comparable])
+    return _SeenModule(
+        held=held,
+        size=len(held),
+        parts=dict(held["_modules"]),
+        hooks=_hooks(held),
+        names=comparable,
+        values=tuple([copy.deepcopy(held[name]) for name in comparable]),
+        others=others,
+        tensors=tuple([_see_tensor(tensor) for tensor in tensors if tensor is not None]),
+    )
+
+
+def _hooks(held: dict[str, Any]) -> tuple[int, ...]:
+    return (*held["_forward_hooks"], *held["_forward_pre_hooks"])
+
+
+def _is_comparable(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_comparable, value.values()))
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_comparable, value))
+    return type(value) in _SIMPLE
 
 
 def _frozen(value: Any, tensors: list[Any]) -> Any:
@@ -119,28 +170,20 @@ def _frozen(value: Any, tensors: list[Any]) -> Any:
         return tuple([(key, _frozen(item, tensors)) for key, item in value.items()])
     if isinstance(value, (list, tuple)):
         return tuple([_frozen(item, tensors) for item in value])
-    if isinstance(value, (set, frozenset)):
-        return frozenset(map(repr, value))
     return id(value)
 
 
-def _stamp_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    version = -1 if tensor.is_inference() else tensor._version
-    return tensor.device, tensor.dtype, tensor.data_ptr(), version
+@torch.no_grad()
+def _see_tensor(tensor: Any) -> _SeenTensor:
+    stamps = _stamps_of(tensor)
+    parts = zip(plain_parts(tensor), stamps, strict=True)
+    views = [_sample(part) for part, stamp in parts if part.is_cpu or stamp[-1] < 0]
+    return _SeenTensor(weakref.ref(tensor), stamps, [(view, view.clone()) for view in views])
 
 
-def _see(tensor: Any) -> _Seen:
-    parts = list(plain_parts(tensor))
-    stamps = tuple([_stamp_of(part) for part in parts])
-    compared = [part for part, stamp in zip(parts, stamps, strict=True) if part.is_cpu or stamp[-1] < 0]
-    return _Seen(weakref.ref(tensor), stamps, tuple([(view, view.clone()) for view in map(_sample, compared)]))
-
-
-def _is_as_seen(tensor: Any, seen: _Seen) -> bool:
-    if seen.tensor() is not tensor:
-        return False
-    stamps = tuple([_stamp_of(part) for part in plain_parts(tensor)])
-    return stamps == seen.stamps and all(torch.equal(view, copy) for view, copy in seen.samples)
+def _stamps_of(tensor: Any) -> list[tuple[Any, ...]]:
+    parts = (tensor,) if type(tensor) in _PLAIN_TENSORS else plain_parts(tensor)
+    return [(t.device, t.dtype, t.data_ptr(), -1 if t.is_inference() else t._version) for t in parts]
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,11 +193,6 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     flat = tensor.view(-1).view(_INTEGERS[tensor.itemsize])
     return flat[:: max(1, flat.numel() // SAMPLE_SIZE)]
-
-
-@torch.no_grad()
-def _sums(tensor: Any) -> list[list[int]]:
-    return [_sum(part.detach()) for part in plain_parts(tensor) if not part.is_meta]
 
 
 def _sum(tensor: torch.Tensor) -> list[int]:
