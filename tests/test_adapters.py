@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from ordinary_models import build_ordinary
 from test_ordinary import calibration_of
 from tiny_models import build
@@ -150,7 +151,7 @@ OPERATIONS: dict[str, list[Callable[[Any], Any]]] = {
 @torch.no_grad()
 def steps(model: Any, operations: list[Callable[[Any], Any]]) -> list[torch.Tensor]:
     """Logits of a step before, and after each operation, on one cache."""
-    ids = torch.randint(8, 128, (2, 26), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(8, 128, (2, 40), generator=torch.Generator().manual_seed(2))
     cache = cache_of(model(input_ids=ids[:, :20], use_cache=True))
     found = []
     for place, operation in enumerate([lambda m: None, lambda m: None, *operations], start=20):
@@ -420,3 +421,36 @@ def test_an_adapter_for_each_sequence_of_a_batch_is_expanded() -> None:
     patch(model, "deepseek_v3", "auto")
     steps(model, [])
     assert torch.equal(model.generate(input_ids=ids, **settings), expected)
+
+
+def test_a_layer_that_is_another_one_at_each_call_is_expanded_until_it_rests() -> None:
+    model, stock = patch(adapted("deepseek_v3"), "deepseek_v3", "auto"), adapted("deepseek_v3")
+    calls = [replace_parameter] * 9 + [lambda m: None] * 3
+    for one, two in zip(steps(model, calls[:6]), steps(stock, calls[:6]), strict=True):
+        assert (one - two).norm() < TOLERANCE * two.norm()
+    refused = [state.materialised._kept[2].refused for _, state in patched_sites(model)]
+    assert all("another one at each call" in reason for reason in refused)
+    for one, two in zip(steps(model, []), steps(stock, []), strict=True):
+        assert (one - two).norm() < TOLERANCE * two.norm()
+    assert materialised_nbytes(model) > 0
+
+
+def test_weights_that_are_elsewhere_are_named() -> None:
+    model = adapted("deepseek_v3", ["kv_b_proj"]).to("meta")
+    with pytest.raises(FoldingError, match=r"its weights are not loaded \(meta device\)"):
+        patch(model, "deepseek_v3", "absorbed")
+    stock = steps(adapted("deepseek_v3"), [])
+    model = cpu_offload(patch(adapted("deepseek_v3"), "deepseek_v3", "auto"), execution_device=torch.device("cpu"))
+    found = steps(model, [])
+    assert all("accelerate offloads its weights" in layer.refused["codes"] for layer in explain(model).layers)
+    assert materialised_nbytes(model) == 0
+    assert all((one - two).norm() < TOLERANCE * two.norm() for one, two in zip(found, stock, strict=True))
+
+
+def test_an_offloaded_model_with_adapters_is_patched_as_a_loaded_one() -> None:
+    model = cpu_offload(adapted("deepseek_v3"), execution_device=torch.device("cpu"))
+    found, expected = (
+        steps(patch_model_with_kvsplice(one, KVSpliceConfig(rank=12, sink_tokens=2)), [])
+        for one in (model, adapted("deepseek_v3"))
+    )
+    assert all((one - two).norm() < TOLERANCE * two.norm() for one, two in zip(found, expected, strict=True))

@@ -21,6 +21,11 @@ _TOLERANCE = {torch.bfloat16: 2.0**-7}
 _OTHER_TOLERANCE = 2.0**-9
 
 
+# After so many in a row that did not last until the next call, none is made: asking takes longer than expanding.
+_RESTLESS_AFTER = 3
+_RESTLESS = "it is another one at each call (its tensors or settings are replaced all the time)"
+
+
 class Materialised(NamedTuple):
     """What a layer multiplies by, [out, in], or why that cannot be told."""
 
@@ -37,6 +42,7 @@ class MaterialisedWeight:
     def __init__(self) -> None:
         # Replaced as a whole: other threads may be in the middle of a call with the one before.
         self._kept: tuple[LayerState, torch.dtype, Materialised] | None = None
+        self._short_lived = 0
 
     def of(self, module: nn.Module, size: int, dtype: torch.dtype) -> Materialised:
         """What `module` multiplies by now.
@@ -47,12 +53,18 @@ class MaterialisedWeight:
             dtype: of its input in the model.
         """
         kept = self._kept
-        if kept is not None and kept[1] is dtype and kept[0].holds(module):
-            return kept[2]
+        lasts = kept is not None and kept[1] is dtype and kept[0].holds(module)
+        if kept is not None:
+            self._short_lived = 0 if lasts else self._short_lived + 1
+            if lasts and kept[2].refused != _RESTLESS:
+                return kept[2]
         self._kept = None  # before another one takes as much memory
         # For use outside of inference mode too.
         with torch.inference_mode(False), torch.no_grad():
-            made = materialise(module, size, dtype)
+            if self._short_lived > _RESTLESS_AFTER:
+                made = Materialised(None, _RESTLESS)
+            else:
+                made = materialise(module, size, dtype)
             # Looked at afterwards: the first forward of a packed layer may rearrange it.
             self._kept = LayerState(module), dtype, made
         return made
@@ -73,7 +85,7 @@ class MaterialisedWeight:
         return 0 if made is None else made.nbytes
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_kept": None}
+        return {"_kept": None, "_short_lived": 0}
 
 
 def materialise(module: nn.Module, size: int, dtype: torch.dtype) -> Materialised:
