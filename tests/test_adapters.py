@@ -454,3 +454,17 @@ def test_an_offloaded_model_with_adapters_is_patched_as_a_loaded_one() -> None:
         for one in (model, adapted("deepseek_v3"))
     )
     assert all((one - two).norm() < TOLERANCE * two.norm() for one, two in zip(found, expected, strict=True))
+
+
+def test_adapters_in_float32_on_a_model_in_bf16_are_folded_in_bf16() -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(target_modules=["kv_b_proj"], r=2, lora_alpha=8, init_lora_weights=False)
+        return peft.get_peft_model(build("deepseek_v3", torch.bfloat16), config).eval().requires_grad_(False)
+
+    stock, model = make(), patch(make(), "deepseek_v3", "absorbed")
+    assert layers(model)[0].lora_A["default"].weight.dtype is torch.float32
+    found, expected = steps(model, []), steps(stock, [])
+    assert {state.materialised._kept[2].weight.dtype for _, state in patched_sites(model)} == {torch.bfloat16}
+    assert all((one - two).norm() < 0.1 * two.norm() for one, two in zip(found, expected, strict=True))
+    assert {layer.decode for layer in explain(model).layers} <= {"C++", "PyTorch"}

@@ -76,7 +76,8 @@ class MaterialisedWeight:
 
     def forget(self) -> None:
         """Free it."""
-        self._kept = None
+        if self._kept is not None:
+            self._kept = None
 
     @property
     def nbytes(self) -> int:
