@@ -24,6 +24,7 @@ from kvsplice_hf import (
 )
 from kvsplice_hf.patch.state import patched_sites
 from kvsplice_hf.upstream import cache_argument, cache_of
+from kvsplice_hf.weights.changes import LayerState
 from kvsplice_hf.weights.materialised import materialise
 
 
@@ -468,3 +469,16 @@ def test_adapters_in_float32_on_a_model_in_bf16_are_folded_in_bf16() -> None:
     assert {state.materialised._kept[2].weight.dtype for _, state in patched_sites(model)} == {torch.bfloat16}
     assert all((one - two).norm() < 0.1 * two.norm() for one, two in zip(found, expected, strict=True))
     assert {layer.decode for layer in explain(model).layers} <= {"C++", "PyTorch"}
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "steps"])
+@torch.no_grad()
+def test_a_single_number_written_in_place_is_seen_at_the_next_look(name: str) -> None:
+    layer = nn.Sequential(nn.Linear(64, 64))
+    layer.register_buffer("steps", torch.ones(4096))
+    state = LayerState(layer)
+    assert state.holds(layer)
+    assert state.holds(layer, thorough=True)
+    tensor = layer.steps if name == "steps" else getattr(layer[0], name)
+    tensor.view(-1)[37] += 1
+    assert not state.holds(layer)

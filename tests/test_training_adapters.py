@@ -16,8 +16,10 @@ from kvsplice_hf import (
     KVSpliceConfig,
     TrainingError,
     load_kvsplice,
+    merge_kvsplice,
     patch_model_with_kvsplice,
     save_kvsplice,
+    unmerge_kvsplice,
 )
 from kvsplice_hf.training import KVSpliceTrainer, freeze_all_but_kvsplice
 from kvsplice_hf.weights.adapters import adapter_parameters
@@ -151,3 +153,12 @@ def test_what_cannot_be_trained_or_read_again_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
     with pytest.raises(CheckpointError, match="There is no adapter 'default'"):
         spliced_trainer(together(MLA, ORDERS[0]), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@both_orders
+def test_a_merged_splice_is_unmerged_before_adapters_are_trained(order: str) -> None:
+    model = merge_kvsplice(together(MLA, order)).train()
+    with pytest.raises(TrainingError, match="unmerge_kvsplice"):
+        model(input_ids=IDS, labels=IDS, use_cache=False)
+    unmerge_kvsplice(model)(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapter_parameters(model))
