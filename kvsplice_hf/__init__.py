@@ -27,7 +27,13 @@ from kvsplice_hf.manage.explanation import Explanation, LayerPath, explain
 from kvsplice_hf.manage.loading import load_kvsplice
 from kvsplice_hf.manage.merging import merge_kvsplice, unmerge_kvsplice
 from kvsplice_hf.manage.pruning import LayerPruning, prune_kvsplice, pruning_candidates
-from kvsplice_hf.manage.sizes import KVCacheSize, KVSpliceCache, cache_nbytes, get_kv_cache_size
+from kvsplice_hf.manage.sizes import (
+    KVCacheSize,
+    KVSpliceCache,
+    cache_nbytes,
+    get_kv_cache_size,
+    materialised_nbytes,
+)
 from kvsplice_hf.patch.apply import unpatch_model
 from kvsplice_hf.patch.saving import save_kvsplice
 from kvsplice_hf.patch.state import splice_disabled
@@ -65,6 +71,7 @@ __all__ = [
     "explain",
     "get_kv_cache_size",
     "load_kvsplice",
+    "materialised_nbytes",
     "merge_kvsplice",
     "patch_model_with_kvsplice",
     "prune_kvsplice",

@@ -63,6 +63,15 @@ def settings_of(rows: list[dict[str, Any]]) -> list[tuple[int, int, str]]:
     return [(row["batch_size"], row["context"], row["recipe"]) for row in rows]
 
 
+def test_adapters_are_on_all_models_of_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    quick = [*SHAPE, "--repeats", "1", "--steps", "1", "--bandwidth_mb", "4", "--context", "96"]
+    settings = ["--recipes", "stock", "rank R/2", "--adapter_rank", "4", "--output", str(tmp_path)]
+    stock, spliced = run_program("measure/decode.py", *quick, *settings)["rows"]
+    assert stock["materialised_bytes"] == 0
+    assert spliced["materialised_bytes"] == 16 * (128 + 128) * 512 * 4  # heads, nope and value, latent, float32
+
+
 def test_every_setting_has_a_row_for_every_recipe(shared: None, tmp_path: Path) -> None:
     quick = [*SHAPE, "--repeats", "1", "--steps", "1", "--bandwidth_mb", "4"]
     settings = ["--contexts", "64", "96", "--batch_sizes", "1", "2", "--recipes", "all", "--padded"]

@@ -19,6 +19,7 @@ EVERY_FIELD = KVSpliceConfig(
     layer_pattern="transformer.h",
     use_layernorm=True,
     attention="expanded",
+    materialise_weights=False,
     init="orthogonal",
     sink_tokens=0,
 )
@@ -35,6 +36,7 @@ INVALID = {
     "ratio_above_one": ({"compression_ratio": 1.5}, r"`compression_ratio` is 1\.5"),
     "ratio_below_zero": ({"compression_ratio": -1}, r"`compression_ratio` is -1"),
     "ratio_not_a_number": ({"compression_ratio": float("nan")}, r"`compression_ratio` is nan"),
+    "materialise_weights_number": ({"materialise_weights": 1}, r"`materialise_weights` is 1; .* True or False"),
     "ratio_boolean": ({"compression_ratio": True}, r"`compression_ratio` is True"),
     "ratio_text": ({"compression_ratio": "x"}, r"`compression_ratio` is 'x'"),
     "rank_of_zero": ({"rank": 0}, r"`rank` is 0; .* from 1"),

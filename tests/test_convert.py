@@ -413,6 +413,16 @@ def with_packed_weights() -> PreTrainedModel:
     return model
 
 
+class Unpacked(nn.Parameter):
+    """A weight as torchao keeps it: of a class of its own, that says it is in the dtype of the model."""
+
+
+def with_weights_of_a_class_of_their_own() -> PreTrainedModel:
+    model = make("llama-gqa")
+    model.model.layers[0].self_attn.v_proj.weight = Unpacked(torch.ones(24, 48))
+    return model
+
+
 def with_adapter() -> PreTrainedModel:
     model = make("llama-gqa")
     model.model.layers[1].self_attn.q_proj = nn.Sequential(model.model.layers[1].self_attn.q_proj)
@@ -458,6 +468,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no model": (lambda: nn.Linear(2, 2), "no causal language model"),
     "meta": (with_meta_weights, "not loaded"),
     "packed": (with_packed_weights, "quantised"),
+    "packed by torchao": (
+        with_weights_of_a_class_of_their_own,
+        "weight of v_proj is a Unpacked (packed",
+    ),
     "adapter": (with_adapter, "merge_and_unload"),
 }
 

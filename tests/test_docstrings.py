@@ -35,6 +35,7 @@ MODULES = (
 # Calls that a reader makes on a model that is patched already. `convert_to_mla` is made on an ordinary one.
 ON_A_PATCHED_MODEL = {"explain", "prune_kvsplice", "pruning_candidates", "splice_disabled", "unpatch_model"}
 ON_A_PATCHED_MODEL |= {"save_kvsplice", "cache_nbytes", "get_kv_cache_size", "KVSpliceCache", "score_windows"}
+ON_A_PATCHED_MODEL |= {"materialised_nbytes"}
 
 
 def examples() -> Iterator[doctest.DocTest]:

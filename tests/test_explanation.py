@@ -45,9 +45,9 @@ def packed() -> PreTrainedModel:
     return patch_model_with_kvsplice(model, config, calibration=calibrated(model)).requires_grad_(False)
 
 
-def with_adapter() -> Any:
+def with_adapter(**settings: Any) -> Any:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = plain()
+    model = plain(**settings)
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["kv_b_proj"])).requires_grad_(False)
 
 
@@ -74,7 +74,14 @@ CASES: dict[str, tuple[Callable[[], Any], Any, str, str]] = {
     "gradients on": (lambda: trained(plain()), None, "PyTorch", "torch.no_grad"),
     "gradients on, packed": (lambda: trained(packed()), None, "expanded", "torch.no_grad"),
     "kernels left out": (plain, without_kernels, "PyTorch", "KVSPLICE_KERNELS"),
-    "an adapter on kv_b_proj": (with_adapter, None, "expanded", "merge the adapter"),
+    "an adapter on kv_b_proj": (with_adapter, None, "C++", ""),
+    "an adapter that is trained": (lambda: trained(with_adapter()), None, "expanded", "torch.no_grad"),
+    "an adapter, nothing kept": (
+        lambda: with_adapter(materialise_weights=False),
+        None,
+        "expanded",
+        "materialise_weights=False: True keeps its weight dense, 0.0143 MB",
+    ),
     "another attention function": (with_other_attention, None, "expanded", "'eager'"),
     "expanded asked for": (lambda: plain(attention="expanded"), None, "expanded", 'attention="expanded"'),
     "sparse attention": (lambda: plain(name="deepseek_v32"), None, "C++", ""),

@@ -51,7 +51,7 @@ from kvsplice_hf.gpt2_mla import (
     MLA_Config,
     MLA_Flash,
 )
-from kvsplice_hf.patch.latents import foldable_weight
+from kvsplice_hf.patch.folding import read_weight
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
 from kvsplice_hf.upstream import cache_argument
@@ -284,7 +284,7 @@ def test_its_layers_are_found_and_hold_the_sizes_of_the_settings(variant: str) -
         assert (site.name, site.layer_idx, site.num_heads) == (f"transformer.h.{layer_idx}.attn", layer_idx, 4)
         assert (site.kv_lora_rank, site.qk_rope_head_dim) == (32, config.qk_rope_head_dim)
         assert (site.qk_nope_head_dim, site.v_head_dim) == (config.qk_nope_head_dim, config.v_head_dim)
-        assert foldable_weight(site.module.kv_b_proj) is not None
+        assert read_weight(site.module.kv_b_proj) is not None
 
 
 @both_attentions
@@ -567,6 +567,10 @@ def test_what_cannot_be_converted_is_named() -> None:
         GPT2MLAForCausalLM.from_gpt2(gpt2(), 65)
     with pytest.raises(ConfigError, match="cross-attention"):
         GPT2MLAForCausalLM.from_gpt2(gpt2(add_cross_attention=True), 32)
+    adapted = gpt2()
+    adapted.transformer.h[0].attn.c_attn = torch.nn.Sequential(adapted.transformer.h[0].attn.c_attn)
+    with pytest.raises(ConfigError, match="c_attn that is a Sequential .packed or adapted."):
+        GPT2MLAForCausalLM.from_gpt2(adapted, 32)
     with pytest.raises(ConfigError, match="GPT2LMHeadModel"):
         GPT2MLAForCausalLM.from_gpt2(build("shared latent"), 32)
     with pytest.raises(CalibrationError, match="int64"):

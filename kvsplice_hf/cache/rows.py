@@ -67,6 +67,8 @@ class CompressedLatent:
         dtype: of the latents; by default that of the rows, which are then not packed.
         fresh: the new tokens' latents and rotated keys as they came, where gradients of them are wanted; else None.
         turns: how the keys of the rows were rotated, where they were coded before; else None.
+        weight: what `kv_b_proj` of the module that attends to the rows multiplies by, [H * (N + V), R]; None before it
+            was asked for.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class CompressedLatent:
         self.first_row = first_row
         self.fresh = fresh
         self.turns = turns
+        self.weight: torch.Tensor | None = None
 
     def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What latents are decoded from, [B, 1, S, r + q], and rotated keys [B, 1, S, P]; rows are unpacked once."""

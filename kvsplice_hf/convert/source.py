@@ -167,6 +167,9 @@ def _linear_obstacles(name: str, module: Any) -> Iterator[str]:
         )
     elif module.weight.device.type == "meta":
         yield f"the weight of {name} is not loaded (meta device)"
+    elif type(module.weight) is not nn.Parameter:
+        kind = type(module.weight).__name__
+        yield f"the weight of {name} is a {kind} (packed or sharded). Load the model unquantised, on one device"
     elif not module.weight.is_floating_point():
         yield f"the weight of {name} is quantised ({module.weight.dtype}). Load the model unquantised"
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from kvsplice_hf.calibration.data import as_batches
 from kvsplice_hf.errors import ConfigError
@@ -85,10 +86,22 @@ def _require_convertible(source: Any, kv_lora_rank: Any) -> None:
         raise ConfigError(f"`model` is a {type(source).__name__}; it must be a GPT2LMHeadModel.")
     if source.config.add_cross_attention:
         raise ConfigError("`model` has cross-attention (add_cross_attention), which has no counterpart here.")
+    for block in source.transformer.h:
+        for name in ("c_attn", "c_proj"):
+            _require_plain(name, getattr(block.attn, name))
     if not isinstance(kv_lora_rank, int) or not 1 <= kv_lora_rank <= source.config.n_embd:
         raise ConfigError(
             f"`kv_lora_rank` is {kv_lora_rank!r}; it must be from 1 to n_embd ({source.config.n_embd}), at which the "
             "conversion is exact."
+        )
+
+
+def _require_plain(name: str, layer: Any) -> None:
+    """Refuse a layer whose weight is not what it multiplies by."""
+    if type(layer) is not Conv1D or type(layer.weight) is not nn.Parameter or not layer.weight.is_floating_point():
+        raise ConfigError(
+            f"`model` has a {name} that is a {type(layer).__name__} (packed or adapted), whose weight cannot be copied "
+            "into plain layers. Merge adapters (merge_and_unload) and load the weights unquantised."
         )
 
 

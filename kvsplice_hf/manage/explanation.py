@@ -13,8 +13,9 @@ from torch import nn
 from kvsplice_hf.attend import choice
 from kvsplice_hf.attend.heads import refusal_of_heads
 from kvsplice_hf.call import current_state
-from kvsplice_hf.patch.expansion import absorbed_refusal
+from kvsplice_hf.patch.expansion import absorbed_weight
 from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.folding import megabytes
 from kvsplice_hf.patch.heads import decoding_refusal
 from kvsplice_hf.patch.site_patch import SitePatch
 from kvsplice_hf.patch.state import all_patched_sites
@@ -38,6 +39,7 @@ class LayerPath:
             decoded).
         prefill: what serves many new tokens at once.
         refused: each faster way that does not decode, and why.
+        materialised: bytes of the dense weight that is kept of a packed, adapted or sharded `kv_b_proj`; 0 of others.
     """
 
     layer_idx: int
@@ -45,6 +47,7 @@ class LayerPath:
     decode: str
     prefill: str
     refused: dict[str, str]
+    materialised: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Explanation:
         console.print(self._layers_table())
         if self.verdicts:
             console.print(self._verdicts_table())
+        if any(layer.materialised for layer in self.layers):
+            console.print(self._memory(), soft_wrap=True)
         return out.getvalue().rstrip()
 
     def _layers_table(self) -> Table:
@@ -75,6 +80,13 @@ class Explanation:
             why = "; ".join(f"{way}: {reason}" for way, reason in layer.refused.items())
             table.add_row(f"{layer.layer_idx} {layer.name}", layer.decode, layer.prefill, why)
         return table
+
+    def _memory(self) -> str:
+        sizes = sorted({layer.materialised for layer in self.layers if layer.materialised})
+        each = " to ".join(megabytes(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+        count = sum(layer.materialised > 0 for layer in self.layers)
+        total = megabytes(sum(layer.materialised for layer in self.layers))
+        return f"materialised kv_b_proj: {each} per layer, {count} layers, {total} (materialise_weights=False frees it)"
 
     def _verdicts_table(self) -> Table:
         table = Table("kernel, first calls in this process", "verdict")
@@ -87,7 +99,8 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
     """Which code decodes and prefills each patched layer, and why none of the faster ones does.
 
     It is asked of the model as it is now, in this thread: gradients switched on, autocast, `splice_disabled` and
-    adapters count. Nothing is computed and nothing is compiled but the C++ code, once per machine.
+    adapters count. Nothing is computed but what a packed, adapted or sharded `kv_b_proj` multiplies by, as the next
+    step would (`KVSpliceConfig.materialise_weights`), and nothing is compiled but the C++ code, once per machine.
 
     Args:
         model: a patched model, or something wrapped around one.
@@ -105,7 +118,7 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
 
 def _explain_layer(site: AttentionSite, state: SitePatch, tokens: int) -> LayerPath:
     def path(decode: str, prefill: str, refused: dict[str, str]) -> LayerPath:
-        return LayerPath(site.layer_idx, site.name, decode, prefill, refused)
+        return LayerPath(site.layer_idx, site.name, decode, prefill, refused, state.materialised.nbytes)
 
     if not current_state(state.patch).enabled:
         return path(ORIGINAL, ORIGINAL, {"codes": "the splice is disabled in this thread (splice_disabled)"})
@@ -118,8 +131,8 @@ def _explain_layer(site: AttentionSite, state: SitePatch, tokens: int) -> LayerP
         kernel = "any kernel" if backend is None else backend.name
         reason = refusal_of_heads([query], state.splice) or _given_up()
         return path("PyTorch" if reason else kernel, EXPANDED, {kernel: reason} if reason else {})
-    prefill = EXPANDED if absorbed_refusal(site.module, state, 512, 512) else "on codes"
-    reason = absorbed_refusal(site.module, state, 1, tokens) or _gradients_of_packed(site, state)
+    prefill = EXPANDED if absorbed_weight(site.module, state, 512, 512, site.dtype)[1] else "on codes"
+    reason = absorbed_weight(site.module, state, 1, tokens, site.dtype)[1] or _gradients_of_packed(site, state)
     if reason is not None:
         return path(EXPANDED, prefill, {"codes": reason})
     tensors = list(_tensors_of_a_step(site, state))

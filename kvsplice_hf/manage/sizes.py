@@ -18,7 +18,7 @@ from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE
 from kvsplice_hf.patch.sites import find_sites
-from kvsplice_hf.patch.state import find_patch, is_patched, patched_sites
+from kvsplice_hf.patch.state import all_patched_sites, find_patch, is_patched, patched_sites
 from kvsplice_hf.upstream import cache_of
 
 
@@ -144,6 +144,24 @@ def cache_nbytes(cache: Cache | ModelOutput, allocated: bool = False) -> int:
         return sum(storages.values())
     shared: set[int] = set()
     return sum(_occupied(layer, shared) for layer in cache.layers)
+
+
+def materialised_nbytes(model: nn.Module) -> int:
+    """Bytes of the dense weights that are kept of packed, adapted or sharded `kv_b_proj`, beside the cache.
+
+    They are made at the first step that attends on codes, and counted from then on.
+
+    Args:
+        model: a patched model.
+
+    Raises:
+        PatchStateError: the model is not patched.
+
+    Examples:
+        >>> materialised_nbytes(model)  # nothing is packed or adapted
+        0
+    """
+    return sum(state.materialised.nbytes for _, state in all_patched_sites(model))
 
 
 def _occupied(layer: Any, shared: set[int]) -> int:

@@ -15,12 +15,12 @@ from torch import nn
 from kvsplice_hf import upstream
 from kvsplice_hf.code.codecs import codec_class
 from kvsplice_hf.config import KVSpliceConfig
-from kvsplice_hf.errors import ConfigError, FoldingError, PatchStateError, UnsupportedError
+from kvsplice_hf.errors import ConfigError, PatchStateError, UnsupportedError
 from kvsplice_hf.patch.alone import computes_alone
 from kvsplice_hf.patch.attention import register_attention
 from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.patch.folding import require_foldable
 from kvsplice_hf.patch.hooks import enter_attention, leave_attention
-from kvsplice_hf.patch.latents import foldable_weight, unfoldable_message
 from kvsplice_hf.patch.names import WRAPPED_ATTENTION, wrapped_name
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch
 from kvsplice_hf.patch.sites import find_sites, require_family
@@ -114,8 +114,8 @@ def _check_attention(sites: list[AttentionSite], config: KVSpliceConfig) -> None
                 f'attention="absorbed" cannot stand in for the attention function {base!r} of {site.name}. Load the '
                 f'model with attn_implementation set to one of {WRAPPED_ATTENTION}, or use attention="expanded".'
             )
-        if config.attention == "absorbed" and not site.kv_heads and foldable_weight(site.module.kv_b_proj) is None:
-            raise FoldingError(f"{site.name}: {unfoldable_message(site.module.kv_b_proj)}")
+        if config.attention == "absorbed" and not site.kv_heads:
+            require_foldable(site.name, site.module, config, site.num_heads, site.kv_lora_rank, site.dtype)
     base = sites[0].module.config._attn_implementation
     alone = computes_alone(type(sites[0].module))
     if config.attention == "auto" and wrapped_name(base) is None and not alone:

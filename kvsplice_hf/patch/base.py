@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from kvsplice_hf.patch.state import find_patch, is_patched
+from kvsplice_hf.weights.adapters import modules_of_adapters
 from kvsplice_hf.weights.fingerprint import decoder_around, digest, modules_of_splices
 from kvsplice_hf.weights.offload import persistent_names
 
@@ -22,6 +23,8 @@ BASE_KEY = "base_fingerprint"
 def base_fingerprint(model: nn.Module, module: nn.Module) -> str:
     """A digest of the decoder around an attention module, without splices; empty where weights are not all here.
 
+    Adapters are left out too: they are saved by themselves, and come and go.
+
     All weights are read. On a patched model that is done again only after one was written to, replaced or moved.
 
     Args:
@@ -29,12 +32,12 @@ def base_fingerprint(model: nn.Module, module: nn.Module) -> str:
         module: one of its attention modules.
     """
     decoder = decoder_around(model, module)
+    others = [*modules_of_splices(model), *modules_of_adapters(model)]
     if not is_patched(model):
-        return digest(decoder, needs_all=True)
-    splices = modules_of_splices(model)
-    patch, stamp = find_patch(model)[1], _stamp(decoder, splices)
+        return digest(decoder, others, needs_all=True)
+    patch, stamp = find_patch(model)[1], _stamp(decoder, others)
     if patch.known_base[0] != stamp:
-        patch.known_base = stamp, digest(decoder, splices, needs_all=True)
+        patch.known_base = stamp, digest(decoder, others, needs_all=True)
     return patch.known_base[1]
 
 
@@ -57,9 +60,9 @@ def warn_of_other_base(model: nn.Module, module: nn.Module, saved: str, director
         )
 
 
-def _stamp(decoder: nn.Module, splices: Iterable[nn.Module]) -> list[tuple[int, int, int]]:
+def _stamp(decoder: nn.Module, others: Iterable[nn.Module]) -> list[tuple[int, int, int]]:
     """Another one after a weight was written to, replaced or moved."""
-    left_out, stamp = {id(part) for part in splices}, []
+    left_out, stamp = {id(part) for part in others}, []
     for _, owner, name in persistent_names(decoder):
         if id(owner) not in left_out:
             held: Any = owner._parameters.get(name)

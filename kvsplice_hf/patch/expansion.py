@@ -13,7 +13,7 @@ from kvsplice_hf.cache.pages import PagedStates
 from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.call import Call, note_expansion, running_call
 from kvsplice_hf.errors import FoldingError, UnsupportedError
-from kvsplice_hf.patch.latents import foldable_weight, unfoldable_message
+from kvsplice_hf.patch.folding import unfoldable_message, weight_to_fold
 from kvsplice_hf.patch.names import WRAPPED_ATTENTION, is_ours
 from kvsplice_hf.patch.sequences import round_trip_of_sequences
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
@@ -33,6 +33,9 @@ def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | Page
     if isinstance(kv_nope, PagedStates):  # taken apart in the attention function, which comes back here
         return kv_nope, kv_nope
     if isinstance(kv_nope, CompressedLatent):
+        if kv_nope.new_tokens > 1 and not torch.compiler.is_compiling():
+            # A prompt: all numbers of the layer are looked at, which takes little beside it.
+            patched.materialised.verify(self.kv_b_proj)
         if not _needs_round_trip(self, kv_nope) and _attend_absorbed(self, patched, kv_nope):
             return kv_nope, kv_nope
         latent, k_rot = _decoded(self, patched, kv_nope)
@@ -97,33 +100,40 @@ def _attend_absorbed(module: Any, patched: SitePatch, latent: CompressedLatent) 
         FoldingError: absorbed attention was asked for and `kv_b_proj` cannot be folded.
         UnsupportedError: it was asked for, and the attention function was changed after patching.
     """
-    refused = absorbed_refusal(module, patched, latent.new_tokens, latent.rows.shape[2])
-    if refused is not None and patched.mode == "absorbed":
+    weight, refused = absorbed_weight(module, patched, latent.new_tokens, latent.rows.shape[2], latent.dtype)
+    if weight is None and patched.mode == "absorbed":
         if not is_ours(module):
             raise UnsupportedError(
                 f'attention="absorbed" needs the attention function set by the patch, but it is now '
                 f"{module.config._attn_implementation!r}. Unpatch, set it to one of {WRAPPED_ATTENTION}, and patch "
                 "again."
             )
-        raise FoldingError(unfoldable_message(module.kv_b_proj))
-    return refused is None
+        raise FoldingError(f"{title_of(module)}: {unfoldable_message(refused)}")
+    latent.weight = weight
+    return weight is not None
 
 
-def absorbed_refusal(module: Any, patched: SitePatch, new_tokens: int, stored: int) -> str | None:
-    """Why a call of T new tokens on S stored ones does not run on the codes, or None where it does."""
+def absorbed_weight(
+    module: Any, patched: SitePatch, new_tokens: int, stored: int, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, str]:
+    """What a call of T new tokens on S stored ones folds, [H * (N + V), R]; or None, and why it does not run on codes.
+
+    Args:
+        module: the attention module.
+        patched: what the patch knows of it.
+        new_tokens, stored: T and S.
+        dtype: of the latents.
+    """
     if patched.mode == "expanded":
-        return 'attention="expanded" was asked for'
+        return None, 'attention="expanded" was asked for'
     if not is_ours(module):
-        return (
+        return None, (
             f"the attention function is {module.config._attn_implementation!r}, which reads keys and values only: load "
             'the model with attn_implementation="sdpa"'
         )
     if patched.mode == "auto" and not _absorbed_is_cheaper(module, patched, new_tokens, stored):
-        return f"for {new_tokens} new tokens on {stored} expanding takes fewer products"
-    if foldable_weight(module.kv_b_proj) is None:
-        kind = type(module.kv_b_proj).__name__
-        return f"kv_b_proj is a {kind} (packed, adapted or sharded): merge the adapter, or leave it unquantised"
-    return None
+        return None, f"for {new_tokens} new tokens on {stored} expanding takes fewer products"
+    return weight_to_fold(module, patched, dtype)
 
 
 def _absorbed_is_cheaper(module: Any, patched: SitePatch, new_tokens: int, stored: int) -> bool:

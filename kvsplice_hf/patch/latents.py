@@ -3,34 +3,11 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from kvsplice_hf.cache.pages import PagedStates
 from kvsplice_hf.cache.rows import CompressedLatent
-from kvsplice_hf.errors import FoldingError
 from kvsplice_hf.patch.absorbed import absorbed_attention
 from kvsplice_hf.patch.attention import attend_expanded
-from kvsplice_hf.weights.offload import read_parameter
-
-
-def foldable_weight(module: Any) -> torch.Tensor | None:
-    """The weight of a plain linear layer, or None where it is not what the layer multiplies by.
-
-    Packed (bitsandbytes, fp8) and adapted (LoRA) layers have a forward of their own, sharded ones a tensor type of
-    their own.
-    """
-    weight: Any = getattr(module, "weight", None)
-    plain = type(module).forward is nn.Linear.forward and type(weight) in (nn.Parameter, torch.Tensor)
-    return read_parameter(module, "weight") if plain and weight.is_floating_point() else None
-
-
-def unfoldable_message(kv_b_proj: nn.Module) -> str:
-    """Why `kv_b_proj` cannot be folded, and what to do."""
-    return (
-        f'attention="absorbed" folds the weight of kv_b_proj, but it is a {type(kv_b_proj).__name__} (packed, adapted '
-        'or sharded), not a plain linear layer. Use attention="auto" or "expanded", merge the adapter, or leave '
-        "kv_b_proj out of the quantisation."
-    )
 
 
 def attend_latents(
@@ -64,13 +41,11 @@ def attend_latents(
 
         return key.attend(query, module.v_head_dim, attend), None
     if isinstance(key, CompressedLatent):
-        weight = foldable_weight(module.kv_b_proj)
-        if weight is None:
-            raise FoldingError(unfoldable_message(module.kv_b_proj))
+        assert key.weight is not None  # `expand_kv` has asked for it, for this call
         return absorbed_attention(
             query,
             key,
-            weight,
+            key.weight,
             module.v_head_dim,
             attention_mask,
             scaling,

@@ -9,6 +9,7 @@ from kvsplice_hf import upstream
 from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.patch.attention import register_attention
 from kvsplice_hf.patch.names import PATCH_ATTRIBUTE, AttentionName
+from kvsplice_hf.weights.materialised import MaterialisedWeight
 
 
 class SitePatch:
@@ -27,6 +28,9 @@ class SitePatch:
         attention_before: name of the attention function that the patch has put another one in the place of, or None.
         settings: those of the module, where the name in them is ours, or None.
         methods: names of the methods of the module that the patch has put others in the place of.
+
+    Attributes:
+        materialised: what `kv_b_proj` multiplies by, where its weight cannot be read.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class SitePatch:
         self.settings = settings
         self.methods = methods
         self.hooks: list[RemovableHandle] = []
+        self.materialised = MaterialisedWeight()
 
     @property
     def splice(self) -> Any:

@@ -1,7 +1,8 @@
-"""Which parameters are trained, and in which groups: those of the splice, and nothing else.
+"""Which parameters are trained, and in which groups: those of the splice, and of adapters if they are wanted.
 
-Three groups, because they live on different scales: the projections (`compress`, `expand`, LayerNorm), the transform
-(`transform_scale`, `transform_shift`), and the steps of packed rows (the codec's `scales` and `centres`).
+Three groups of the splice, because they live on different scales: the projections (`compress`, `expand`, LayerNorm),
+the transform (`transform_scale`, `transform_shift`), and the steps of packed rows (the codec's `scales` and `centres`).
+Adapters (LoRA) are a group of their own.
 """
 
 import logging
@@ -14,12 +15,14 @@ from kvsplice_hf.code.heads import PartKey
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import TrainingError
 from kvsplice_hf.patch.state import splice_parts_of
+from kvsplice_hf.weights.adapters import adapter_parameters
 
 
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 GROUPS = ("projection", "transform", "steps")
+ADAPTERS = "adapters"
 
 
 def splices_of(model: nn.Module) -> dict[PartKey, LearnedKVSplice]:
@@ -31,7 +34,7 @@ def splices_of(model: nn.Module) -> dict[PartKey, LearnedKVSplice]:
     return splice_parts_of(model)
 
 
-def freeze_all_but_kvsplice(model: ModelT, *, train_steps: bool = True) -> ModelT:
+def freeze_all_but_kvsplice(model: ModelT, *, train_steps: bool = True, train_adapters: bool = False) -> ModelT:
     """Leave gradients to the parameters of the splice, in float32 whatever the dtype of the model.
 
     (In half precision the updates of a fine-tuning are smaller than the spacing of the numbers. Latents are cast on
@@ -40,15 +43,22 @@ def freeze_all_but_kvsplice(model: ModelT, *, train_steps: bool = True) -> Model
     Args:
         model: a patched model.
         train_steps: whether the level scales and centres of packed rows are trained as well.
+        train_adapters: whether the active adapters (LoRA, put on with peft before or after the patch) are as well.
 
     Returns:
         `model` itself.
 
     Raises:
         PatchStateError: the model is not patched.
+        TrainingError: adapters are to be trained, and none is active.
     """
     splices = splices_of(model)
+    adapters = adapter_parameters(model, active=True) if train_adapters else []
+    if train_adapters and not adapters:
+        raise TrainingError("`train_adapters` is True, but no adapter is active. Put one on with peft.get_peft_model.")
     model.requires_grad_(False)
+    for parameter in adapters:
+        parameter.requires_grad_(True)
     for splice in splices.values():
         if splice.codec is not None:
             splice.codec.train_steps(train_steps)
@@ -71,14 +81,15 @@ def splice_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def require_only_splice(model: nn.Module) -> None:
-    """Check what an optimiser would change.
+    """Check what an optimiser would change: the splice, and adapters that are trainable.
 
     Raises:
         PatchStateError: the model is not patched.
         TrainingError: parameters of the base model are trainable, or none of the splice.
     """
     ours = {id(parameter) for group in splice_parameters(model).values() for parameter in group}
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
+    adapters = {id(parameter) for parameter in adapter_parameters(model)}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours | adapters]
     if others:
         raise TrainingError(
             f"{len(others)} parameters of the base model are trainable, {others[0]} among them. Call "
@@ -89,21 +100,23 @@ def require_only_splice(model: nn.Module) -> None:
 
 
 def parameter_groups(model: nn.Module, learning_rates: dict[str, float], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimiser of torch; weight decay acts on the projections alone.
+    """Groups for an optimiser of torch; weight decay acts on matrices alone.
 
     Args:
         model: a patched model.
         learning_rates: by group name.
-        weight_decay: of the projections.
+        weight_decay: of the projections and of adapters.
     """
+    groups = splice_parameters(model)
+    groups[ADAPTERS] = [parameter for parameter in adapter_parameters(model) if parameter.requires_grad]
     return [
         {
             "params": parameters,
             "lr": learning_rates[name],
-            "weight_decay": weight_decay if name == "projection" else 0.0,
+            "weight_decay": weight_decay if name in ("projection", ADAPTERS) else 0.0,
             "name": name,
         }
-        for name, parameters in splice_parameters(model).items()
+        for name, parameters in groups.items()
         if parameters
     ]
 

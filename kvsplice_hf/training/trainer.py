@@ -1,7 +1,7 @@
-"""`KVSpliceTrainer`: the `Trainer` of transformers for the splice alone.
+"""`KVSpliceTrainer`: the `Trainer` of transformers for the splice, and for adapters that are trained with it.
 
-Checkpoints hold the splice instead of the model; the rest (data, schedules, accumulation, several processes, resuming,
-reporting) is the `Trainer`'s.
+Checkpoints hold the splice (and adapters) instead of the model; the rest (data, schedules, accumulation, several
+processes, resuming, reporting) is the `Trainer`'s.
 """
 
 import json
@@ -23,6 +23,7 @@ from kvsplice_hf.errors import ConfigError, TrainingError
 from kvsplice_hf.manage.loading import load_kvsplice
 from kvsplice_hf.patch.saving import save_kvsplice
 from kvsplice_hf.patch.state import find_patch, patched_sites, splice_disabled
+from kvsplice_hf.training.adapters import load_adapters, require_saveable, save_adapters
 from kvsplice_hf.training.calibrated_steps import CalibratedSteps
 from kvsplice_hf.training.monitor import HistogramCallback, splice_metrics
 from kvsplice_hf.training.objectives import (
@@ -31,7 +32,7 @@ from kvsplice_hf.training.objectives import (
     reconstruction_error,
     recorded_round_trips,
 )
-from kvsplice_hf.training.parameters import parameter_groups, require_only_splice
+from kvsplice_hf.training.parameters import ADAPTERS, parameter_groups, require_only_splice
 
 
 ARGUMENTS_NAME = "training_args.json"
@@ -53,6 +54,7 @@ class KVSpliceTrainingArguments(TrainingArguments):
             what a step of one number costs, in nats per token.
         transform_learning_rate: of the transform's scale and shift; by default `learning_rate`.
         steps_learning_rate: of the level scales and centres of packed rows; by default `learning_rate`.
+        adapter_learning_rate: of adapters that are trained as well; by default `learning_rate`.
 
     Raises:
         ConfigError: a weight is negative, or all are 0.
@@ -69,6 +71,9 @@ class KVSpliceTrainingArguments(TrainingArguments):
     steps_learning_rate: float | None = field(
         default=None, metadata={"help": "learning rate of the steps of packed rows; default: learning_rate"}
     )
+    adapter_learning_rate: float | None = field(
+        default=None, metadata={"help": "learning rate of adapters; default: learning_rate"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,18 +85,21 @@ class KVSpliceTrainingArguments(TrainingArguments):
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """By group of `parameters.GROUPS`."""
+        """By group of `parameters`."""
         own = {"transform": self.transform_learning_rate, "steps": self.steps_learning_rate}
+        own[ADAPTERS] = self.adapter_learning_rate
         return {"projection": self.learning_rate} | {
             name: self.learning_rate if rate is None else rate for name, rate in own.items()
         }
 
 
 class KVSpliceTrainer(Trainer):
-    """Trains the splice of a patched model, and nothing else.
+    """Trains the splice of a patched model, and the adapters of peft on it that are trainable, and nothing else.
 
     Takes what `Trainer` takes; `args` must be `KVSpliceTrainingArguments`. Batches need `input_ids`; where there are
-    `labels`, positions with -100 are not counted. `save_model` and checkpoints write what `save_kvsplice` writes.
+    `labels`, positions with -100 are not counted. `save_model` and checkpoints write what `save_kvsplice` writes, and
+    beside it the adapters in the files of peft. (The original model that `kl_weight` compares with has the adapters as
+    they are: to teach them something, give `lm_weight` too.)
 
     Args:
         model: a patched model, of whose parameters those of the splice are trainable.
@@ -103,8 +111,9 @@ class KVSpliceTrainer(Trainer):
     Raises:
         PatchStateError: the model is not patched.
         CalibrationError: `calibration` cannot be read, or is of another model.
-        TrainingError: parameters of the base model are trainable, or none of the splice; `calibration` is given for a
-            splice that it does not fit; while training: a loss that is not finite, or a batch without `input_ids`.
+        TrainingError: parameters of the base model are trainable, or none of the splice; adapters are trainable and
+            could not be saved; `calibration` is given for a splice that it does not fit; while training: a loss that is
+            not finite, or a batch without `input_ids`.
 
     Examples:
         >>> freeze_all_but_kvsplice(patch_model_with_kvsplice(model, bytes_per_token=128, tokenizer=tokenizer))
@@ -126,6 +135,7 @@ class KVSpliceTrainer(Trainer):
             raise ConfigError(f"`args` is a {type(args).__name__}; it must be KVSpliceTrainingArguments.")
         config = find_patch(model)[1].config
         require_only_splice(model)
+        require_saveable(model, is_spread=bool(args.fsdp))
         self._calibrated = None if calibration is None else CalibratedSteps(model, _read(calibration, model), config)
         super().__init__(model, args, *rest, **kwargs)
         # The loss is a mean over each batch, so that accumulation has to divide it.
@@ -232,6 +242,7 @@ class KVSpliceTrainer(Trainer):
         save_kvsplice(self.accelerator.unwrap_model(self.model), folder, is_main_process=self.args.should_save)
         if not self.args.should_save:
             return
+        save_adapters(self.accelerator.unwrap_model(self.model), folder)
         (folder / ARGUMENTS_NAME).write_text(json.dumps(self.args.to_dict(), indent=2, default=str) + "\n", "utf-8")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -243,10 +254,14 @@ class KVSpliceTrainer(Trainer):
             self._pushed.folder = None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_kvsplice(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
+        self._load(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        load_kvsplice(self.accelerator.unwrap_model(self.model), str(self.state.best_model_checkpoint))
+        self._load(self.model, str(self.state.best_model_checkpoint))
+
+    def _load(self, model: Any, folder: str) -> None:
+        load_adapters(self.accelerator.unwrap_model(model), Path(folder))
+        load_kvsplice(self.accelerator.unwrap_model(model), folder)
 
 
 class _PushedCheckpoint(TrainerCallback):

@@ -5,13 +5,14 @@ A part of the weights will not do: a model that was fine-tuned differs from its 
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvsplice_hf.weights.changes import plain_parts
 from kvsplice_hf.weights.offload import persistent_names, read_parameter
 
 
@@ -65,18 +66,7 @@ def _content(module: nn.Module, name: str, needs_all: bool) -> bytes | None:
         tensor: Any = read_parameter(module, name)
     except ValueError:  # a `ConfigError`: it is nowhere
         return None if needs_all else sizes
-    return sizes + b"".join(_bytes_of(part) for part in _plain_parts(tensor))
-
-
-def _plain_parts(tensor: Any) -> Iterator[torch.Tensor]:
-    """A tensor, or what a quantised or sharded one is made of."""
-    if hasattr(tensor, "to_local"):
-        yield tensor.to_local()
-    elif hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain_parts(getattr(tensor, name))
-    else:
-        yield tensor
+    return sizes + b"".join(_bytes_of(part) for part in plain_parts(tensor))
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:

@@ -1,14 +1,31 @@
 """What a linear layer multiplies by, whatever its weight is stored as."""
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
 
 from kvsplice_hf.weights.offload import execution_device
 
 
-@torch.no_grad()
-def linear_map(module: nn.Module, size: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """What a linear layer multiplies by, [out, size], by asking it: packed, adapted and offloaded ones answer as well.
+class Probed(NamedTuple):
+    """What a layer answered.
+
+    Attributes:
+        weight: what it multiplies by, [out, size].
+        offset: what it adds, [out].
+        dtype: of the unit vectors that it was asked.
+    """
+
+    weight: torch.Tensor
+    offset: torch.Tensor
+    dtype: torch.dtype
+
+
+def probe(module: nn.Module, size: int, dtype: torch.dtype, device: torch.device | None = None) -> Probed:
+    """Ask a linear layer what it multiplies by: packed, adapted, offloaded and sharded ones answer as well.
+
+    With gradients, where they are on. Of a layer that is spread over processes, it is the part of this one.
 
     Args:
         module: the layer.
@@ -24,4 +41,16 @@ def linear_map(module: nn.Module, size: int, dtype: torch.dtype, device: torch.d
         dtype = held.dtype
     units = torch.eye(size, dtype=dtype, device=device)
     with torch.autocast(device.type, enabled=False):  # it would round the weight
-        return (module(units) - module(torch.zeros_like(units[:1]))).T
+        offset, rows = _local(module(torch.zeros_like(units[:1]))), _local(module(units))
+    return Probed((rows - offset).T, offset[0], dtype)
+
+
+@torch.no_grad()
+def linear_map(module: nn.Module, size: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    """What a linear layer multiplies by, [out, size], by asking it; arguments as of `probe`."""
+    return probe(module, size, dtype, device).weight
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local

@@ -124,15 +124,23 @@ def _device_of(hook: Any) -> torch.device:
 def execution_device(module: nn.Module) -> torch.device:
     """The device on which `module` computes: its accelerate hook's, or that of its first parameter or buffer.
 
-    The meta device where nothing is loaded; the CPU where there is neither a parameter nor a buffer.
+    Where that is offloaded, as of the layers inside one with adapters, the hook's of what is inside. The meta device
+    where nothing is loaded; the CPU where there is neither a parameter nor a buffer.
     """
-    hook = vars(module).get("_hf_hook")
-    for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
-        device = getattr(one, "execution_device", None)
-        if device is not None:
-            return torch.device(device)
+    device = _device_of_hook(module)
+    if device is not None:
+        return device
     held = next((tensor for tensors in (module.parameters(), module.buffers()) for tensor in tensors), None)
+    if held is not None and held.is_meta:
+        inside = (_device_of_hook(part) for part in module.modules())
+        return next((device for device in inside if device is not None), held.device)
     return torch.device("cpu") if held is None else held.device
+
+
+def _device_of_hook(module: nn.Module) -> torch.device | None:
+    hook = vars(module).get("_hf_hook")
+    devices = (getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,)))
+    return next((torch.device(device) for device in devices if device is not None), None)
 
 
 def input_device(model: Any) -> torch.device:

@@ -8,6 +8,7 @@ last line of stdout is one JSON object.
 
     python scripts/measure/decode.py --context 4096
     python scripts/measure/decode.py --recipes all --contexts 512 4096 16384 --batch_sizes 1 8 --padded
+    python scripts/measure/decode.py --context 4096 --adapter_rank 16
 """
 
 import statistics
@@ -17,7 +18,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from kvsplice_hf import cache_nbytes
+from kvsplice_hf import ConfigError, cache_nbytes, materialised_nbytes
 from kvsplice_hf.bench.bandwidth import copy_bandwidth, weight_bytes
 from kvsplice_hf.bench.command_line import ProgramParser, console, readable_errors, results_folder
 from kvsplice_hf.bench.filled_caches import Filled, fill_all, rewind, step
@@ -26,6 +27,7 @@ from kvsplice_hf.bench.grid_tables import draw, new_table, setting_cells, show, 
 from kvsplice_hf.bench.recipes import patched_models
 from kvsplice_hf.bench.rounds import interleaved, timed
 from kvsplice_hf.bench.tables import ratio
+from kvsplice_hf.patch.state import is_patched
 
 
 @dataclass
@@ -38,12 +40,30 @@ class Arguments(ShapeArguments):
     )
     repeats: int = field(default=5, metadata={"help": "repeats, interleaved over the recipes"})
     steps: int = field(default=3, metadata={"help": "decode steps per repeat, of which the median counts"})
+    adapter_rank: int = field(
+        default=0,
+        metadata={"help": "rank of LoRA adapters on kv_b_proj (needs peft), of the stock model as well; 0 for none"},
+    )
     bandwidth_mb: int = field(default=512, metadata={"help": "size of the tensor whose copying gives the bandwidth"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("repeats", "steps", "bandwidth_mb"):
             self.require_at_least(1, name)
+        self.require_at_least(0, "adapter_rank")
+
+
+def with_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    """The model with random adapters of this rank on `kv_b_proj`, or as it is."""
+    if not rank:
+        return model
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(f"--adapter_rank needs peft: {error}. Install it, or leave the option out.") from error
+    settings = peft.LoraConfig(target_modules=["kv_b_proj"], r=rank, init_lora_weights=False)
+    peft.inject_adapter_in_model(settings, model)
+    return model.requires_grad_(False).eval()
 
 
 def sizes_of(model: PreTrainedModel, filled: Filled) -> Row:
@@ -53,6 +73,7 @@ def sizes_of(model: PreTrainedModel, filled: Filled) -> Row:
         "cache_allocated_bytes": cache_nbytes(filled.cache, allocated=True),
         "weight_bytes": weight_bytes(model, lambda: step(model, filled)),
     }
+    sizes["materialised_bytes"] = materialised_nbytes(model) if is_patched(model) else 0  # by that step
     rewind(filled, 1)
     return sizes | {"moved_bytes": sizes["cache_bytes"] + sizes["weight_bytes"]}
 
@@ -92,7 +113,7 @@ def add_ratios(rows: list[Row], bandwidth: float) -> None:
 
 def run(args: Arguments) -> Row:
     """All rows, and the bandwidth."""
-    models = patched_models(args.build(), args.recipes)
+    models = patched_models(with_adapters(args.build(), args.adapter_rank), args.recipes)
     before = copy_bandwidth(args.bandwidth_mb, args.device)
     groups = []
     for batch, length in args.settings:
