@@ -12,6 +12,7 @@ from torch import nn
 from kvsplice_hf.patch.state import find_patch, is_patched
 from kvsplice_hf.weights.fingerprint import decoder_around, digest, modules_of_splices
 from kvsplice_hf.weights.offload import persistent_names
+from kvsplice_hf.weights.packed import decompress
 
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def base_fingerprint(model: nn.Module, module: nn.Module) -> str:
         model: patched or not.
         module: one of its attention modules.
     """
+    decompress(model)
     decoder = decoder_around(model, module)
     if not is_patched(model):
         return digest(decoder, needs_all=True)
