@@ -78,7 +78,8 @@ def _as_saved(module: nn.Module, name: str, tensor: Any) -> Any:
     Libraries of quantisation may hold weights in another one, and change it as they run: bitsandbytes rearranges those
     of 4 bits at the first step on some processors. A stand-in is asked, because saving would put them back.
     """
-    if type(module)._save_to_state_dict is nn.Module._save_to_state_dict or tensor is not module._parameters.get(name):
+    as_ever = type(module)._save_to_state_dict is nn.Module._save_to_state_dict
+    if as_ever or tensor is not module._parameters.get(name) or hasattr(tensor, "__tensor_flatten__"):
         return tensor
     stand_in: Any = object.__new__(type(module))
     vars(stand_in).update(vars(module), _parameters={name: copy.deepcopy(tensor)})
