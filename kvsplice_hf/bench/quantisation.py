@@ -27,35 +27,45 @@ class Method(NamedTuple):
 
     Attributes:
         package: the module to import, and what pip calls it.
-        settings: of `from_pretrained`, for a dtype; None where the layers are replaced in place (`in_place`).
+        settings: of `from_pretrained`, for a model; None where the layers are replaced in place (`in_place`).
         in_place: replaces the layers of a model.
         quantises_activations: whether what goes into a layer is quantised as well: then it is no matrix.
     """
 
     package: tuple[str, str]
-    settings: Callable[[torch.dtype], Any] | None = None
+    settings: Callable[[PreTrainedModel], Any] | None = None
     in_place: Callable[[PreTrainedModel], None] | None = None
     quantises_activations: bool = False
 
 
-def _in_4_bits(dtype: torch.dtype) -> Any:
+def _in_4_bits(model: PreTrainedModel) -> Any:
+    # On some processors it runs layers with such numbers of inputs and outputs only.
+    odd = {
+        name.rpartition(".")[2]
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and (layer.in_features % 64 or layer.out_features % 32)
+    }
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=model.dtype,
+        llm_int8_skip_modules=["lm_head", *sorted(odd - {"lm_head"})],
     )
 
 
-def _in_8_bits(dtype: torch.dtype) -> Any:
+def _in_8_bits(model: PreTrainedModel) -> Any:
     # Of MLA, kv_b_proj gets tensors of four dimensions, which Linear8bitLt does not take.
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=["lm_head", "kv_b_proj"])
 
 
-def _int8(dtype: torch.dtype) -> Any:
+def _int8(model: PreTrainedModel) -> Any:
     from torchao.quantization import Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def _int4(dtype: torch.dtype) -> Any:
+def _int4(model: PreTrainedModel) -> Any:
     from torchao.quantization import IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
 
@@ -63,7 +73,7 @@ def _int4(dtype: torch.dtype) -> Any:
     return TorchAoConfig(IntxWeightOnlyConfig(int4, PerGroup(32)))
 
 
-def _int8_of_both(dtype: torch.dtype) -> Any:
+def _int8_of_both(model: PreTrainedModel) -> Any:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     return TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
@@ -89,8 +99,8 @@ METHODS: Mapping[str, Method] = {
     "torchao-int8": Method(_TORCHAO, _int8),
     "torchao-int4": Method(_TORCHAO, _int4),
     "torchao-int8-dynamic": Method(_TORCHAO, _int8_of_both, quantises_activations=True),
-    "quanto-int8": Method(_QUANTO, lambda dtype: QuantoConfig(weights="int8")),
-    "quanto-int4": Method(_QUANTO, lambda dtype: QuantoConfig(weights="int4")),
+    "quanto-int8": Method(_QUANTO, lambda model: QuantoConfig(weights="int8")),
+    "quanto-int4": Method(_QUANTO, lambda model: QuantoConfig(weights="int4")),
     "hqq-4bit": Method(("hqq", "hqq"), in_place=_hqq_in_4_bits),
 }
 
@@ -123,7 +133,7 @@ def quantise(model: PreTrainedModel, method: str) -> PreTrainedModel:
         steps.update()
         how = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
         if settings is not None:
-            how["quantization_config"] = settings(model.dtype)
+            how["quantization_config"] = settings(model)
         quantised: PreTrainedModel = type(model).from_pretrained(folder, **how).eval()
         if in_place is not None:
             in_place(quantised)

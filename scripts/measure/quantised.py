@@ -109,6 +109,7 @@ def check(name: str, method: str, args: Arguments) -> dict[str, Any]:
         other = load_kvsplice(quantise(load_model(name, args.dtype).model, method), folder)
     row["loaded"] = agreement(packed, write(other, prompts, count))
     row["undone"] = agreement(stock, write(unpatch_model(model), prompts, count))
+    console().print(row)  # the next one may take long
     return row
 
 
