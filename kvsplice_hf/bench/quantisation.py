@@ -3,6 +3,7 @@
 Transformers quantises as it loads, so a model is written to a temporary folder and loaded from there.
 """
 
+import importlib
 import importlib.util
 import sys
 import tempfile
@@ -60,34 +61,28 @@ def _in_8_bits(model: PreTrainedModel) -> Any:
 
 
 def _int8(model: PreTrainedModel) -> Any:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    return TorchAoConfig(importlib.import_module("torchao.quantization").Int8WeightOnlyConfig())
 
 
 def _int4(model: PreTrainedModel) -> Any:
-    from torchao.quantization import IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerGroup
-
+    torchao = importlib.import_module("torchao.quantization")
+    groups = importlib.import_module("torchao.quantization.granularity").PerGroup(32)
     int4: Any = getattr(torch, "int4")  # noqa: B009  which the type stubs of torch do not know
-    return TorchAoConfig(IntxWeightOnlyConfig(int4, PerGroup(32)))
+    return TorchAoConfig(torchao.IntxWeightOnlyConfig(int4, groups))
 
 
 def _int8_of_both(model: PreTrainedModel) -> Any:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
-
-    return TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
+    return TorchAoConfig(importlib.import_module("torchao.quantization").Int8DynamicActivationInt8WeightConfig())
 
 
 def _hqq_in_4_bits(model: PreTrainedModel) -> None:
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
+    hqq = importlib.import_module("hqq.core.quantize")
     head = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and is_plain(layer) and layer is not head:
             parent, _, own = name.rpartition(".")
-            settings = BaseQuantizeConfig(nbits=4, group_size=64)
-            packed = HQQLinear(layer, settings, compute_dtype=model.dtype, device=str(model.device))
+            settings = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
+            packed = hqq.HQQLinear(layer, settings, compute_dtype=model.dtype, device=str(model.device))
             setattr(model.get_submodule(parent), own, packed)
 
 

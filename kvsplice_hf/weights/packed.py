@@ -10,10 +10,10 @@ from torch import nn
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a layer multiplies by its `weight`, as `nn.Linear` does."""
+    """Whether a layer multiplies by its `weight`, as `nn.Linear` does, be it spread over processes or not."""
     weight: Any = module._parameters.get("weight")
-    plain = type(module).forward is nn.Linear.forward and type(weight) in (nn.Parameter, torch.Tensor)
-    return plain and weight.is_floating_point()
+    held = type(weight) in (nn.Parameter, torch.Tensor) or hasattr(weight, "to_local")
+    return type(module).forward is nn.Linear.forward and held and weight.is_floating_point()
 
 
 def packed_layers(model: nn.Module) -> list[nn.Module]:
