@@ -20,7 +20,7 @@ WORKERS ?= 2
 RELEASES ?=
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo demo-small test test-fast test-slow hooks sanitize lint format docs releases newest test-newest constraints clean
+.PHONY: demo demo-small test test-fast test-slow test-quantised hooks sanitize lint format docs releases newest test-newest constraints clean
 
 # The build tools come from the constraints as well, instead of an isolated environment with whatever is newest.
 $(VENV)/.ready: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
@@ -58,6 +58,14 @@ test-fast: $(VENV)/.ready
 # What takes too long for every change.
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS) --lane slow
+
+# Models whose weights are quantised by bitsandbytes, torchao, quanto, hqq and compressed-tensors, on a CPU. Their
+# libraries are installed into an environment of their own; a failing import of one must not break the others.
+test-quantised:
+	$(MAKE) .venv-quantised/.ready VENV=.venv-quantised
+	.venv-quantised/bin/pip install --quiet --disable-pip-version-check \
+	    --constraint $(CONSTRAINTS) --constraint constraints-quantised.txt --no-build-isolation --editable ".[quantised]"
+	.venv-quantised/bin/python -m pytest -n $(WORKERS) tests/test_quantised_bases.py tests/test_packed_layers.py
 
 # The linters before each commit.
 hooks: $(VENV)/.ready
@@ -107,4 +115,4 @@ docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .venv-newest .releases .sanitized site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-quantised .releases .sanitized site .pytest_cache .mypy_cache .ruff_cache

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvsplice_hf.bench.rounds import timed
+from kvsplice_hf.weights.changes import plain_parts
 
 
 def copy_bandwidth(megabytes: int, device: str, attempts: int = 5) -> float:
@@ -43,7 +44,7 @@ def weight_bytes(model: PreTrainedModel, step: Callable[[], object]) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    total = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    total = sum(part.nbytes for held in (*model.parameters(), *model.buffers()) for part in plain_parts(held))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
         total -= sum(weight.nbytes for weight in embedding.parameters())

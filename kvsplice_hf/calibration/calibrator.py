@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from kvsplice_hf.cache.turns import SLOT_DTYPE
 from kvsplice_hf.calibration.allocate import Distortion, allocate, measure_distortion, smallest_row
-from kvsplice_hf.calibration.collect import METRICS, Batch, Collector
+from kvsplice_hf.calibration.collect import METRICS, Batch, Collector, usable_metric
 from kvsplice_hf.calibration.data import as_batches, share_of_process
 from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model
 from kvsplice_hf.calibration.fit import LayerFit, fit_codec, fit_rank, fit_widths
@@ -48,7 +48,8 @@ class KVSpliceCalibrator:
     Args:
         model: an unpatched model that can be patched; it is run as it is.
         metric: "fisher" (what predictions depend on; forward and backward passes), "readers" (what the layer's weights
-            and queries read; forward passes) or "pca" (size alone).
+            and queries read; forward passes) or "pca" (size alone). Where gradients cannot pass the layers of a
+            quantised model, another one is taken instead of "fisher", with a warning.
         layer_pattern, sink_tokens: see `KVSpliceConfig`.
         seed: of the sampled labels and rows.
 
@@ -73,6 +74,7 @@ class KVSpliceCalibrator:
     ) -> None:
         if metric not in METRICS:
             raise ConfigError(f"`metric` is {metric!r}; it must be one of {', '.join(map(repr, METRICS))}.")
+        metric = usable_metric(model, metric, layer_pattern)
         self.metric, self.layer_pattern = metric, layer_pattern
         self.sink_tokens: int | None = sink_tokens
         self._collector: Collector | None = Collector(model, metric, layer_pattern, sink_tokens, seed)

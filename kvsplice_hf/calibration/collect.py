@@ -10,6 +10,7 @@ Legend: `B` batch, `T` tokens, `H` heads, `R` kv_lora_rank, `P` qk_rope_head_dim
 
 import contextlib
 import functools
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,17 +21,22 @@ from tqdm import tqdm
 
 from kvsplice_hf import upstream
 from kvsplice_hf.cache.exact import exact_in_full_sequence
+from kvsplice_hf.calibration.gradients import gradients_of_packed
 from kvsplice_hf.calibration.readers import ReaderRecorder
 from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
 from kvsplice_hf.code.keys import angle_columns, one_rotation, turns_of
-from kvsplice_hf.errors import CalibrationError, PatchStateError, UnsupportedError
+from kvsplice_hf.errors import CalibrationError, KVSpliceError, PatchStateError, UnsupportedError
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import is_patched
 from kvsplice_hf.patch.tap import Attended, tapped
 from kvsplice_hf.upstream import POSITION_EMBEDDINGS
+from kvsplice_hf.weights.linear import input_dtype
 from kvsplice_hf.weights.offload import input_device
+from kvsplice_hf.weights.packed import decompress, packed_layers
 
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("fisher", "readers", "pca")
 _GOLDEN_RATIO = 0.6180339887498949
@@ -51,6 +57,7 @@ class Collector:
     """
 
     def __init__(self, model: nn.Module, metric: str, layer_pattern: str | None, sink_tokens: int, seed: int) -> None:
+        decompress(model)
         self.model, self.metric, self.sink_tokens = model, metric, sink_tokens
         self.sites = [site for site in find_sites(model, layer_pattern) if site.stores_latent]
         ordinary = next((site for site in self.sites if site.kv_heads), None)
@@ -246,6 +253,37 @@ def require_runnable(model: Any, metric: str) -> None:
         )
 
 
+def usable_metric(model: Any, metric: str, layer_pattern: str | None = None) -> str:
+    """`metric`, or one that needs no gradients where packed layers of the model stop them, with a warning that says so.
+
+    Tried on a few tokens of a model with packed layers; others are not run. What is wrong with the model itself is left
+    to be said when it is calibrated.
+    """
+    if metric != "fisher" or is_patched(model) or not packed_layers(model):
+        return metric
+    tried = Collector(model, metric, layer_pattern, sink_tokens=0, seed=0)
+    try:
+        tried.run([{"input_ids": torch.zeros(1, 4, dtype=torch.int64, device="cpu")}], progress=False)
+        missing = [part for part, layer in tried.statistics.items() if not layer.fisher.any()]
+        reason = f"none reach layer {missing[0]}" if missing else ""
+    except (KVSpliceError, torch.OutOfMemoryError):
+        return metric
+    except Exception as error:  # each library has its own for what it cannot do
+        reason = f"{type(error).__name__}: {error}"
+    if not reason:
+        return metric
+    instead = "pca" if any(site.kv_heads for site in tried.sites) else "readers"
+    logger.warning(
+        "No gradients pass the quantised layers of this %s (%s). It is calibrated with metric=%r, which needs none and "
+        "loses more at the same bytes. Calibrate the model before it is quantised, and give the statistics as "
+        '`calibration`, for metric="fisher".',
+        type(model).__name__,
+        reason,
+        instead,
+    )
+    return instead
+
+
 def _require_known(ids: torch.Tensor, vocabulary: int | None) -> None:
     """Refuse token ids that the embeddings lack: on a GPU the look-up would end the process."""
     lowest, highest = (int(end) for end in ids.aminmax())
@@ -307,11 +345,13 @@ def _prepared(model: Any, with_gradients: bool) -> Iterator[None]:
 def _gradients_of_activations(model: Any) -> Iterator[None]:
     """Gradients from the embeddings on, so that they reach the first layer without touching any parameter."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    hook = model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())
+    embeddings = model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, __, output: output.requires_grad_())
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        yield
+        with gradients_of_packed(model, input_dtype(embeddings, torch.float32)):
+            yield
     finally:
         hook.remove()
         for parameter in trainable:

@@ -13,6 +13,7 @@ from torch import nn
 
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.weights.fingerprint import decoder_around, digest, modules_of_splices
+from kvsplice_hf.weights.packed import decompress
 
 
 _PREFIX = "all-weights"
@@ -27,6 +28,7 @@ def model_fingerprint(model: nn.Module, sites: Sequence[AttentionSite]) -> str:
     Returns:
         "all-weights:DECODER:REST".
     """
+    decompress(model)
     inside = decoder_around(model, sites[0].module)
     return ":".join([_PREFIX, digest(inside, modules_of_splices(inside)), digest(model, inside.modules())])
 

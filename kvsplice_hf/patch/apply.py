@@ -26,6 +26,7 @@ from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch
 from kvsplice_hf.patch.sites import find_sites, require_family
 from kvsplice_hf.patch.state import ModelPatch, find_patch, is_patched
 from kvsplice_hf.patch.surroundings import change_surroundings, restore_surroundings
+from kvsplice_hf.weights.packed import decompress
 
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ def sites_to_patch(model: nn.Module, config: KVSpliceConfig) -> list[AttentionSi
             "The model is already patched with KVSplice. For other settings, call unpatch_model(model) first."
         )
     upstream.warn_if_newer_than_tested()
+    decompress(model)
     sites = _select_sites(find_sites(model, config.layer_pattern), config)
     _require_packed(sites, config)
     for site in sites:

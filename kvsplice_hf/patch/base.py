@@ -13,6 +13,7 @@ from kvsplice_hf.patch.state import find_patch, is_patched
 from kvsplice_hf.weights.adapters import modules_of_adapters
 from kvsplice_hf.weights.fingerprint import decoder_around, digest, modules_of_splices
 from kvsplice_hf.weights.offload import persistent_names
+from kvsplice_hf.weights.packed import decompress
 
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def base_fingerprint(model: nn.Module, module: nn.Module) -> str:
         model: patched or not.
         module: one of its attention modules.
     """
+    decompress(model)
     decoder = decoder_around(model, module)
     others = [*modules_of_splices(model), *modules_of_adapters(model)]
     if not is_patched(model):

@@ -69,11 +69,18 @@ def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> Atten
         num_heads=heads,
         sliding_window=_window(module),
         indexer_head_dim=0,
-        dtype=next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32),
+        dtype=_dtype(module),
         kv_heads=kv_heads,
         chunked=_is_chunked(module),
         device=execution_device(_projection(module)),
     )
+
+
+def _dtype(module: Any) -> torch.dtype:
+    """Of keys and values: that of the weights, or where all are packed what the model was loaded as."""
+    held = (parameter.dtype for parameter in module.parameters())
+    found = next((dtype for dtype in held if dtype.is_floating_point and dtype.itemsize > 1), None)
+    return found or getattr(module.config, "dtype", None) or torch.float32
 
 
 def _heads_handed_over(module: Any, heads: int) -> int:

@@ -18,6 +18,7 @@ from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.hooks import carry_state, see_batch
 from kvsplice_hf.patch.saving import save_splice_of
 from kvsplice_hf.patch.state import ModelPatch, is_patched, models_around, patched_modules, patched_sites
+from kvsplice_hf.weights.offload import persistent_names
 
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ def change_surroundings(model: nn.Module, sites: list[AttentionSite], patch: Mod
             hook = functools.partial(carry_state, patch)
             changed.hooks.append(around.register_forward_pre_hook(hook, with_kwargs=True))
             changed.hooks.append(around.register_load_state_dict_pre_hook(_warn_without_splice))
-        keys = {key for key in around.state_dict() if ".kvsplice." in key}
+        # Not from `state_dict`: bitsandbytes rearranges the weights of its layers when it is asked for one.
+        keys = {key for key, _, _ in persistent_names(around) if ".kvsplice." in key}
         if keys:  # the base model's folder stays loadable by stock transformers
             changed.keys_to_ignore_on_save = (around._keys_to_ignore_on_save,)
             around._keys_to_ignore_on_save = set(around._keys_to_ignore_on_save or ()) | keys

@@ -3,6 +3,7 @@
 A part of the weights will not do: a model that was fine-tuned differs from its base anywhere.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable
@@ -66,7 +67,27 @@ def _content(module: nn.Module, name: str, needs_all: bool) -> bytes | None:
         tensor: Any = read_parameter(module, name)
     except ValueError:  # a `ConfigError`: it is nowhere
         return None if needs_all else sizes
+    tensor = _as_saved(module, name, tensor)
+    sizes = json.dumps([name, list(tensor.shape)]).encode()
     return sizes + b"".join(_bytes_of(part) for part in plain_parts(tensor))
+
+
+def _as_saved(module: nn.Module, name: str, tensor: Any) -> Any:
+    """A tensor in the form in which its module saves it.
+
+    Libraries of quantisation may hold weights in another one, and change it as they run: bitsandbytes rearranges those
+    of 4 bits at the first step on some processors. A stand-in is asked, because saving would put them back.
+    """
+    as_ever = type(module)._save_to_state_dict is nn.Module._save_to_state_dict
+    if as_ever or tensor is not module._parameters.get(name) or hasattr(tensor, "__tensor_flatten__"):
+        return tensor
+    stand_in: Any = object.__new__(type(module))
+    vars(stand_in).update(vars(module), _parameters={name: copy.deepcopy(tensor)})
+    for other, parameter in module._parameters.items():
+        stand_in._parameters.setdefault(other, parameter)
+    saved: dict[str, Any] = {}
+    stand_in._save_to_state_dict(saved, "", False)
+    return saved.get(name, tensor)
 
 
 def _bytes_of(tensor: torch.Tensor) -> bytes:

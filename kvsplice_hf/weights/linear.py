@@ -34,11 +34,7 @@ def probe(module: nn.Module, size: int, dtype: torch.dtype, device: torch.device
         device: where it computes, if that is known.
     """
     device = execution_device(module) if device is None else device
-    # In the dtype of the weight, not of the input: they differ where norms are kept in float32 and autocast does the
-    # rest. Packed weights (integers, float8) take what the input is.
-    held = getattr(module, "weight", None)
-    if isinstance(held, torch.Tensor) and held.dtype.is_floating_point and held.dtype.itemsize > 1:
-        dtype = held.dtype
+    dtype = input_dtype(module, dtype)
     units = torch.eye(size, dtype=dtype, device=device)
     with torch.autocast(device.type, enabled=False):  # it would round the weight
         offset, rows = _local(module(torch.zeros_like(units[:1]))), _local(module(units))
@@ -49,6 +45,18 @@ def probe(module: nn.Module, size: int, dtype: torch.dtype, device: torch.device
 def linear_map(module: nn.Module, size: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
     """What a linear layer multiplies by, [out, size], by asking it; arguments as of `probe`."""
     return probe(module, size, dtype, device).weight
+
+
+def input_dtype(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype to ask a layer.
+
+    In that of its weight, not of its input in the model (`dtype`): they differ where norms are kept in float32 and
+    autocast does the rest. Packed weights (integers, float8) take what the input is.
+    """
+    held = getattr(module, "weight", None)
+    if isinstance(held, torch.Tensor) and held.dtype.is_floating_point and held.dtype.itemsize > 1:
+        return held.dtype
+    return dtype
 
 
 def _local(tensor: Any) -> torch.Tensor:

@@ -119,8 +119,8 @@ def _refusal(module: nn.Module, weight: torch.Tensor, offset: torch.Tensor, dtyp
         return "what it multiplies by is not finite"
     if offset.any():
         return "it adds a bias, which cannot be folded"
-    off = _distance_from_linear(module, weight, dtype)
-    if off > _TOLERANCE.get(dtype, _OTHER_TOLERANCE):
+    off, computed = _distance_from_linear(module, weight, dtype)
+    if off > _TOLERANCE.get(computed, _OTHER_TOLERANCE):
         return (
             f"what it gives is no matrix times what it gets ({off:.1%} off): its activations are quantised as well, or "
             "numbers are dropped at random"
@@ -128,8 +128,10 @@ def _refusal(module: nn.Module, weight: torch.Tensor, offset: torch.Tensor, dtyp
     return ""
 
 
-def _distance_from_linear(module: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> float:
+def _distance_from_linear(module: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> tuple[float, torch.dtype]:
     """How far a layer is from a matrix on random inputs of different sizes, as a share of what it gives.
+
+    And the dtype in which it computes, which may be bf16 inside a model in float32: then it gives no other numbers.
 
     Few large numbers and many small ones, of which quantised activations keep little. The largest stays below 6, from
     where some libraries (LLM.int8) compute in full.
@@ -143,4 +145,5 @@ def _distance_from_linear(module: nn.Module, weight: torch.Tensor, dtype: torch.
     given = (given.to_local() if hasattr(given, "to_local") else given).float()
     expected = inputs.float() @ weight.float().T
     size = expected.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
-    return float(((given - expected).norm(dim=1) / size).max())
+    computed = torch.bfloat16 if torch.equal(given, given.bfloat16().float()) else dtype
+    return float(((given - expected).norm(dim=1) / size).max()), computed

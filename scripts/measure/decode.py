@@ -4,11 +4,13 @@
 The model has the geometry of a known one, few layers, and random weights, so nothing is downloaded. Repeats of the
 recipes are interleaved, so that a slow moment of the machine hits all of them. Beside each step stand the bytes that it
 has to read, and how many times longer it takes than moving them at the speed at which this machine copies memory. The
-last line of stdout is one JSON object.
+last line of stdout is one JSON object. `--model` takes the weights of a real model instead, and `--quantisation`
+measures the recipes on quantised weights.
 
     python scripts/measure/decode.py --context 4096
     python scripts/measure/decode.py --recipes all --contexts 512 4096 16384 --batch_sizes 1 8 --padded
     python scripts/measure/decode.py --context 4096 --adapter_rank 16
+    python scripts/measure/decode.py --model demo --quantisation none torchao-int8 --recipes stock "packed 4x"
 """
 
 import statistics
@@ -20,10 +22,18 @@ from transformers import PreTrainedModel
 
 from kvsplice_hf import ConfigError, cache_nbytes, materialised_nbytes
 from kvsplice_hf.bench.bandwidth import copy_bandwidth, weight_bytes
-from kvsplice_hf.bench.command_line import ProgramParser, console, readable_errors, results_folder
+from kvsplice_hf.bench.command_line import (
+    ProgramParser,
+    console,
+    load_model,
+    readable_errors,
+    require_known,
+    results_folder,
+)
 from kvsplice_hf.bench.filled_caches import Filled, fill_all, rewind, step
 from kvsplice_hf.bench.grid import Row, ShapeArguments, add_decode_ratios, finish_grid, measured, new_rows, stock_of
 from kvsplice_hf.bench.grid_tables import draw, new_table, setting_cells, show, spread
+from kvsplice_hf.bench.quantisation import METHODS, UNQUANTISED, quantise
 from kvsplice_hf.bench.recipes import patched_models
 from kvsplice_hf.bench.rounds import interleaved, timed
 from kvsplice_hf.bench.tables import ratio
@@ -44,6 +54,13 @@ class Arguments(ShapeArguments):
         default=0,
         metadata={"help": "rank of LoRA adapters on kv_b_proj (needs peft), of the stock model as well; 0 for none"},
     )
+    model: str | None = field(
+        default=None, metadata={"help": 'weights of this folder or hub name; "demo" and "smollm2" come in a package'}
+    )
+    quantisation: list[str] = field(
+        default_factory=lambda: [UNQUANTISED],
+        metadata={"help": f"any of {', '.join((UNQUANTISED, *METHODS))}: weights are quantised in this way"},
+    )
     bandwidth_mb: int = field(default=512, metadata={"help": "size of the tensor whose copying gives the bandwidth"})
 
     def __post_init__(self) -> None:
@@ -51,6 +68,14 @@ class Arguments(ShapeArguments):
         for name in ("repeats", "steps", "bandwidth_mb"):
             self.require_at_least(1, name)
         self.require_at_least(0, "adapter_rank")
+        require_known("quantisation", self.quantisation, [UNQUANTISED, *METHODS])
+        self.quantisation = list(dict.fromkeys(self.quantisation))
+        if self.adapter_rank and self.quantisation != [UNQUANTISED]:
+            raise ConfigError("--adapter_rank is measured on weights as they are. Leave --quantisation out.")
+
+    def build(self) -> PreTrainedModel:
+        """The model that is measured."""
+        return super().build() if self.model is None else load_model(self.model, self.dtype).model.to(self.device)
 
 
 def with_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
@@ -113,17 +138,22 @@ def add_ratios(rows: list[Row], bandwidth: float) -> None:
 
 def run(args: Arguments) -> Row:
     """All rows, and the bandwidth."""
-    models = patched_models(with_adapters(args.build(), args.adapter_rank), args.recipes)
-    before = copy_bandwidth(args.bandwidth_mb, args.device)
-    groups = []
-    for batch, length in args.settings:
-        console().print(f"batch {batch}, context {length}")
-        groups.append(measure(models, batch, length, args))
+    before, model = copy_bandwidth(args.bandwidth_mb, args.device), args.build()
+    groups: list[tuple[str, list[Row]]] = []
+    for method in args.quantisation:
+        models = patched_models(with_adapters(quantise(model, method), args.adapter_rank), args.recipes)
+        for batch, length in args.settings:
+            console().print(f"batch {batch}, context {length}, quantisation {method}")
+            groups.append((method, measure(models, batch, length, args)))
     # At both ends: a busy moment of the machine must not pass for its bandwidth.
     bandwidth = max(before, copy_bandwidth(args.bandwidth_mb, args.device))
-    for rows in groups:
+    for method, rows in groups:
         add_ratios(rows, bandwidth)
-    return {"rows": [row for rows in groups for row in rows], "bandwidth_gb_s": bandwidth / 1e9}
+        for row in rows:
+            row["quantisation"] = method
+            if method != UNQUANTISED:
+                row["recipe"] = f"{row['recipe']}, {method}"
+    return {"rows": [row for _, rows in groups for row in rows], "bandwidth_gb_s": bandwidth / 1e9}
 
 
 def table_of(rows: list[Row]) -> Table:
