@@ -11,17 +11,20 @@ from kvsplice_hf.errors import FoldingError
 from kvsplice_hf.patch.absorbed import absorbed_attention
 from kvsplice_hf.patch.attention import attend_expanded
 from kvsplice_hf.weights.offload import read_parameter
+from kvsplice_hf.weights.sharding import part_of_process
 
 
 def foldable_weight(module: Any) -> torch.Tensor | None:
     """The weight of a plain linear layer, or None where it is not what the layer multiplies by.
 
     Packed (bitsandbytes, fp8) and adapted (LoRA) layers have a forward of their own, sharded ones a tensor type of
-    their own.
+    their own. Of one that tensor parallelism has divided it is the part for the heads of this process.
     """
     weight: Any = getattr(module, "weight", None)
     plain = type(module).forward is nn.Linear.forward and type(weight) in (nn.Parameter, torch.Tensor)
-    return read_parameter(module, "weight") if plain and weight.is_floating_point() else None
+    if plain and weight.is_floating_point():
+        return read_parameter(module, "weight")
+    return part_of_process(module) if type(module).forward is nn.Linear.forward else None
 
 
 def unfoldable_message(kv_b_proj: nn.Module) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvsplice_hf.weights.offload import persistent_names, read_parameter
+from kvsplice_hf.weights.sharding import whole
 
 
 def decoder_around(model: nn.Module, module: nn.Module) -> nn.Module:
@@ -40,7 +41,7 @@ def digest(model: nn.Module, left_out: Iterable[nn.Module] = (), *, needs_all: b
         model: whose weights.
         left_out: modules whose own weights do not count.
         needs_all: give nothing where weights are nowhere (meta device) or spread over processes; otherwise the sizes
-            of the first count, and this process's part of the others.
+            of the first count, and all of the others, for which every process has to call this.
     """
     without, content, seen = {id(module) for module in left_out}, hashlib.sha256(), False
     for _, module, name in persistent_names(model):
@@ -71,7 +72,7 @@ def _content(module: nn.Module, name: str, needs_all: bool) -> bytes | None:
 def _plain_parts(tensor: Any) -> Iterator[torch.Tensor]:
     """A tensor, or what a quantised or sharded one is made of."""
     if hasattr(tensor, "to_local"):
-        yield tensor.to_local()
+        yield whole(tensor)
     elif hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _plain_parts(getattr(tensor, name))
