@@ -12,6 +12,7 @@ from torch import nn
 from kvsplice_hf.patch.state import find_patch, is_patched
 from kvsplice_hf.weights.fingerprint import decoder_around, digest, modules_of_splices
 from kvsplice_hf.weights.offload import persistent_names
+from kvsplice_hf.weights.sharding import is_spread
 
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 BASE_KEY = "base_fingerprint"
 
 
-def base_fingerprint(model: nn.Module, module: nn.Module) -> str:
+def base_fingerprint(model: nn.Module, module: nn.Module, *, gathers: bool = False) -> str:
     """A digest of the decoder around an attention module, without splices; empty where weights are not all here.
 
     All weights are read. On a patched model that is done again only after one was written to, replaced or moved.
@@ -27,19 +28,21 @@ def base_fingerprint(model: nn.Module, module: nn.Module) -> str:
     Args:
         model: patched or not.
         module: one of its attention modules.
+        gathers: read weights that are spread over processes as well, for which all of them have to call this.
     """
-    decoder = decoder_around(model, module)
-    if not is_patched(model):
-        return digest(decoder, needs_all=True)
-    splices = modules_of_splices(model)
+    decoder, splices = decoder_around(model, module), modules_of_splices(model)
+    if not is_patched(model) or gathers:  # what one process remembers the others may not
+        return digest(decoder, splices, needs_all=True, gathers=gathers)
     patch, stamp = find_patch(model)[1], _stamp(decoder, splices)
     if patch.known_base[0] != stamp:
-        patch.known_base = stamp, digest(decoder, splices, needs_all=True)
+        patch.known_base = stamp, digest(decoder, splices, needs_all=True, gathers=False)
     return patch.known_base[1]
 
 
 def warn_of_other_base(model: nn.Module, module: nn.Module, saved: str, directory: object) -> None:
     """Say so where the splice in `directory` was saved on other weights than those of `model`.
+
+    Where those are spread over processes, all of them have to call this.
 
     Args:
         model: patched or not.
@@ -47,7 +50,7 @@ def warn_of_other_base(model: nn.Module, module: nn.Module, saved: str, director
         saved: the fingerprint in the folder; empty where it has none (earlier releases).
         directory: in the message.
     """
-    found = base_fingerprint(model, module) if saved else ""
+    found = base_fingerprint(model, module, gathers=is_spread(model)) if saved else ""
     if found and found != saved:
         logger.warning(
             "The splice in %s was saved on a model of the same shape with other weights, and may lose much on this "

@@ -48,6 +48,7 @@ def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: b
     more: dict[str, Any] = {}
     if is_main_process or spread:
         more["identities"] = {str(site.layer_idx): _identity(site, patched.splice) for site, patched in sites}
+    more |= {BASE_KEY: base_fingerprint(model, sites[0][0].module, gathers=True)} if spread else {}
     writers = gathered(is_main_process) if spread else [is_main_process]
     with failing_together(spread):  # and nobody goes on before the files are there
         if is_main_process and (not spread or writers.index(True) == process_rank()):
@@ -88,8 +89,9 @@ def _write(model: nn.Module, directory: Path, tensors: dict[str, torch.Tensor], 
     _require_room(directory)
     base = sites[0][0].module.config.to_dict()
     about = {"base_model_name_or_path": base.get("_name_or_path", ""), "model_type": base["model_type"]} | more
-    fingerprint = base_fingerprint(model, sites[0][0].module)
-    about |= {BASE_KEY: fingerprint} if fingerprint else {}
+    if BASE_KEY not in about:
+        about[BASE_KEY] = base_fingerprint(model, sites[0][0].module)
+    about = {name: value for name, value in about.items() if name != BASE_KEY or value}
     write_splice_files(directory, config, layers, tensors, about)
 
 
