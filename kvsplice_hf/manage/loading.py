@@ -162,10 +162,12 @@ def _set_parameters(
     device = execution_device(splice.compress)
     splice.codec = None if codec is None else codec.to(device)
     if before is not None and splice.codec is not None:
+        trained = any(isinstance(step, nn.Parameter) for step in before.steps)
         if before.reads_rows_of(splice.codec):  # an optimiser may hold its parameters
             splice.codec = before
-        else:
-            splice.codec.train_steps(any(step.requires_grad for step in before.steps))
+        elif trained:  # and FSDP looks after those it knows
+            before.become_like(splice.codec)
+            splice.codec = before
     if splice.is_merged:  # what is folded would go on with the parameters of before
         splice.unmerge()
     held = splice.state_dict()

@@ -153,6 +153,38 @@ def part_of_process(linear: nn.Module) -> torch.Tensor | None:
     return weight.to_local()
 
 
+def gradient_of_all(tensor: torch.Tensor, share: HeadShare | None) -> torch.Tensor:
+    """A tensor that each process reads with its own heads; its gradient is the sum of theirs."""
+    return tensor if share is None else _SummedGradient.apply(tensor, share)
+
+
+def gradient_as_part(tensor: torch.Tensor, share: HeadShare | None) -> torch.Tensor:
+    """A tensor whose gradient is the whole one here, and is added up over the processes further back."""
+    return tensor if share is None else _DividedGradient.apply(tensor, share.size)
+
+
+class _SummedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: torch.Tensor, share: HeadShare) -> torch.Tensor:
+        context.share = share
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        return sum_of_processes(gradient, context.share), None
+
+
+class _DividedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: torch.Tensor, size: int) -> torch.Tensor:
+        context.size = size
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        return gradient / context.size, None
+
+
 def sum_of_processes(tensor: torch.Tensor, share: HeadShare | None) -> torch.Tensor:
     """The sum of a tensor over the processes that hold a part of the heads each; itself where none is divided."""
     if share is None:

@@ -1,0 +1,287 @@
+"""A model that tensor parallelism divides among processes does what it does in one, and each process has its heads."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from ordinary_models import build_ordinary
+from packaging.version import Version
+from processes import in_processes, needs_gloo
+from safetensors.torch import load_file
+from tiny_models import TINY_MODELS, build
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+
+import kvsplice_hf.calibration.auto
+from kvsplice_hf import (
+    CalibrationError,
+    CheckpointError,
+    KVSpliceCalibrator,
+    KVSpliceConfig,
+    UnsupportedError,
+    cache_nbytes,
+    explain,
+    get_kv_cache_size,
+    load_kvsplice,
+    patch_model_with_kvsplice,
+    save_kvsplice,
+    unpatch_model,
+)
+from kvsplice_hf.patch.state import patched_sites, splice_parts_of
+from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
+from kvsplice_hf.upstream import cache_argument, cache_of
+from kvsplice_hf.weights.sharding import require_known_sharding
+
+
+DIVIDES = Version(transformers.__version__) >= Version("5.23")
+pytestmark = needs_gloo
+needs_division = pytest.mark.skipif(not DIVIDES, reason="weights divided by this release are not DTensors")
+
+SINKS, PROMPT, NEW = 2, 12, 10
+# What differs from the tiny models of the tables. Latents: heads divided; heads whole, experts divided. Key heads:
+# alone, with norms and experts, with a window on some layers.
+LATENT, ORDINARY = ["deepseek_v2", "deepseek_v3"], ["llama", "qwen3_moe", "gemma3_text"]
+CALIBRATED = ["deepseek_v2", "deepseek_v3", "llama"]
+DIVIDED = ["deepseek_v2", "llama"]
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
+BUDGETS: dict[str, dict[str, Any]] = {name: {"bytes_per_token": 28} for name in LATENT} | {"llama": {"bits": 4.0}}
+every_model = pytest.mark.parametrize("name", LATENT + ORDINARY)
+every_calibrated = pytest.mark.parametrize("name", CALIBRATED)
+
+
+def tokens(batch: int, count: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(8, 128, (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+def make(name: str, **changes: Any) -> Any:
+    return build(name) if name in TINY_MODELS else build_ordinary(name, **HEADS | changes)
+
+
+def config_of(name: str, **settings: Any) -> KVSpliceConfig:
+    return KVSpliceConfig(**BUDGETS.get(name, {"bits": 5.0}), sink_tokens=SINKS, **settings)
+
+
+def calibrated(model: Any, metric: str = "fisher") -> KVSpliceCalibrator:
+    return KVSpliceCalibrator(model, metric=metric, sink_tokens=SINKS).collect(list(tokens(24, 32)), progress=False)
+
+
+def loaded(folder: Path) -> Any:
+    """The model of a folder, divided among the processes where there are several."""
+    plan = {"tp_plan": "auto"} if dist.is_initialized() else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **plan).eval()
+
+
+@torch.no_grad()
+def said(model: Any) -> list[list[int]]:
+    ids = tokens(2, PROMPT)
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings).tolist()
+
+
+def said_together(model: Any) -> list[list[int]]:
+    """What continuous batching gives."""
+    outputs = model.generate_batch(
+        [tokens(1, count, seed=count)[0].tolist() for count in (5, 9, 17)],
+        generation_config=GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0),
+        continuous_batching_config=transformers.ContinuousBatchingConfig(
+            num_blocks=40, page_size=8, max_batch_tokens=64
+        ),
+    )
+    assert [output.error for output in outputs.values()] == [None] * 3
+    return [output.generated_tokens for output in outputs.values()]
+
+
+@torch.no_grad()
+def cached(model: Any) -> dict[str, Any]:
+    """Logits without a cache, the rows of the layers, and their bytes: counted, and by the formula."""
+    ids = tokens(2, PROMPT)
+    cache = cache_of(model(ids, use_cache=True, **cache_argument(DynamicCache(config=model.config))))
+    rows = [layer.keys[:, 0] for layer in cache.layers]
+    size = get_kv_cache_size(model, seq_len=PROMPT, batch_size=2)
+    return {
+        "logits": model(ids, use_cache=False).logits,
+        "rows": rows,
+        "bytes": cache_nbytes(cache),
+        "formula": size.compressed_bytes,
+        "paths": [(layer.decode, layer.refused) for layer in explain(model).layers],
+        "heads": [(site.num_heads, site.kv_heads) for site, _ in patched_sites(model)],
+    }
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Of the parameters of the splice here, without a cache and behind one."""
+    freeze_all_but_kvsplice(model)
+    ids = tokens(2, PROMPT)
+    model(ids, use_cache=False).logits.log_softmax(-1)[..., 0].sum().backward()
+    model(ids, use_cache=True).logits.log_softmax(-1)[..., 1].sum().backward()
+    parts = splice_parts_of(model).items()
+    return {f"{part}.{name}": held.grad for part, splice in parts for name, held in splice.named_parameters()}
+
+
+def what_a_model_does(name: str, base: Path, splice: Path, saves_to: Path) -> dict[str, Any]:
+    """Everything that is to be the same in one process and in several."""
+    found: dict[str, Any] = {}
+    if name in CALIBRATED:
+        model = loaded(base)
+        calibrator = calibrated(model)
+        found["fingerprint"], found["statistics"] = calibrator.fingerprint, calibrator.statistics
+        patch_model_with_kvsplice(model, config_of(name), calibration=calibrator)
+        save_kvsplice(model, saves_to)
+        found["identities"] = [patched.splice.identity for _, patched in patched_sites(model)]
+    if not splice.exists():
+        if name not in CALIBRATED:
+            model = loaded(base)
+            patch_model_with_kvsplice(model, config_of(name), calibration=calibrated(model))
+        save_kvsplice(model, splice)
+    model = load_kvsplice(loaded(base), splice)
+    found |= cached(model) | {"said": said(model), "said together": said_together(model)}
+    if name in DIVIDED:
+        found["gradients"] = gradients(model)
+    if name == "deepseek_v2":
+        unpatch_model(model)
+        found["readers"] = calibrated(model, "readers").statistics
+        model = patch_model_with_kvsplice(loaded(base), compression_ratio=0.5)  # of the weights alone
+        found["of weights"] = model.model.layers[0].self_attn.kvsplice.expand.weight.detach()
+        found["said by weights"] = said(model)
+    return found
+
+
+def in_each_process(folder: Path, names: list[str], makers: int) -> dict[str, Any]:
+    kvsplice_hf.calibration.auto.OWN_TOKENS = 2048
+    found = {}
+    for name in names:
+        base = folder.parent / name
+        found[name] = what_a_model_does(name, base / "base", base / "splice", base / f"splice of {makers}")
+    if "llama" in names:  # on text of its own, where nobody has kept statistics before
+        model = patch_model_with_kvsplice(loaded(folder.parent / "llama" / "base"), config_of("llama"))
+        found["llama"]["said by itself"] = said(model)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the models do in one process; `folder` has the models, and the splices fitted to them."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in LATENT + ORDINARY:
+        make(name).save_pretrained(folder / name / "base")
+    return {"folder": folder} | in_each_process(folder / "one", LATENT + ORDINARY, 1)
+
+
+@pytest.fixture(scope="module")
+def divided(alone: dict[str, Any]) -> list[dict[str, Any]]:
+    """What they do in two processes, by rank."""
+    return in_processes(in_each_process, alone["folder"] / "two", LATENT + ORDINARY, 2)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+@needs_division
+@every_calibrated
+def test_statistics_are_those_of_one_process(name: str, alone: dict[str, Any], divided: list[dict[str, Any]]) -> None:
+    expected = alone[name]["statistics"]
+    for found in divided:
+        assert found[name]["fingerprint"] == alone[name]["fingerprint"]
+        assert list(found[name]["statistics"]) == list(expected)
+        for part, layer in expected.items():
+            other = found[name]["statistics"][part]
+            assert other.count == layer.count > 0
+            for field in ("latent_outer", "fisher", "rot_outer", "rot_fisher", "cross", "rows"):
+                assert close(getattr(other, field), getattr(layer, field)), (part, field)
+    one, other = (found[name]["statistics"] for found in divided)
+    assert all(torch.equal(one[part].fisher, other[part].fisher) for part in one)
+
+
+@needs_division
+def test_readers_are_those_of_one_process(alone: dict[str, Any], divided: list[dict[str, Any]]) -> None:
+    for found in divided:
+        for part, layer in alone["deepseek_v2"]["readers"].items():
+            other = found["deepseek_v2"]["readers"][part]
+            assert close(other.readers, layer.readers)
+            assert close(other.rot_readers, layer.rot_readers)
+
+
+@needs_division
+@every_calibrated
+def test_a_splice_fitted_by_several_processes_is_that_of_one(
+    name: str, alone: dict[str, Any], divided: list[dict[str, Any]]
+) -> None:
+    found, expected = (alone["folder"] / name / f"splice of {count}" for count in (2, 1))
+    tensors, others = (load_file(folder / "kvsplice_model.safetensors") for folder in (found, expected))
+    torch.testing.assert_close(tensors, others, rtol=1e-3, atol=1e-4)
+    model = load_kvsplice(make(name), found)  # in one process
+    assert said(model) == alone[name]["said"]
+    if name in LATENT:
+        assert divided[0][name]["identities"] == divided[1][name]["identities"]
+
+
+@needs_division
+@every_model
+def test_divided_models_say_what_whole_ones_say(
+    name: str, alone: dict[str, Any], divided: list[dict[str, Any]]
+) -> None:
+    for found in divided:
+        assert close(found[name]["logits"], alone[name]["logits"])
+        assert found[name]["said"] == alone[name]["said"]
+        assert found[name]["said together"] == alone[name]["said together"]
+
+
+@needs_division
+@every_model
+def test_processes_hold_the_same_codes_or_the_rows_of_their_heads(
+    name: str, alone: dict[str, Any], divided: list[dict[str, Any]]
+) -> None:
+    for layer, rows in enumerate(alone[name]["rows"]):
+        parts = [found[name]["rows"][layer] for found in divided]
+        # A number between two levels falls to either one for its last digit.
+        whole = parts if name in LATENT else [torch.cat(parts, dim=-1)]
+        for found in whole:
+            assert found.shape == rows.shape
+            assert (found != rows).float().mean() < 0.02
+    for found in divided:
+        assert found[name]["bytes"] == found[name]["formula"]
+    if name in ORDINARY:
+        assert all(found[name]["heads"] == [(4, 2)] * 2 for found in divided)
+        assert sum(found[name]["bytes"] for found in divided) < 1.4 * alone[name]["bytes"]  # turns and places twice
+
+
+@needs_division
+@every_model
+def test_divided_models_decode_on_codes_by_the_backend_of_whole_ones(
+    name: str, alone: dict[str, Any], divided: list[dict[str, Any]]
+) -> None:
+    for found in divided:
+        assert found[name]["paths"] == alone[name]["paths"]
+        assert not any(refused for _, refused in found[name]["paths"])
+
+
+@needs_division
+@pytest.mark.parametrize("name", DIVIDED)
+def test_gradients_of_the_splice_are_those_of_one_process(
+    name: str, alone: dict[str, Any], divided: list[dict[str, Any]]
+) -> None:
+    expected, seen = alone[name]["gradients"], set()
+    for found in divided:
+        for parameter, gradient in found[name]["gradients"].items():
+            seen.add(parameter)
+            if expected[parameter] is None:
+                assert gradient is None
+            else:
+                assert close(gradient, expected[parameter], 1e-3), parameter
+    assert seen == set(expected)
+
+
+@needs_division
+def test_weights_alone_give_each_process_the_splice_of_one(alone: dict[str, Any], divided: list[dict[str, Any]]) -> None:
+    for found in divided:
+        assert close(found["deepseek_v2"]["of weights"], alone["deepseek_v2"]["of weights"])
+        assert found["deepseek_v2"]["said by weights"] == alone["deepseek_v2"]["said by weights"]
+
+
+@needs_division
+def test_a_divided_model_calibrates_itself_on_its_own_text(divided: list[dict[str, Any]]) -> None:
+    assert divided[0]["llama"]["said by itself"] == divided[1]["llama"]["said by itself"]
