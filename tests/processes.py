@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 
 # A process that waits for one that has given up must not keep the suite: it is a failure of its own.
-PATIENCE = 150
+PATIENCE = 300
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 
 

@@ -21,6 +21,7 @@ from kvsplice_hf import (
     CheckpointError,
     KVSpliceCalibrator,
     KVSpliceConfig,
+    PatchStateError,
     UnsupportedError,
     cache_nbytes,
     explain,
@@ -30,6 +31,7 @@ from kvsplice_hf import (
     save_kvsplice,
     unpatch_model,
 )
+from kvsplice_hf.patch.names import PATCH_ATTRIBUTE
 from kvsplice_hf.patch.state import patched_sites, splice_parts_of
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
 from kvsplice_hf.upstream import cache_argument, cache_of
@@ -68,10 +70,11 @@ def calibrated(model: Any, metric: str = "fisher") -> KVSpliceCalibrator:
     return KVSpliceCalibrator(model, metric=metric, sink_tokens=SINKS).collect(list(tokens(24, 32)), progress=False)
 
 
-def loaded(folder: Path) -> Any:
+def loaded(folder: Path, **settings: Any) -> Any:
     """The model of a folder, divided among the processes where there are several."""
-    plan = {"tp_plan": "auto"} if dist.is_initialized() else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **plan).eval()
+    if not settings and dist.is_initialized():
+        settings = {"tp_plan": "auto"}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings).eval()
 
 
 @torch.no_grad()
@@ -270,13 +273,15 @@ def test_gradients_of_the_splice_are_those_of_one_process(
             seen.add(parameter)
             if expected[parameter] is None:
                 assert gradient is None
-            else:
-                assert close(gradient, expected[parameter], 1e-3), parameter
+            else:  # some are 0 but for what rounding leaves
+                torch.testing.assert_close(gradient, expected[parameter], rtol=1e-3, atol=1e-4, msg=parameter)
     assert seen == set(expected)
 
 
 @needs_division
-def test_weights_alone_give_each_process_the_splice_of_one(alone: dict[str, Any], divided: list[dict[str, Any]]) -> None:
+def test_weights_alone_give_each_process_the_splice_of_one(
+    alone: dict[str, Any], divided: list[dict[str, Any]]
+) -> None:
     for found in divided:
         assert close(found["deepseek_v2"]["of weights"], alone["deepseek_v2"]["of weights"])
         assert found["deepseek_v2"]["said by weights"] == alone["deepseek_v2"]["said by weights"]
@@ -285,3 +290,155 @@ def test_weights_alone_give_each_process_the_splice_of_one(alone: dict[str, Any]
 @needs_division
 def test_a_divided_model_calibrates_itself_on_its_own_text(divided: list[dict[str, Any]]) -> None:
     assert divided[0]["llama"]["said by itself"] == divided[1]["llama"]["said by itself"]
+
+
+def with_experts_divided(folder: Path, name: str, base: Path) -> dict[str, Any]:
+    """Each process has some of the experts, whole, and some of the heads, or all of them."""
+    found = {}
+    for settings in ({"tp_size": 2, "ep_size": 2}, {"tp_size": 2, "tp_plan": {}, "ep_size": 2}):
+        model = load_kvsplice(loaded(base / "base", distributed_config=settings), base / "splice")
+        found[str(settings)] = said(model)
+        unpatch_model(model)
+        found[f"statistics, {settings}"] = calibrated(model).statistics
+    return found
+
+
+@pytest.mark.slow
+@needs_division
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2"])
+def test_experts_divided_among_processes_change_nothing(name: str, alone: dict[str, Any], tmp_path: Path) -> None:
+    expected = calibrated(loaded(alone["folder"] / name / "base")).statistics
+    for found in in_processes(with_experts_divided, tmp_path, name, alone["folder"] / name):
+        for case, result in found.items():
+            if case.startswith("statistics"):
+                assert all(close(result[part].fisher, layer.fisher) for part, layer in expected.items()), case
+            else:
+                assert result == alone[name]["said"], case
+
+
+@pytest.mark.slow
+@needs_division
+def test_four_processes_say_what_one_says(alone: dict[str, Any]) -> None:
+    four = in_processes(in_each_process, alone["folder"] / "four", DIVIDED, 4, processes=4)
+    for name in DIVIDED:
+        for rank, found in enumerate(four):
+            assert found[name]["said"] == alone[name]["said"], (name, rank)
+            assert found[name]["said together"] == alone[name]["said together"], (name, rank)
+            assert found[name]["bytes"] == found[name]["formula"]
+        found, expected = (
+            load_file(alone["folder"] / name / f"splice of {count}" / "kvsplice_model.safetensors") for count in (4, 1)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert all(found["llama"]["heads"] == [(2, 1)] * 2 for found in four)
+
+
+# ------------------------------------------------------------------------------------------ what is refused, by all
+
+
+def uneven(name: str, base: Path, rank: int) -> None:
+    patch_model_with_kvsplice(loaded(base / "uneven"), config_of("llama"))
+
+
+def uneven_calibration(name: str, base: Path, rank: int) -> None:
+    calibrated(loaded(base / "uneven"))
+
+
+def one_without_text(name: str, base: Path, rank: int) -> None:
+    KVSpliceCalibrator(loaded(base / name)).collect([tokens(1, 32)] * 8 if rank == 0 else [], progress=False)
+
+
+def others_text(name: str, base: Path, rank: int) -> None:
+    KVSpliceCalibrator(loaded(base / name)).collect([tokens(1, 32, seed=rank)] * 8, progress=False)
+
+
+def one_without_files(name: str, base: Path, rank: int) -> None:
+    load_kvsplice(loaded(base / name), base / "splice" if rank == 0 else base / "nowhere")
+
+
+def one_patched_already(name: str, base: Path, rank: int) -> None:
+    model = loaded(base / name)
+    if rank == 1:
+        setattr(model.model.layers[0].self_attn, PATCH_ATTRIBUTE, None)
+    patch_model_with_kvsplice(model, config_of("llama"))
+
+
+def no_room(name: str, base: Path, rank: int) -> None:
+    save_kvsplice(load_kvsplice(loaded(base / name), base / "splice"), base / "file")
+
+
+def weights_of_one(name: str, base: Path, rank: int) -> None:
+    model = load_kvsplice(loaded(base / name), base / "splice")
+    model.save_pretrained(base / "saved", state_dict=model.state_dict())
+
+
+def trainer(name: str, base: Path, rank: int) -> None:
+    model = freeze_all_but_kvsplice(load_kvsplice(loaded(base / name), base / "splice"))
+    KVSpliceTrainer(model, KVSpliceTrainingArguments(str(base / "out"), use_cpu=True, report_to=[]))
+
+
+# What is done, and what both processes raise: the class, and words of the message, by rank.
+REFUSED: dict[str, tuple[Callable[[str, Path, int], None], type[Exception], tuple[str, str]]] = {
+    "heads that cannot be divided": (uneven, UnsupportedError, ("3 key heads", "3 key heads")),
+    "calibration of heads that cannot be divided": (uneven_calibration, UnsupportedError, ("divides 3", "divides 3")),
+    "one process without text": (one_without_text, CalibrationError, ("Process 1 of 2", "no text")),
+    "other text in each": (others_text, CalibrationError, ("different calibration text",) * 2),
+    "one process without files": (one_without_files, CheckpointError, ("Process 1 of 2", "nowhere")),
+    "one process patched already": (one_patched_already, PatchStateError, ("Process 1 of 2", "already patched")),
+    "no room for the files": (no_room, CheckpointError, ("is a file", "Process 0 of 2")),
+    "weights of one process": (weights_of_one, UnsupportedError, ("without `state_dict`",) * 2),
+    "the Trainer": (trainer, UnsupportedError, ("tensor parallelism",) * 2),
+}
+
+
+def raised_in_each_process(folder: Path) -> dict[str, tuple[type, str]]:
+    found = {}
+    for case, (does, _, _) in REFUSED.items():
+        try:
+            does("llama", folder, dist.get_rank())
+            found[case] = (type(None), "nothing was raised")
+        except Exception as error:
+            found[case] = (type(error), str(error))
+    return found
+
+
+@needs_division
+def test_what_cannot_work_is_refused_by_all_processes_and_none_is_left_waiting(tmp_path: Path) -> None:
+    build_ordinary("llama", **HEADS).save_pretrained(tmp_path / "llama")
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}
+    build_ordinary("llama", **sizes).save_pretrained(tmp_path / "uneven")
+    model = build_ordinary("llama", **HEADS)
+    patch_model_with_kvsplice(model, config_of("llama"), calibration=calibrated(model))
+    save_kvsplice(model, tmp_path / "splice")
+    (tmp_path / "file").write_text("")
+    for rank, found in enumerate(in_processes(raised_in_each_process, tmp_path)):
+        for case, (_, kind, words) in REFUSED.items():
+            assert issubclass(found[case][0], kind), (rank, case, found[case])
+            assert words[rank] in found[case][1], (rank, case, found[case])
+
+
+class Mesh:
+    """Of two processes along each of its dimensions."""
+
+    def __init__(self, *names: str) -> None:
+        self.mesh_dim_names = names
+
+    def __getitem__(self, name: str) -> "Mesh":
+        return Mesh(name)
+
+    def size(self) -> int:
+        return 2
+
+
+def test_layers_divided_among_processes_are_refused() -> None:
+    model = make("llama")
+    model._device_mesh = Mesh("pp", "tp")
+    with pytest.raises(UnsupportedError, match="pipeline parallelism"):
+        patch_model_with_kvsplice(model, config_of("llama"))
+
+
+def test_releases_that_do_not_mark_divided_weights_are_refused() -> None:
+    model = make("llama")
+    require_known_sharding(model)
+    model.model.layers[0].self_attn.k_proj._hf_device_mesh = Mesh()
+    with pytest.raises(UnsupportedError, match=r"Install transformers>=5.23"):
+        patch_model_with_kvsplice(model, config_of("llama"))
