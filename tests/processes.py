@@ -43,7 +43,7 @@ def _run(rank: int, function: Callable[..., Any], folder: str, processes: int, a
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost"}
     where = f"file://{folder}/rendezvous"
     patience = timedelta(seconds=PATIENCE - 30)
     dist.init_process_group("gloo", init_method=where, rank=rank, world_size=processes, timeout=patience)

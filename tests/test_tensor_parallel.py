@@ -46,12 +46,14 @@ SINKS, PROMPT, NEW = 2, 12, 10
 # What differs from the tiny models of the tables. Latents: heads divided; heads whole, experts divided. Key heads:
 # alone, with norms and experts, with a window on some layers.
 LATENT, ORDINARY = ["deepseek_v2", "deepseek_v3"], ["llama", "qwen3_moe", "gemma3_text"]
-CALIBRATED = ["deepseek_v2", "deepseek_v3", "llama"]
-DIVIDED = ["deepseek_v2", "llama"]
+CALIBRATED = ["deepseek_v2", "llama", "deepseek_v3"]
+# Those that two processes run one after the other; the second ones in the slow lane.
+DIVIDED, OTHERS = ["deepseek_v2", "llama"], ["deepseek_v3", "qwen3_moe", "gemma3_text"]
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
 BUDGETS: dict[str, dict[str, Any]] = {name: {"bytes_per_token": 28} for name in LATENT} | {"llama": {"bits": 4.0}}
-every_model = pytest.mark.parametrize("name", LATENT + ORDINARY)
-every_calibrated = pytest.mark.parametrize("name", CALIBRATED)
+slow = {name: pytest.param(name, marks=pytest.mark.slow) for name in OTHERS}
+every_model = pytest.mark.parametrize("name", [slow.get(name, name) for name in DIVIDED + OTHERS])
+every_calibrated = pytest.mark.parametrize("name", [slow.get(name, name) for name in CALIBRATED])
 
 
 def tokens(batch: int, count: int, seed: int = 1) -> torch.Tensor:
@@ -164,19 +166,39 @@ def in_each_process(folder: Path, names: list[str], makers: int) -> dict[str, An
     return found
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the models do in one process; `folder` has the models, and the splices fitted to them."""
-    folder = tmp_path_factory.mktemp("alone")
-    for name in LATENT + ORDINARY:
-        make(name).save_pretrained(folder / name / "base")
-    return {"folder": folder} | in_each_process(folder / "one", LATENT + ORDINARY, 1)
+class Runs:
+    """What the models do in one process and in two, found when it is first asked for.
+
+    Attributes:
+        folder: has of each model itself (`base`), a splice fitted to it, and those that were saved since.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._alone: dict[str, dict[str, Any]] = {}
+        self._divided: dict[str, list[dict[str, Any]]] = {}
+
+    def alone(self, name: str) -> dict[str, Any]:
+        if name not in self._alone:
+            names = DIVIDED if name in DIVIDED else OTHERS
+            for other in names:
+                make(other).save_pretrained(self.folder / other / "base")
+            self._alone |= in_each_process(self.folder / "one", names, 1)
+        return self._alone[name]
+
+    def divided(self, name: str) -> list[dict[str, Any]]:
+        """By rank."""
+        self.alone(name)  # which fits the splices
+        if name not in self._divided:
+            names = DIVIDED if name in DIVIDED else OTHERS
+            found = in_processes(in_each_process, self.folder / f"two, {names[0]}", names, 2)
+            self._divided |= {other: [of_rank[other] for of_rank in found] for other in names}
+        return self._divided[name]
 
 
 @pytest.fixture(scope="module")
-def divided(alone: dict[str, Any]) -> list[dict[str, Any]]:
-    """What they do in two processes, by rank."""
-    return in_processes(in_each_process, alone["folder"] / "two", LATENT + ORDINARY, 2)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> bool:
@@ -185,91 +207,83 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) 
 
 @needs_division
 @every_calibrated
-def test_statistics_are_those_of_one_process(name: str, alone: dict[str, Any], divided: list[dict[str, Any]]) -> None:
-    expected = alone[name]["statistics"]
-    for found in divided:
-        assert found[name]["fingerprint"] == alone[name]["fingerprint"]
-        assert list(found[name]["statistics"]) == list(expected)
+def test_statistics_are_those_of_one_process(name: str, runs: Runs) -> None:
+    expected = runs.alone(name)["statistics"]
+    for found in runs.divided(name):
+        assert found["fingerprint"] == runs.alone(name)["fingerprint"]
+        assert list(found["statistics"]) == list(expected)
         for part, layer in expected.items():
-            other = found[name]["statistics"][part]
+            other = found["statistics"][part]
             assert other.count == layer.count > 0
             for field in ("latent_outer", "fisher", "rot_outer", "rot_fisher", "cross", "rows"):
                 assert close(getattr(other, field), getattr(layer, field)), (part, field)
-    one, other = (found[name]["statistics"] for found in divided)
+    one, other = (found["statistics"] for found in runs.divided(name))
     assert all(torch.equal(one[part].fisher, other[part].fisher) for part in one)
 
 
 @needs_division
-def test_readers_are_those_of_one_process(alone: dict[str, Any], divided: list[dict[str, Any]]) -> None:
-    for found in divided:
-        for part, layer in alone["deepseek_v2"]["readers"].items():
-            other = found["deepseek_v2"]["readers"][part]
+def test_readers_are_those_of_one_process(runs: Runs) -> None:
+    for found in runs.divided("deepseek_v2"):
+        for part, layer in runs.alone("deepseek_v2")["readers"].items():
+            other = found["readers"][part]
             assert close(other.readers, layer.readers)
             assert close(other.rot_readers, layer.rot_readers)
 
 
 @needs_division
 @every_calibrated
-def test_a_splice_fitted_by_several_processes_is_that_of_one(
-    name: str, alone: dict[str, Any], divided: list[dict[str, Any]]
-) -> None:
-    found, expected = (alone["folder"] / name / f"splice of {count}" for count in (2, 1))
+def test_a_splice_fitted_by_several_processes_is_that_of_one(name: str, runs: Runs) -> None:
+    runs.divided(name)
+    found, expected = (runs.folder / name / f"splice of {count}" for count in (2, 1))
     tensors, others = (load_file(folder / "kvsplice_model.safetensors") for folder in (found, expected))
     torch.testing.assert_close(tensors, others, rtol=1e-3, atol=1e-4)
     model = load_kvsplice(make(name), found)  # in one process
-    assert said(model) == alone[name]["said"]
+    assert said(model) == runs.alone(name)["said"]
     if name in LATENT:
-        assert divided[0][name]["identities"] == divided[1][name]["identities"]
+        assert runs.divided(name)[0]["identities"] == runs.divided(name)[1]["identities"]
 
 
 @needs_division
 @every_model
-def test_divided_models_say_what_whole_ones_say(
-    name: str, alone: dict[str, Any], divided: list[dict[str, Any]]
-) -> None:
-    for found in divided:
-        assert close(found[name]["logits"], alone[name]["logits"])
-        assert found[name]["said"] == alone[name]["said"]
-        assert found[name]["said together"] == alone[name]["said together"]
+def test_divided_models_say_what_whole_ones_say(name: str, runs: Runs) -> None:
+    for found in runs.divided(name):
+        assert close(found["logits"], runs.alone(name)["logits"])
+        assert found["said"] == runs.alone(name)["said"]
+        assert found["said together"] == runs.alone(name)["said together"]
 
 
 @needs_division
 @every_model
-def test_processes_hold_the_same_codes_or_the_rows_of_their_heads(
-    name: str, alone: dict[str, Any], divided: list[dict[str, Any]]
-) -> None:
-    for layer, rows in enumerate(alone[name]["rows"]):
-        parts = [found[name]["rows"][layer] for found in divided]
+def test_processes_hold_the_same_codes_or_the_rows_of_their_heads(name: str, runs: Runs) -> None:
+    for layer, rows in enumerate(runs.alone(name)["rows"]):
+        parts = [found["rows"][layer] for found in runs.divided(name)]
         # A number between two levels falls to either one for its last digit.
         whole = parts if name in LATENT else [torch.cat(parts, dim=-1)]
         for found in whole:
             assert found.shape == rows.shape
             assert (found != rows).float().mean() < 0.02
-    for found in divided:
-        assert found[name]["bytes"] == found[name]["formula"]
+    for found in runs.divided(name):
+        assert found["bytes"] == found["formula"]
     if name in ORDINARY:
-        assert all(found[name]["heads"] == [(4, 2)] * 2 for found in divided)
-        assert sum(found[name]["bytes"] for found in divided) < 1.4 * alone[name]["bytes"]  # turns and places twice
+        divided = runs.divided(name)
+        assert all(found["heads"] == [(4, 2)] * 2 for found in divided)
+        assert sum(found["bytes"] for found in divided) < 1.4 * runs.alone(name)["bytes"]  # turns and places twice
 
 
 @needs_division
 @every_model
-def test_divided_models_decode_on_codes_by_the_backend_of_whole_ones(
-    name: str, alone: dict[str, Any], divided: list[dict[str, Any]]
-) -> None:
-    for found in divided:
-        assert found[name]["paths"] == alone[name]["paths"]
-        assert not any(refused for _, refused in found[name]["paths"])
+def test_divided_models_decode_on_codes_by_the_backend_of_whole_ones(name: str, runs: Runs) -> None:
+    for found in runs.divided(name):
+        assert found["paths"] == runs.alone(name)["paths"]
+        assert not any(refused for _, refused in found["paths"])
 
 
 @needs_division
 @pytest.mark.parametrize("name", DIVIDED)
-def test_gradients_of_the_splice_are_those_of_one_process(
-    name: str, alone: dict[str, Any], divided: list[dict[str, Any]]
-) -> None:
-    expected, seen = alone[name]["gradients"], set()
-    for found in divided:
-        for parameter, gradient in found[name]["gradients"].items():
+def test_gradients_of_the_splice_are_those_of_one_process(name: str, runs: Runs) -> None:
+    expected, seen = runs.alone(name)["gradients"], set()
+    for found in runs.divided(name):
+        for parameter, gradient in found["gradients"].items():
             seen.add(parameter)
             if expected[parameter] is None:
                 assert gradient is None
@@ -279,56 +293,52 @@ def test_gradients_of_the_splice_are_those_of_one_process(
 
 
 @needs_division
-def test_weights_alone_give_each_process_the_splice_of_one(
-    alone: dict[str, Any], divided: list[dict[str, Any]]
-) -> None:
-    for found in divided:
-        assert close(found["deepseek_v2"]["of weights"], alone["deepseek_v2"]["of weights"])
-        assert found["deepseek_v2"]["said by weights"] == alone["deepseek_v2"]["said by weights"]
+def test_weights_alone_give_each_process_the_splice_of_one(runs: Runs) -> None:
+    for found in runs.divided("deepseek_v2"):
+        assert close(found["of weights"], runs.alone("deepseek_v2")["of weights"])
+        assert found["said by weights"] == runs.alone("deepseek_v2")["said by weights"]
 
 
 @needs_division
-def test_a_divided_model_calibrates_itself_on_its_own_text(divided: list[dict[str, Any]]) -> None:
-    assert divided[0]["llama"]["said by itself"] == divided[1]["llama"]["said by itself"]
+def test_a_divided_model_calibrates_itself_on_its_own_text(runs: Runs) -> None:
+    assert runs.divided("llama")[0]["said by itself"] == runs.divided("llama")[1]["said by itself"]
 
 
 def with_experts_divided(folder: Path, name: str, base: Path) -> dict[str, Any]:
-    """Each process has some of the experts, whole, and some of the heads, or all of them."""
-    found = {}
-    for settings in ({"tp_size": 2, "ep_size": 2}, {"tp_size": 2, "tp_plan": {}, "ep_size": 2}):
-        model = load_kvsplice(loaded(base / "base", distributed_config=settings), base / "splice")
-        found[str(settings)] = said(model)
-        unpatch_model(model)
-        found[f"statistics, {settings}"] = calibrated(model).statistics
+    """Each process has some of the experts, whole, and some of the heads."""
+    found: dict[str, Any] = {}
+    model = load_kvsplice(loaded(base / "base", distributed_config={"tp_size": 2, "ep_size": 2}), base / "splice")
+    found["said"] = said(model)
+    unpatch_model(model)
+    found["statistics"] = calibrated(model).statistics
     return found
 
 
 @pytest.mark.slow
 @needs_division
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v2"])
-def test_experts_divided_among_processes_change_nothing(name: str, alone: dict[str, Any], tmp_path: Path) -> None:
-    expected = calibrated(loaded(alone["folder"] / name / "base")).statistics
-    for found in in_processes(with_experts_divided, tmp_path, name, alone["folder"] / name):
-        for case, result in found.items():
-            if case.startswith("statistics"):
-                assert all(close(result[part].fisher, layer.fisher) for part, layer in expected.items()), case
-            else:
-                assert result == alone[name]["said"], case
+def test_experts_divided_among_processes_change_nothing(name: str, runs: Runs, tmp_path: Path) -> None:
+    said_alone = runs.alone(name)["said"]
+    expected = calibrated(loaded(runs.folder / name / "base")).statistics
+    for found in in_processes(with_experts_divided, tmp_path, name, runs.folder / name):
+        assert found["said"] == said_alone
+        assert all(close(found["statistics"][part].fisher, layer.fisher) for part, layer in expected.items())
 
 
 @pytest.mark.slow
 @needs_division
-def test_four_processes_say_what_one_says(alone: dict[str, Any]) -> None:
-    four = in_processes(in_each_process, alone["folder"] / "four", DIVIDED, 4, processes=4)
+def test_four_processes_say_what_one_says(runs: Runs) -> None:
+    expected = {name: runs.alone(name) for name in DIVIDED}
+    four = in_processes(in_each_process, runs.folder / "four", DIVIDED, 4, processes=4)
     for name in DIVIDED:
         for rank, found in enumerate(four):
-            assert found[name]["said"] == alone[name]["said"], (name, rank)
-            assert found[name]["said together"] == alone[name]["said together"], (name, rank)
+            assert found[name]["said"] == expected[name]["said"], (name, rank)
+            assert found[name]["said together"] == expected[name]["said together"], (name, rank)
             assert found[name]["bytes"] == found[name]["formula"]
-        found, expected = (
-            load_file(alone["folder"] / name / f"splice of {count}" / "kvsplice_model.safetensors") for count in (4, 1)
+        tensors, others = (
+            load_file(runs.folder / name / f"splice of {count}" / "kvsplice_model.safetensors") for count in (4, 1)
         )
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(tensors, others, rtol=1e-3, atol=1e-4)
     assert all(found["llama"]["heads"] == [(2, 1)] * 2 for found in four)
 
 
@@ -380,7 +390,7 @@ def trainer(name: str, base: Path, rank: int) -> None:
 REFUSED: dict[str, tuple[Callable[[str, Path, int], None], type[Exception], tuple[str, str]]] = {
     "heads that cannot be divided": (uneven, UnsupportedError, ("3 key heads", "3 key heads")),
     "calibration of heads that cannot be divided": (uneven_calibration, UnsupportedError, ("divides 3", "divides 3")),
-    "one process without text": (one_without_text, CalibrationError, ("Process 1 of 2", "no text")),
+    "one process without text": (one_without_text, CalibrationError, ("Process 1 of 2", "are empty")),
     "other text in each": (others_text, CalibrationError, ("different calibration text",) * 2),
     "one process without files": (one_without_files, CheckpointError, ("Process 1 of 2", "nowhere")),
     "one process patched already": (one_patched_already, PatchStateError, ("Process 1 of 2", "already patched")),
