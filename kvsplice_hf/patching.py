@@ -89,7 +89,7 @@ def patch_model_with_kvsplice(
     budget |= {"compression": compression}
     others = {"layers": layers, "layer_pattern": layer_pattern, "use_layernorm": use_layernorm or None}
     config = _with_overrides(config, budget, others | {"keys": keys, "values": values})
-    with failing_together(isinstance(model, nn.Module) and is_spread(model)):
+    with failing_together(isinstance(model, nn.Module) and is_spread(model.modules())):
         sites = sites_to_patch(model, config)
     splices = splices_for(model, sites, config, calibration, tokenizer)
     apply_splices(model, sites, splices, config)

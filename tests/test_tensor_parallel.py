@@ -448,7 +448,7 @@ def test_layers_divided_among_processes_are_refused() -> None:
 
 def test_releases_that_do_not_mark_divided_weights_are_refused() -> None:
     model = make("llama")
-    require_known_sharding(model)
+    require_known_sharding(model.modules())
     model.model.layers[0].self_attn.k_proj._hf_device_mesh = Mesh()
     with pytest.raises(UnsupportedError, match=r"Install transformers>=5.23"):
         patch_model_with_kvsplice(model, config_of("llama"))

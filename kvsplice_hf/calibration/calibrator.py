@@ -127,7 +127,7 @@ class KVSpliceCalibrator:
         """Run the model over token batches."""
         assert self._collector is not None
         _ = self.fingerprint  # of the weights as they are now
-        rank, size, spread = process_rank(), process_count(), is_spread(self._collector.model)
+        rank, size, spread = process_rank(), process_count(), is_spread(self._collector.model.modules())
         before = self._collector.statistics
         if size > 1:  # what all processes know already must be counted once
             self._collector.reset_statistics()

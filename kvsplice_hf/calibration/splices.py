@@ -50,7 +50,7 @@ def splices_for(
     """
     fits = _fits(model, sites, config, calibration, tokenizer)
     # Of a model that processes run together: what they compute from the same numbers may differ in its last digit.
-    return _make_splices(sites, config, of_first(fits) if is_spread(model) else fits)
+    return _make_splices(sites, config, of_first(fits) if is_spread(model.modules()) else fits)
 
 
 def _fits(

@@ -58,7 +58,7 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
 
 def _replace(model: nn.Module, directory: Path) -> AttentionSite:
     """Load the splice in `directory` into a patched model; gives the first of its layers."""
-    with failing_together(is_spread(model)):
+    with failing_together(is_spread(model.modules())):
         saved, sites = read_splice_files(directory), [site for site, _ in patched_sites(model)]
         _require_fit(_shapes_of_patched(model), _of_process(saved, sites), directory)
         codecs = {part: codec_of(saved, part, directory) for site in sites for part in site.parts}
@@ -72,7 +72,7 @@ def _replace(model: nn.Module, directory: Path) -> AttentionSite:
 
 def _patch(model: nn.Module, directory: Path) -> AttentionSite:
     """Patch a model with the splice in `directory`; gives the first of its layers."""
-    with failing_together(is_spread(model)), normal_tensors():
+    with failing_together(is_spread(model.modules())), normal_tensors():
         saved = read_splice_files(directory)
         chosen = _chosen_sites(model, saved.config)
         _require_fit(_shapes_after_patch(model, saved, chosen), _of_process(saved, chosen), directory)

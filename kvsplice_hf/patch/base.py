@@ -50,7 +50,7 @@ def warn_of_other_base(model: nn.Module, module: nn.Module, saved: str, director
         saved: the fingerprint in the folder; empty where it has none (earlier releases).
         directory: in the message.
     """
-    found = base_fingerprint(model, module, gathers=is_spread(model)) if saved else ""
+    found = base_fingerprint(model, module, gathers=is_spread(model.modules())) if saved else ""
     if found and found != saved:
         logger.warning(
             "The splice in %s was saved on a model of the same shape with other weights, and may lose much on this "

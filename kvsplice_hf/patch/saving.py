@@ -40,7 +40,7 @@ def save_kvsplice(model: nn.Module, directory: str | Path, *, is_main_process: b
         >>> sorted(path.name for path in folder.iterdir())
         ['kvsplice_config.json', 'kvsplice_model.safetensors']
     """
-    spread, sites = is_spread(model), patched_sites(model)
+    spread, sites = is_spread(model.modules()), patched_sites(model)
     tensors: dict[str, torch.Tensor] = {}
     for site, patched in sites:
         own = {key_of(site.layer_idx, name): whole(held) for name, held in read_all(patched.splice).items()}

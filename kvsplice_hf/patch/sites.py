@@ -41,7 +41,7 @@ def find_sites(model: nn.Module, layer_pattern: str | None = None) -> list[Atten
         TransformersTooOldError: the module caches expanded keys and values in the installed release.
         UnsupportedError: the model is divided among processes in a way that leaves a process without what it needs.
     """
-    require_known_sharding(model)
+    require_known_sharding(model.modules())
     prefix, root = _resolve_root(model, layer_pattern)
     found: list[tuple[str, Any]] = [
         (f"{prefix}{name}", module) for name, module in root.named_modules() if family_of(module) is not None

@@ -5,6 +5,7 @@ FSDP gives each process a part of every parameter and makes the whole again befo
 making it whole is a collective operation: every process has to take part, whoever needs the result.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -70,23 +71,31 @@ def spread_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor.to(held.device), held.device_mesh, held.placements)
 
 
-def is_spread(model: nn.Module) -> bool:
-    """Whether parameters of a model are spread over processes, so that all of them have to run it together."""
-    return any(map(is_distributed_tensor, model.parameters())) or _tensor_processes(model) > 1
+def is_spread(modules: Iterable[nn.Module]) -> bool:
+    """Whether parameters of a model are spread over processes, so that all of them have to run it together.
+
+    Args:
+        modules: all of the model.
+    """
+    return any(_is_spread(module) for module in modules)
 
 
-def _tensor_processes(model: nn.Module) -> int:
-    """Among how many processes transformers has divided a model; with no weight divided it may still run in step."""
-    return max((int(getattr(module, "_tp_size", None) or 1) for module in model.modules()), default=1)
+def _is_spread(module: nn.Module) -> bool:
+    # With no weight divided, processes that transformers has told of tensor parallelism may still run in step.
+    in_step = int(getattr(module, "_tp_size", None) or 1) > 1
+    return in_step or any(map(is_distributed_tensor, module._parameters.values()))
 
 
-def require_known_sharding(model: nn.Module) -> None:
+def require_known_sharding(modules: Iterable[nn.Module]) -> None:
     """Refuse a model that is divided in a way in which its layers or their weights cannot be found.
+
+    Args:
+        modules: all of the model.
 
     Raises:
         UnsupportedError: pipeline parallelism; tensor parallelism of a release that keeps no `DTensor`.
     """
-    for module in model.modules():
+    for module in modules:
         mesh: Any = getattr(module, "_device_mesh", None)
         names = getattr(mesh, "mesh_dim_names", None) or ()
         if "pp" in names and mesh["pp"].size() > 1:
