@@ -80,8 +80,11 @@ def trained(model: Any, ids: torch.Tensor, steps: int = 2) -> tuple[list[float],
 def in_each_process(folder: Path, recipe: str) -> list[Any]:
     dist_rank = dist.get_rank()
     model = spliced(recipe, folder / "start")
-    # What each process has seen is averaged: with half of the sequences each, the gradient of all of them.
-    losses, gradients = trained(spread(model), tokens(4, 24, seed=0).chunk(2)[dist_rank])
+    # What each process has seen is averaged: with half of the sequences each, the gradient of all of them. (Packed
+    # numbers between two levels fall to either one for the last digit, which the size of a batch changes.)
+    ids = tokens(4, 24, seed=0)
+    ids = ids.chunk(2)[dist_rank] if recipe == "half the rank" else ids
+    losses, gradients = trained(spread(model), ids)
     save_kvsplice(model, folder / "sharded", is_main_process=dist_rank == 0)
     metrics = splice_metrics(model)
     trained(model, tokens(4, 24, seed=0))
@@ -93,7 +96,7 @@ def in_each_process(folder: Path, recipe: str) -> list[Any]:
         save_kvsplice(model, folder / "of other widths", is_main_process=dist_rank == 0)
         # The optimiser, and FSDP, go on with the parameters that they know.
         held = {name: type(step).__name__ for name, step in model.named_parameters() if ".codec." in name}
-        found += [trained(model, tokens(4, 24, seed=0).chunk(2)[dist_rank]), held]
+        found += [trained(model, ids), held]
     return found
 
 
