@@ -13,6 +13,8 @@ from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patch.apply import apply_splices, sites_to_patch
 from kvsplice_hf.patch.families import AttentionSite
+from kvsplice_hf.weights.processes import failing_together
+from kvsplice_hf.weights.sharding import is_spread
 
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ def patch_model_with_kvsplice(
 
     Args:
         model: a model of transformers with Multi-head Latent Attention, or with ordinary attention, whose budgets are
-            bytes or bits.
+            bytes or bits. Where it is spread over processes, all of them must call this, with the same arguments.
         config: the settings; the keyword arguments below are short for some of its fields and override it.
         compression_ratio: spliced rank over latent rank, in (0, 1].
         rank: the spliced rank.
@@ -87,7 +89,8 @@ def patch_model_with_kvsplice(
     budget |= {"compression": compression}
     others = {"layers": layers, "layer_pattern": layer_pattern, "use_layernorm": use_layernorm or None}
     config = _with_overrides(config, budget, others | {"keys": keys, "values": values})
-    sites = sites_to_patch(model, config)
+    with failing_together(isinstance(model, nn.Module) and is_spread(model.modules())):
+        sites = sites_to_patch(model, config)
     splices = splices_for(model, sites, config, calibration, tokenizer)
     apply_splices(model, sites, splices, config)
     _warn_of_unused_budget(sites, splices, config)
@@ -99,10 +102,12 @@ def _warn_of_unused_budget(sites: list[AttentionSite], splices: dict[int, Any], 
     if config.bytes_per_token is None and config.bits is None:
         return
     stores = [site for site in sites if site.stores_latent]
-    dims = [site.row_dim for site in stores]
-    rows = [size for site in stores for size in _row_sizes(splices[site.layer_idx])]
+    dims = [site.whole_row_dim for site in stores]
+    # Where heads are divided among processes, those of the others take about as much as those here.
+    shares = [len(site.all_parts) / len(site.parts) for site in stores]
+    rows = [n * size for n, site in zip(shares, stores, strict=True) for size in _row_sizes(splices[site.layer_idx])]
     # Every number in bf16, and two gains of each head.
-    largest = 2 * max(dims) + 2 * max(len(site.parts) for site in stores)
+    largest = 2 * max(dims) + 2 * max(len(site.all_parts) for site in stores)
     if not rows or config.row_budget(max(dims)) <= largest:
         return
     taken = sum(rows) / len(rows) + sum(map(config.exact_bytes, dims)) / len(dims)

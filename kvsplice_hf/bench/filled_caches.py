@@ -60,19 +60,23 @@ def mask_of(padding: torch.Tensor, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fill(model: PreTrainedModel, recipe: Recipe, batch: int, length: int, spare: int, padded: bool) -> Filled:
+def fill(
+    model: PreTrainedModel, recipe: Recipe, batch: int, length: int, spare: int, padded: bool, processes: int = 1
+) -> Filled:
     """A cache of `length` tokens with room for `spare` more.
 
     A few tokens run through the model, which settles the kind of every layer. The rest are random latents, which each
     layer stores by its own `update` as it would those of the model. What a step costs does not depend on the numbers,
     only on how many there are and how they are stored, which is the same. And 16384 tokens of real prefill would take
     minutes for every recipe.
+
+    Of key heads that are divided among `processes`, a cache gets those of one.
     """
     padding = padding_of(batch, length, model.device) if padded else None
     cache = recipe.make_cache(text_config(model), length + spare)
     filled = Filled(cache, min(length, _REAL_TOKENS), padding, random_tokens(model, batch, 1))
     step(model, filled, random_tokens(model, batch, filled.length), grow=0)
-    shapes = state_shapes(text_config(model))
+    shapes = [(max(heads // processes, 1), width) for heads, width in state_shapes(text_config(model))]
     layer: Any
     for start, end in _chunks(filled.length, length):
         positions = torch.arange(start, end, dtype=torch.int64, device=model.device)[None]

@@ -103,7 +103,7 @@ class SplicedBatchingManager(upstream.ContinuousBatchingManager or object):  # t
         generation_config, continuous_batching_config, workload_hints: as in transformers.
 
     Raises:
-        UnsupportedError: tensor parallelism, CUDA graphs or compilation were asked for.
+        UnsupportedError: CUDA graphs or compilation were asked for.
     """
 
     def __init__(
@@ -122,11 +122,10 @@ class SplicedBatchingManager(upstream.ContinuousBatchingManager or object):  # t
         )
         settings = self.continuous_batching_config
         compiled = settings.varlen_compile_config is not None or settings.decode_compile_config is not None
-        if compiled or any(settings.cuda_graph_booleans) or self.distributed_helper.tp_size > 1:
+        if compiled or any(settings.cuda_graph_booleans):
             raise UnsupportedError(
-                "Continuous batching on a patched model splits each batch by request, which no CUDA graph can record "
-                "and which is not sharded: leave use_cuda_graph, the padding intervals, compilation and tensor "
-                "parallelism off."
+                "Continuous batching on a patched model splits each batch by request, which no CUDA graph can record: "
+                "leave use_cuda_graph, the padding intervals and compilation off."
             )
         sinks, page_size = max(state.geometry.sink_tokens for _, state in sites), settings.page_size
         if sinks > page_size:
@@ -139,11 +138,14 @@ class SplicedBatchingManager(upstream.ContinuousBatchingManager or object):  # t
         model, text_config = self.model, self.model.config.get_text_config()
         tokens = self.continuous_batching_config.page_size
         # The stock cache gives a block `2 * heads * head_dim` numbers per token and layer: one head, and a head_dim to
-        # match the mean size of our rows.
+        # match the mean size of our rows, which are those of this process. Where the plan of tensor parallelism divides
+        # key heads, transformers leaves each process its share of as many as the settings say.
+        helper = self.distributed_helper
+        heads = helper.tp_size if helper.tp_size > 1 and helper.are_kv_heads_tp_ed() else 1
         numbers = 2 * len(self._sites) * tokens * model.dtype.itemsize
         config = _Overlay(
             text_config,
-            num_key_value_heads=1,
+            num_key_value_heads=heads,
             head_dim=ceil(block_bytes(self._sites, tokens) / numbers),
             layer_types=None,
             sliding_window=None,

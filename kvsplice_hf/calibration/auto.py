@@ -25,6 +25,7 @@ from kvsplice_hf.calibration.fingerprint import tokenizer_fingerprint
 from kvsplice_hf.calibration.sampling import sample_from_model
 from kvsplice_hf.errors import CalibrationError, UnsupportedError
 from kvsplice_hf.version import __version__
+from kvsplice_hf.weights.processes import gathered
 
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,13 @@ def auto_calibrate(
     """
     name = f"{_key(calibrator, tokenizer)}.safetensors"
     path, reason = _place(name)
+    kept = None if path is None else _read_kept(calibrator, path)
+    if all(gathered(kept is not None)):  # or none: to collect takes all processes
+        assert kept is not None
+        calibrator.adopt(kept)
+        logger.info("Calibration statistics read from %s.", path)
+        return
     if path is not None:
-        if _adopt_kept(calibrator, path):
-            return
         reason = folders.obstacle(path.parent)
     if reason is not None:  # said before the time is spent
         _warn_unkept(path, reason)
@@ -66,8 +71,8 @@ def _place(name: str) -> tuple[Path | None, str | None]:
         return None, str(error)
 
 
-def _adopt_kept(calibrator: KVSpliceCalibrator, path: Path) -> bool:
-    """Take over the statistics kept at `path`; False where there are none, or none that anything can be fitted to."""
+def _read_kept(calibrator: KVSpliceCalibrator, path: Path) -> KVSpliceCalibrator | None:
+    """The statistics kept at `path`; None where there are none, or none that anything can be fitted to."""
     try:
         kept = KVSpliceCalibrator.load(path)
         _require_same_model(kept, calibrator)
@@ -76,10 +81,8 @@ def _adopt_kept(calibrator: KVSpliceCalibrator, path: Path) -> bool:
     except Exception as error:  # a damaged file can raise anything, and must not keep the model from being patched
         if os.path.lexists(path):
             logger.warning("%s is not used, and the model is calibrated again: %s", path, error)
-        return False
-    calibrator.adopt(kept)
-    logger.info("Calibration statistics read from %s.", path)
-    return True
+        return None
+    return kept
 
 
 def _require_same_model(kept: KVSpliceCalibrator, calibrator: KVSpliceCalibrator) -> None:

@@ -1,12 +1,12 @@
 """`KVSpliceCalibrator`: collect statistics once, fit any number of budgets to them."""
 
+import hashlib
 import logging
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -21,6 +21,7 @@ from kvsplice_hf.calibration.report import CalibrationReport, report_of
 from kvsplice_hf.calibration.solve import KindOfRows, LayerSolution, solve_together
 from kvsplice_hf.calibration.statistics import (
     Statistics,
+    join_across_processes,
     load_statistics,
     merge_across_processes,
     save_statistics,
@@ -32,6 +33,8 @@ from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CalibrationError, ConfigError
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
+from kvsplice_hf.weights.processes import failing_together, gathered, process_count, process_rank
+from kvsplice_hf.weights.sharding import is_spread
 
 
 logger = logging.getLogger(__name__)
@@ -98,7 +101,9 @@ class KVSpliceCalibrator:
     ) -> Self:
         """Run the model over `data` and add up statistics; may be called several times.
 
-        Under `torch.distributed` (accelerate launch) every process takes its share, and all end up with the sum.
+        Under `torch.distributed` (accelerate launch) every process takes its share, and all end up with the sum. Where
+        the model itself is spread over processes (tensor parallelism, FSDP), all run it together, on the same text,
+        which must be given to each.
 
         Args:
             data: see `kvsplice_hf.calibration.data.as_batches`: token ids, texts, a data set, or a name or path.
@@ -115,23 +120,27 @@ class KVSpliceCalibrator:
         if self._collector is None:
             raise CalibrationError("These statistics were loaded from a file; collecting more needs a new calibrator.")
         window = min(window, self._collector.max_positions or window)
-        self.collect_batches(as_batches(data, tokenizer, max_tokens, window), progress, holdout)
+        with failing_together():  # all take part below
+            batches = as_batches(data, tokenizer, max_tokens, window)
+        self.collect_batches(batches, progress, holdout)
         return self
 
     def collect_batches(self, batches: list[Batch], progress: bool = True, holdout: int | None = None) -> None:
         """Run the model over token batches."""
         assert self._collector is not None
         _ = self.fingerprint  # of the weights as they are now
-        distributed = dist.is_available() and dist.is_initialized()
-        rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        rank, size, spread = process_rank(), process_count(), is_spread(self._collector.model.modules())
         before = self._collector.statistics
         if size > 1:  # what all processes know already must be counted once
             self._collector.reset_statistics()
+        if spread:
+            _require_same_text(batches)
         batches, held_out = split_holdout(batches, holdout)
         self.holdout += held_out
-        self._collector.run(share_of_process(batches, rank, size), progress=progress and rank == 0)
+        self._collector.run(batches if spread else share_of_process(batches, rank, size), progress and rank == 0)
         if size > 1:
-            total = merge_across_processes(self._collector.statistics)
+            join = join_across_processes if spread else merge_across_processes
+            total = join(self._collector.statistics)
             for layer_idx, layer in before.items():
                 total[layer_idx].merge(layer)
             self._collector.statistics = total
@@ -199,7 +208,7 @@ class KVSpliceCalibrator:
         Raises:
             CalibrationError: layers or sizes differ.
         """
-        for site, part in [(one, part) for one in sites for part in one.parts]:
+        for site, part in [(one, part) for one in sites for part in one.all_parts]:
             layer = self.statistics.get(part)
             if layer is None:
                 raise CalibrationError(
@@ -313,6 +322,23 @@ class KVSpliceCalibrator:
                 f"The calibration saw {self.tokens} tokens; {rank} dimensions need {needed} at least, and 8,000 to "
                 "20,000 to be good. Give more text or a higher `max_tokens`."
             )
+
+
+def _require_same_text(batches: Sequence[Batch]) -> None:
+    """Refuse that processes that run one model together are given different tokens.
+
+    Raises:
+        CalibrationError: they are; in all of them.
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten().tolist()}".encode())
+    if len(set(gathered(digest.hexdigest()))) > 1:
+        raise CalibrationError(
+            "The processes that run this model together were given different calibration text. Give each of them the "
+            "same: where a model is spread over processes, they share its layers and not the text."
+        )
 
 
 def calibrate(

@@ -34,6 +34,7 @@ from kvsplice_hf.upstream import POSITION_EMBEDDINGS
 from kvsplice_hf.weights.linear import input_dtype
 from kvsplice_hf.weights.offload import input_device
 from kvsplice_hf.weights.packed import decompress, packed_layers
+from kvsplice_hf.weights.sharding import sum_of_processes
 
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Collector:
         self.statistics = {
             part: LayerStatistics.empty(site.kv_lora_rank, site.qk_rope_head_dim)
             for site in self.sites
-            for part in site.parts
+            for part in site.all_parts
         }
 
     @torch.inference_mode(False)  # in it there are no gradients, and what is counted could not be added to outside
@@ -204,15 +205,26 @@ class Collector:
             Both, to go on with: gradients reach them.
         """
         counted, turns = self._counted, self._turns(site, latent.shape[0])
+        first = site.all_parts.index(site.parts[0])
         if torch.is_grad_enabled():
             latent, k_rot = (x if x.requires_grad else x.detach().requires_grad_() for x in (latent, k_rot))
-        for head, part in enumerate(site.parts):
+        # Each process reads the whole latent with heads of its own, and the gradient that comes back through
+        # `kv_b_proj` is that of all; the one of the rotated key is not. (Key heads are whole where they are.)
+        reading = None if site.kv_heads else site.share
+        for head, part in enumerate(site.all_parts, start=-first):
             layer = self.statistics[part]
             pick = functools.partial(_select, counted=counted, head=head)
+            if part not in site.parts:
+                layer.pass_over(len(_select(latent.detach(), counted)), self.generator)
+                continue
             if torch.is_grad_enabled():
                 latent.register_hook(lambda g, layer=layer, pick=pick: layer.add_gradients(pick(g)))
                 if site.qk_rope_head_dim:
-                    k_rot.register_hook(lambda g, layer=layer, pick=pick: layer.add_rot_gradients(pick(g), turns))
+                    k_rot.register_hook(
+                        lambda g, layer=layer, pick=pick: layer.add_rot_gradients(
+                            pick(sum_of_processes(g, reading)), turns
+                        )
+                    )
             layer.add_rows(pick(latent.detach()), pick(k_rot.detach()), self.generator, turns)
         return latent, k_rot
 

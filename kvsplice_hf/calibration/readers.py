@@ -26,6 +26,7 @@ from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.mla import effective_weight
 from kvsplice_hf.patch.names import WRAPPED_ATTENTION
 from kvsplice_hf.weights.linear import linear_map
+from kvsplice_hf.weights.processes import gathered
 
 
 _NAME_PREFIX = "kvsplice_readers_"
@@ -115,14 +116,16 @@ def _add_readers(site: AttentionSite, moments: QueryMoments, layer: LayerStatist
     """Add M and its counterpart for the rotated keys, times the number of tokens."""
     module, N = site.module, site.qk_nope_head_dim
     weights = split_weight(effective_weight(site).cpu().double(), N, site.v_head_dim)
-    size = site.num_heads * site.v_head_dim
-    output = linear_map(module.o_proj, size, site.dtype).cpu().double()
-    output = output.view(output.shape[0], site.num_heads, -1)
+    heads = len(weights.key)
+    output = linear_map(module.o_proj, heads * site.v_head_dim, site.dtype).cpu().double()
+    output = output.view(output.shape[0], heads, -1)
     second = moments.total / moments.tokens * module.scaling**2  # type: ignore[operator]
+    if site.share is not None:  # of the heads of each process
+        second = torch.cat(gathered(second, site.share.mesh.get_group()))
     covariance = layer.covariance
     readers = torch.zeros_like(layer.readers)
     rot = torch.zeros_like(layer.rot_readers)
-    for head in range(site.num_heads):
+    for head in range(heads):
         through_value = output[:, head] @ weights.value[head]  # [D, R]
         gram = through_value.T @ through_value
         spread = (gram * covariance).sum()

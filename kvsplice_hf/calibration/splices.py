@@ -18,7 +18,7 @@ from kvsplice_hf.calibration.collect import predicts
 from kvsplice_hf.calibration.fit import LayerFit, write_fit_
 from kvsplice_hf.calibration.holdout import divergence, log_probabilities
 from kvsplice_hf.code.codecs import codec_class
-from kvsplice_hf.code.heads import HeadSplices, PartKey
+from kvsplice_hf.code.heads import PartKey, joined
 from kvsplice_hf.code.initialise import initialise_, normal_tensors
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.config import KVSpliceConfig
@@ -26,6 +26,8 @@ from kvsplice_hf.patch.apply import patched_for_a_moment, sites_to_patch
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.mla import effective_weight
 from kvsplice_hf.patch.sites import find_sites
+from kvsplice_hf.weights.processes import of_first
+from kvsplice_hf.weights.sharding import is_spread
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +48,9 @@ def splices_for(
         CalibrationError: the calibration text or statistics cannot be used, or are too few for the rank.
         ConfigError: the budget does not fit, or weights are missing or damaged.
     """
-    return _make_splices(sites, config, _fits(model, sites, config, calibration, tokenizer))
+    fits = _fits(model, sites, config, calibration, tokenizer)
+    # Of a model that processes run together: what they compute from the same numbers may differ in its last digit.
+    return _make_splices(sites, config, of_first(fits) if is_spread(model.modules()) else fits)
 
 
 def _fits(
@@ -78,14 +82,14 @@ def _fits(
     competing = config.is_packed and codec_class(config.codec).fitted_together
     if competing and config.allocation == "auto" and calibration.holdout and predicts(model):
         return _better_allocation(model, sites, config, calibration)
-    return calibration.fit(config, [part for site in stores for part in site.parts])[0]
+    return calibration.fit(config, [part for site in stores for part in site.all_parts])[0]
 
 
 def _better_allocation(
     model: nn.Module, sites: list[AttentionSite], config: KVSpliceConfig, calibrator: KVSpliceCalibrator
 ) -> dict[PartKey, LayerFit]:
     """Bytes that layers compete for, unless giving each the same loses less on text that was held out."""
-    layers = [part for site in sites if site.stores_latent for part in site.parts]
+    layers = [part for site in sites if site.stores_latent for part in site.all_parts]
     stock = log_probabilities(model, calibrator.holdout)
     fits, losses = {}, {}
     for allocation in ("global", "layer"):
@@ -113,8 +117,8 @@ def _make_splices(sites: list[AttentionSite], config: KVSpliceConfig, fits: dict
 
 
 def _make_splice(site: AttentionSite, config: KVSpliceConfig, fits: dict[PartKey, LayerFit]) -> Any:
-    splices = [_make_part(site, config, fits.get(part)) for part in site.parts]
-    return HeadSplices(splices).train(site.module.training) if site.kv_heads else splices[0]
+    parts = {part: _make_part(site, config, fits.get(part)) for part in site.parts}
+    return joined(parts).train(site.module.training)
 
 
 def _make_part(site: AttentionSite, config: KVSpliceConfig, fit: LayerFit | None) -> LearnedKVSplice:

@@ -18,13 +18,13 @@ from typing import Self
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from kvsplice_hf import folders
 from kvsplice_hf.code.heads import HeadKey, PartKey
 from kvsplice_hf.code.keys import TURN_DTYPE, Pairs, half_pairs, neighbour_pairs, undo_turns
 from kvsplice_hf.errors import CalibrationError
+from kvsplice_hf.weights.processes import gathered, process_rank
 
 
 SAMPLED_ROWS = 2048
@@ -158,6 +158,10 @@ class LayerStatistics:
         chosen = draws < bound
         self._keep(torch.cat([latents[chosen], k_rot[chosen]], dim=-1), turns[chosen], draws[chosen])
 
+    def pass_over(self, count: int, generator: torch.Generator) -> None:
+        """Draw for tokens that another process counts, so that it draws what a single process would."""
+        torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+
     def add_gradients(self, latents: torch.Tensor) -> None:
         """Count gradients at the latents, [T, R]."""
         self.fisher += _outer(latents.float())
@@ -248,18 +252,24 @@ Statistics = dict[PartKey, LayerStatistics]
 @torch.inference_mode(False)
 def merge_across_processes(statistics: Statistics) -> Statistics:
     """The sum over all processes of `torch.distributed`, the same in each; as given where there is one process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return statistics
-    gathered: list[Statistics | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, statistics)
     total: Statistics = {}
-    for part in gathered:
-        for layer_idx, layer in (part or {}).items():
+    for counted in gathered(statistics):
+        for layer_idx, layer in counted.items():
             if layer_idx in total:
                 total[layer_idx].merge(layer)
             else:
                 total[layer_idx] = layer
     return total
+
+
+@torch.inference_mode(False)
+def join_across_processes(statistics: Statistics) -> Statistics:
+    """Of each part those of the first process that has counted it, the same in each: all have seen the same text."""
+    holders = gathered([part for part, layer in statistics.items() if layer.count])
+    firsts = {part: rank for rank, parts in reversed(list(enumerate(holders))) for part in parts}
+    own = {part: statistics[part] for part, rank in firsts.items() if rank == process_rank()}
+    found: Statistics = {part: layer for counted in gathered(own) for part, layer in counted.items()}
+    return {part: found.get(part, layer) for part, layer in statistics.items()}
 
 
 def save_statistics(

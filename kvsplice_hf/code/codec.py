@@ -159,6 +159,11 @@ class RowCodec(RowLayout):
             return False
         return torch.equal(self.widths, other.widths)
 
+    def become_like(self, other: Codec) -> None:
+        for name in ("widths", "sigmas", "key_sigmas"):
+            getattr(self, name).copy_(getattr(other, name))
+        self._add_tables()
+
     def without(self, kept: torch.Tensor) -> "RowCodec":
         of_row = torch.ones(self.row_dim, dtype=torch.bool, device=kept.device)
         of_row[: len(kept)] = kept

@@ -85,6 +85,16 @@ class Codec(nn.Module, ABC):
         """Whether values of `other` can be written into the tensors of this one, with nothing else to be changed."""
         return False
 
+    def become_like(self, other: "Codec") -> None:
+        """Read and write the rows of `other`, of the same sizes, with the tensors of `steps` that there are.
+
+        Raises:
+            UnsupportedError: this codec has no such tensors, or cannot change.
+        """
+        raise UnsupportedError(
+            f"The steps of the codec {self.kind!r} are in training, and it cannot take over others. Unpatch, then load."
+        )
+
     def without(self, kept: torch.Tensor) -> Self:
         """The codec of rows with only those of the first r numbers that `kept`, bool [r], marks.
 

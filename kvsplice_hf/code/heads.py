@@ -41,14 +41,16 @@ class HeadSplices(nn.Module):
     """The splices of the key heads of one layer, all with packed rows.
 
     Args:
-        heads: of each key head, by number.
+        heads: of each key head that is in this process, by number.
+        first: number of the first one. Tensor parallelism leaves the others to other processes.
     """
 
-    heads: nn.ModuleList
+    heads: nn.ModuleDict
 
-    def __init__(self, heads: Iterable[LearnedKVSplice]) -> None:
+    def __init__(self, heads: Iterable[LearnedKVSplice], first: int = 0) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(heads)
+        # By their number in the layer, so that a parameter has the same name however heads are divided.
+        self.heads = nn.ModuleDict({str(first + index): head for index, head in enumerate(heads)})
         # What `identity` was made of, and what it was.
         self._known_identity: tuple[list[str], str] = ([], "")
 
@@ -62,7 +64,7 @@ class HeadSplices(nn.Module):
         """See `LearnedKVSplice.identity`."""
         identities = [head.identity for head in self]
         if self._known_identity[0] != identities:
-            self._known_identity = identities, hashlib.sha256(" ".join(identities).encode()).hexdigest()
+            self._known_identity = identities, identity_of(identities)
         return self._known_identity[1]
 
     def forget_identity(self) -> None:
@@ -131,6 +133,11 @@ class HeadSplices(nn.Module):
         return f"heads={len(self.heads)}"
 
 
+def identity_of(heads: Iterable[str]) -> str:
+    """The identity of a layer, of those of its heads."""
+    return hashlib.sha256(" ".join(heads).encode()).hexdigest()
+
+
 def turns_for(head: LearnedKVSplice, turns: torch.Tensor | None) -> torch.Tensor | None:
     """How the keys of a head were rotated, if its splice is to know."""
     return None if head.keys is None else turns
@@ -138,5 +145,5 @@ def turns_for(head: LearnedKVSplice, turns: torch.Tensor | None) -> torch.Tensor
 
 def joined(parts: Mapping[PartKey, LearnedKVSplice]) -> nn.Module:
     """The splice of a layer of its parts: the only one, or those of its key heads."""
-    splices = list(parts.values())
-    return HeadSplices(splices) if isinstance(next(iter(parts)), HeadKey) else splices[0]
+    splices, first = list(parts.values()), next(iter(parts))
+    return HeadSplices(splices, first.head) if isinstance(first, HeadKey) else splices[0]

@@ -22,7 +22,8 @@ from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import find_patch, is_patched, patched_sites, splice_parts_of
 from kvsplice_hf.weights.offload import execution_device, write_all
-from kvsplice_hf.weights.sharding import spread_like
+from kvsplice_hf.weights.processes import failing_together
+from kvsplice_hf.weights.sharding import is_spread, spread_like
 
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
 
     An unpatched model is patched with the saved settings. On a patched one the parameters are replaced; it must splice
     the same layers to the same ranks, and keeps its other settings. A warning says where those differ from the saved
-    ones, and where the splice was saved on a model with other weights (to see that, all weights are read).
+    ones, and where the splice was saved on a model with other weights (to see that, all weights are read). Where the
+    model is spread over processes, all of them must call this; of a model with ordinary attention each takes its heads.
 
     Returns:
         `model` itself.
@@ -48,30 +50,46 @@ def load_kvsplice(model: ModelT, directory: str | Path) -> ModelT:
         >>> model = load_kvsplice(model, "my-splice")
     """
     directory = Path(directory)
-    saved = read_splice_files(directory)
-    config, tensors = saved.config, saved.tensors
-    if is_patched(model):
-        _require_fit(_shapes_of_patched(model), tensors, directory)
-        codecs = {part: codec_of(saved, part, directory) for site, _ in patched_sites(model) for part in site.parts}
+    load = _replace if is_patched(model) else _patch
+    first = load(model, directory)
+    warn_of_other_base(model, first.module, _saved_base(directory), directory)
+    return model
+
+
+def _replace(model: nn.Module, directory: Path) -> AttentionSite:
+    """Load the splice in `directory` into a patched model; gives the first of its layers."""
+    with failing_together(is_spread(model.modules())):
+        saved, sites = read_splice_files(directory), [site for site, _ in patched_sites(model)]
+        _require_fit(_shapes_of_patched(model), _of_process(saved, sites), directory)
+        codecs = {part: codec_of(saved, part, directory) for site in sites for part in site.parts}
         _require_same_rows(model, codecs, directory)
-        with normal_tensors():
-            for part, splice in splice_parts_of(model).items():
-                _set_parameters(splice, tensors, part, codecs[part])
-        _tell_of_replacement(model, config, directory)
-        warn_of_other_base(model, patched_sites(model)[0][0].module, _saved_base(directory), directory)
-        return model
-    chosen = _chosen_sites(model, config)
-    _require_fit(_shapes_after_patch(model, saved, chosen), tensors, directory)
-    splices = {}
     with normal_tensors():
+        for part, splice in splice_parts_of(model).items():
+            _set_parameters(splice, saved.tensors, part, codecs[part])
+    _tell_of_replacement(model, saved.config, directory)
+    return sites[0]
+
+
+def _patch(model: nn.Module, directory: Path) -> AttentionSite:
+    """Patch a model with the splice in `directory`; gives the first of its layers."""
+    with failing_together(is_spread(model.modules())), normal_tensors():
+        saved = read_splice_files(directory)
+        chosen = _chosen_sites(model, saved.config)
+        _require_fit(_shapes_after_patch(model, saved, chosen), _of_process(saved, chosen), directory)
+        splices = {}
         for site in chosen:
             parts = {part: _empty_splice(site, part, saved) for part in site.parts}
             for part, splice in parts.items():
-                _set_parameters(splice, tensors, part, codec_of(saved, part, directory))
+                _set_parameters(splice, saved.tensors, part, codec_of(saved, part, directory))
             splices[site.layer_idx] = joined(parts).train(site.module.training)
-    apply_splices(model, sites_to_patch(model, config), splices, config)
-    warn_of_other_base(model, chosen[0].module, _saved_base(directory), directory)
-    return model
+        apply_splices(model, sites_to_patch(model, saved.config), splices, saved.config)
+    return chosen[0]
+
+
+def _of_process(saved: SavedSplices, sites: list[AttentionSite]) -> dict[str, torch.Tensor]:
+    """The saved tensors, but for those of heads that tensor parallelism leaves to other processes."""
+    elsewhere = tuple(key_of(part, "") for site in sites for part in set(site.all_parts) - set(site.parts))
+    return {name: tensor for name, tensor in saved.tensors.items() if not name.startswith(elsewhere)}
 
 
 def _saved_base(directory: Path) -> str:
@@ -144,10 +162,12 @@ def _set_parameters(
     device = execution_device(splice.compress)
     splice.codec = None if codec is None else codec.to(device)
     if before is not None and splice.codec is not None:
+        trained = any(isinstance(step, nn.Parameter) for step in before.steps)
         if before.reads_rows_of(splice.codec):  # an optimiser may hold its parameters
             splice.codec = before
-        else:
-            splice.codec.train_steps(any(step.requires_grad for step in before.steps))
+        elif trained:  # and FSDP looks after those it knows
+            before.become_like(splice.codec)
+            splice.codec = before
     if splice.is_merged:  # what is folded would go on with the parameters of before
         splice.unmerge()
     held = splice.state_dict()

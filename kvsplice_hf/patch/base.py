@@ -14,6 +14,7 @@ from kvsplice_hf.weights.adapters import modules_of_adapters
 from kvsplice_hf.weights.fingerprint import decoder_around, digest, modules_of_splices
 from kvsplice_hf.weights.offload import persistent_names
 from kvsplice_hf.weights.packed import decompress
+from kvsplice_hf.weights.sharding import is_spread
 
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 BASE_KEY = "base_fingerprint"
 
 
-def base_fingerprint(model: nn.Module, module: nn.Module) -> str:
+def base_fingerprint(model: nn.Module, module: nn.Module, *, gathers: bool = False) -> str:
     """A digest of the decoder around an attention module, without splices; empty where weights are not all here.
 
     Adapters are left out too: they are saved by themselves, and come and go.
@@ -31,20 +32,23 @@ def base_fingerprint(model: nn.Module, module: nn.Module) -> str:
     Args:
         model: patched or not.
         module: one of its attention modules.
+        gathers: read weights that are spread over processes as well, for which all of them have to call this.
     """
     decompress(model)
     decoder = decoder_around(model, module)
     others = [*modules_of_splices(model), *modules_of_adapters(model)]
-    if not is_patched(model):
-        return digest(decoder, others, needs_all=True)
+    if not is_patched(model) or gathers:  # what one process remembers the others may not
+        return digest(decoder, others, needs_all=True, gathers=gathers)
     patch, stamp = find_patch(model)[1], _stamp(decoder, others)
     if patch.known_base[0] != stamp:
-        patch.known_base = stamp, digest(decoder, others, needs_all=True)
+        patch.known_base = stamp, digest(decoder, others, needs_all=True, gathers=False)
     return patch.known_base[1]
 
 
 def warn_of_other_base(model: nn.Module, module: nn.Module, saved: str, directory: object) -> None:
     """Say so where the splice in `directory` was saved on other weights than those of `model`.
+
+    Where those are spread over processes, all of them have to call this.
 
     Args:
         model: patched or not.
@@ -52,7 +56,7 @@ def warn_of_other_base(model: nn.Module, module: nn.Module, saved: str, director
         saved: the fingerprint in the folder; empty where it has none (earlier releases).
         directory: in the message.
     """
-    found = base_fingerprint(model, module) if saved else ""
+    found = base_fingerprint(model, module, gathers=is_spread(model.modules())) if saved else ""
     if found and found != saved:
         logger.warning(
             "The splice in %s was saved on a model of the same shape with other weights, and may lose much on this "

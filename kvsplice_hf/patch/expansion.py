@@ -17,6 +17,7 @@ from kvsplice_hf.patch.folding import unfoldable_message, weight_to_fold
 from kvsplice_hf.patch.names import WRAPPED_ATTENTION, is_ours
 from kvsplice_hf.patch.sequences import round_trip_of_sequences
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
+from kvsplice_hf.weights.sharding import HeadShare, gradient_as_part, gradient_of_all, head_share
 
 
 def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | PagedStates, k_rot: Any) -> tuple[Any, Any]:
@@ -43,7 +44,9 @@ def expand_spliced_kv(self: Any, kv_nope: torch.Tensor | CompressedLatent | Page
         call = _call_without_cache(self, kv_nope)
         latent = kv_nope
         if call.state.enabled:
-            latent, k_rot = round_trip_of_sequences(self, patched, call, kv_nope, k_rot)
+            share = _reading_share(self)
+            latent, k_rot = round_trip_of_sequences(self, patched, call, kv_nope, gradient_as_part(k_rot, share))
+            k_rot = gradient_of_all(k_rot, share)
     return type(self).expand_kv(self, latent, k_rot)
 
 
@@ -71,11 +74,23 @@ def _call_without_cache(module: Any, latent: torch.Tensor) -> Call:
     return call
 
 
+def _reading_share(module: Any) -> HeadShare | None:
+    """Which part of the heads reads the rotated keys of the module in this process, where gradients are wanted.
+
+    Through `kv_b_proj` the gradient of all heads comes back to each process. That of the rotated key is of the heads
+    there alone, and transformers adds it up where the key is made ("mla_kv_a_proj"): too late for a splice.
+    """
+    return head_share(module.kv_b_proj) if torch.is_grad_enabled() else None
+
+
 def _needs_round_trip(module: Any, rows: CompressedLatent) -> bool:
-    """Whether the new tokens have to be decoded: packed rows have no gradients, and somebody may want to see them."""
+    """Whether the new tokens have to be decoded: packed rows have no gradients, and somebody may want to see them.
+
+    Absorbed attention would leave each process the gradients of its own heads.
+    """
     call = running_call(module)
     listened = call is not None and call.state.on_round_trip is not None
-    return rows.fresh is not None and (rows.is_packed or listened)
+    return rows.fresh is not None and (rows.is_packed or listened or _reading_share(module) is not None)
 
 
 def _decoded(module: Any, patched: SitePatch, rows: CompressedLatent) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,10 +101,12 @@ def _decoded(module: Any, patched: SitePatch, rows: CompressedLatent) -> tuple[t
     """
     if rows.fresh is None:
         return rows.latent(), rows.k_rot
-    call = running_call(module)
-    fresh = patched.splice.round_trip(*rows.fresh, rows.new_turns)
+    call, share = running_call(module), _reading_share(module)
+    came, k_rot = rows.fresh
+    latent, k_rot = patched.splice.round_trip(came, gradient_as_part(k_rot, share), rows.new_turns)
+    fresh = latent, gradient_of_all(k_rot, share)
     if call is not None and call.state.on_round_trip is not None:
-        call.state.on_round_trip(module, rows.fresh[0], fresh[0])
+        call.state.on_round_trip(module, came, latent)
     return rows.with_new(*fresh)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.code.heads import HeadKey, PartKey
 from kvsplice_hf.code.projection import LearnedKVSplice
+from kvsplice_hf.weights.sharding import HeadShare
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,17 +28,21 @@ class AttentionSite:
         name: path of the module in the model ("model.layers.0.self_attn").
         module: the attention module.
         layer_idx: index of its layer in the cache.
-        kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim, num_heads: R, P, N, V, H.
+        kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim, v_head_dim, num_heads: R, P, N, V, H; of the heads in this
+            process.
         sliding_window: tokens visible to a query, or None.
         indexer_head_dim: width of the sparse-attention indexer's key (0 without an indexer). It is cached beside the
             latent and not compressed.
         dtype: of the latent, and so of the cache.
-        kv_heads: key heads of ordinary attention, for each of which R = V is the size of a value and P that of a key; 0
-            where the layer stores a latent.
+        kv_heads: key heads of ordinary attention in this process, for each of which R = V is the size of a value and P
+            that of a key; 0 where the layer stores a latent.
         chunked: whether a query sees the tokens of its own chunk of the text only.
         device: where it computes with what it caches.
-        parts: what of it has a splice of its own: the latent, or each key head.
-        row_dim: numbers of a stock row: R + P, or those of all keys and values.
+        share: which part of its heads this process has, where tensor parallelism divides them; None where it is all.
+        parts: what of it has a splice of its own in this process: the latent, or each key head.
+        all_parts: those of all processes.
+        row_dim: numbers of a stock row in this process: R + P, or those of all its keys and values.
+        whole_row_dim: in all processes together.
         source: the site whose latent this one expands; itself, unless the layer reuses the cache of an earlier one.
     """
 
@@ -56,8 +61,11 @@ class AttentionSite:
     kv_heads: int = 0
     chunked: bool = False
     device: torch.device = torch.device("cpu")
+    share: HeadShare | None = None
     parts: tuple[PartKey, ...] = field(init=False)
+    all_parts: tuple[PartKey, ...] = field(init=False)
     row_dim: int = field(init=False)
+    whole_row_dim: int = field(init=False)
 
     @property
     def stores_latent(self) -> bool:
@@ -65,9 +73,13 @@ class AttentionSite:
         return self.source is None
 
     def __post_init__(self) -> None:
-        heads = tuple(HeadKey(self.layer_idx, head) for head in range(self.kv_heads))
-        object.__setattr__(self, "parts", heads or (self.layer_idx,))
-        object.__setattr__(self, "row_dim", max(self.kv_heads, 1) * (self.kv_lora_rank + self.qk_rope_head_dim))
+        shares, first = (1, 0) if self.share is None else (self.share.size, self.share.rank * self.kv_heads)
+        heads = tuple(HeadKey(self.layer_idx, head) for head in range(self.kv_heads * shares))
+        row_dim = max(self.kv_heads, 1) * (self.kv_lora_rank + self.qk_rope_head_dim)
+        object.__setattr__(self, "all_parts", heads or (self.layer_idx,))
+        object.__setattr__(self, "parts", heads[first : first + self.kv_heads] or (self.layer_idx,))
+        object.__setattr__(self, "row_dim", row_dim)
+        object.__setattr__(self, "whole_row_dim", row_dim * (shares if self.kv_heads else 1))
 
 
 @dataclass(frozen=True)

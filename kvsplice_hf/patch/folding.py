@@ -13,7 +13,7 @@ from kvsplice_hf.errors import FoldingError
 from kvsplice_hf.weights.linear import probe
 from kvsplice_hf.weights.materialised import Materialised, materialise
 from kvsplice_hf.weights.offload import read_parameter
-from kvsplice_hf.weights.sharding import local_rows
+from kvsplice_hf.weights.sharding import part_of_process
 
 
 def read_weight(module: Any) -> torch.Tensor | None:
@@ -27,7 +27,7 @@ def read_weight(module: Any) -> torch.Tensor | None:
     weight: Any = module._parameters.get("weight", getattr(module, "weight", None))
     if type(weight) in (nn.Parameter, torch.Tensor):
         return read_parameter(module, "weight") if weight.is_floating_point() else None
-    return local_rows(module, weight)
+    return part_of_process(module)
 
 
 def weight_to_fold(module: Any, patched: Any, dtype: torch.dtype) -> Materialised:

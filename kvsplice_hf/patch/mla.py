@@ -21,6 +21,7 @@ from kvsplice_hf.patch.latents import attend_latents
 from kvsplice_hf.upstream import require_latent_cache
 from kvsplice_hf.weights.linear import linear_map
 from kvsplice_hf.weights.offload import execution_device
+from kvsplice_hf.weights.sharding import head_share
 
 
 _SIZE_ATTRIBUTES = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "layer_idx")
@@ -38,6 +39,8 @@ def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> Atten
     rope_dim, nope_dim, v_dim = module.qk_rope_head_dim, module.qk_nope_head_dim, module.v_head_dim
     indexer = getattr(module, "indexer", None)
     stores = getattr(module, "kv_a_proj_with_mqa", True) is not None
+    heads = getattr(module, "num_heads", None) or module.config.num_attention_heads
+    share = head_share(module.kv_b_proj)
     return AttentionSite(
         name=name,
         module=module,
@@ -46,11 +49,12 @@ def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> Atten
         qk_rope_head_dim=rope_dim,
         qk_nope_head_dim=nope_dim,
         v_head_dim=v_dim,
-        num_heads=getattr(module, "num_heads", None) or module.config.num_attention_heads,
+        num_heads=heads if share is None else share.of(heads, "heads", name),
         sliding_window=getattr(module, "sliding_window", None),
         indexer_head_dim=int(getattr(indexer, "head_dim", 0)),
         dtype=_latent_dtype(module),
         device=execution_device(module.kv_b_proj),
+        share=share,
         source=None if stores else _latent_source(name, module, earlier),
     )
 
@@ -87,6 +91,8 @@ def _geometry(site: AttentionSite, splice: LearnedKVSplice, exact_tokens: int) -
 @torch.no_grad()
 def effective_weight(site: AttentionSite, device: torch.device | None = None) -> torch.Tensor:
     """What `kv_b_proj` multiplies by, [H * (N + V), R], whether packed, adapted, offloaded or plain.
+
+    Of a layer that is divided among processes, that of all heads: all of them have to call this.
 
     Raises:
         ConfigError: the weights are not loaded or not finite.

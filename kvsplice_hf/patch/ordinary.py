@@ -23,6 +23,7 @@ from kvsplice_hf.patch.families import AttentionSite, Family
 from kvsplice_hf.patch.heads import attend_heads
 from kvsplice_hf.upstream import caches_keys_and_values
 from kvsplice_hf.weights.offload import execution_device
+from kvsplice_hf.weights.sharding import head_share
 
 
 def _looks_ordinary(module: nn.Module) -> bool:
@@ -58,6 +59,9 @@ def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> Atten
     key_width, value_width = (_out_features(getattr(module, part, None)) for part in ("k_proj", "v_proj"))
     kv_heads = key_width // width if key_width else _heads_handed_over(module, heads)
     value_dim = value_width // kv_heads if value_width else width
+    share = head_share(_projection(module))
+    if share is not None:
+        heads, kv_heads = share.of(heads, "query heads", name), share.of(kv_heads, "key heads", name)
     return AttentionSite(
         name=name,
         module=module,
@@ -73,6 +77,7 @@ def _describe(name: str, module: Any, earlier: Sequence[AttentionSite]) -> Atten
         kv_heads=kv_heads,
         chunked=_is_chunked(module),
         device=execution_device(_projection(module)),
+        share=share,
     )
 
 

@@ -9,6 +9,7 @@ from kvsplice_hf.patch.families import AttentionSite, Family
 from kvsplice_hf.patch.mla import MLA
 from kvsplice_hf.patch.ordinary import ORDINARY
 from kvsplice_hf.upstream import INSTALLED, MIN_TRANSFORMERS, MIN_TRANSFORMERS_DSA, names_used
+from kvsplice_hf.weights.sharding import require_known_sharding
 
 
 # In the order in which they are asked. To add a family is to add it here.
@@ -38,7 +39,9 @@ def find_sites(model: nn.Module, layer_pattern: str | None = None) -> list[Atten
         NotMLAError: there is no site (the message lists the attention classes seen), the pattern names no module, two
             sites claim one cache layer, or the model runs on remote code.
         TransformersTooOldError: the module caches expanded keys and values in the installed release.
+        UnsupportedError: the model is divided among processes in a way that leaves a process without what it needs.
     """
+    require_known_sharding(model.modules())
     prefix, root = _resolve_root(model, layer_pattern)
     found: list[tuple[str, Any]] = [
         (f"{prefix}{name}", module) for name, module in root.named_modules() if family_of(module) is not None

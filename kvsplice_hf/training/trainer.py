@@ -19,7 +19,7 @@ from transformers.trainer import SCHEDULER_NAME
 from kvsplice_hf import folders
 from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
 from kvsplice_hf.code.files import CONFIG_NAME, WEIGHTS_NAME
-from kvsplice_hf.errors import ConfigError, TrainingError
+from kvsplice_hf.errors import ConfigError, TrainingError, UnsupportedError
 from kvsplice_hf.manage.loading import load_kvsplice
 from kvsplice_hf.patch.saving import save_kvsplice
 from kvsplice_hf.patch.state import find_patch, patched_sites, splice_disabled
@@ -111,6 +111,7 @@ class KVSpliceTrainer(Trainer):
     Raises:
         PatchStateError: the model is not patched.
         CalibrationError: `calibration` cannot be read, or is of another model.
+        UnsupportedError: tensor, context or sequence parallelism.
         TrainingError: parameters of the base model are trainable, or none of the splice; adapters are trainable and
             could not be saved; `calibration` is given for a splice that it does not fit; while training: a loss that is
             not finite, or a batch without `input_ids`.
@@ -136,8 +137,10 @@ class KVSpliceTrainer(Trainer):
         config = find_patch(model)[1].config
         require_only_splice(model)
         require_saveable(model, is_spread=bool(args.fsdp))
+        _require_no_tensor_parallelism(model)
         self._calibrated = None if calibration is None else CalibratedSteps(model, _read(calibration, model), config)
         super().__init__(model, args, *rest, **kwargs)
+        _require_whole_sequences(self.accelerator)
         # The loss is a mean over each batch, so that accumulation has to divide it.
         self.loss_is_scaled_for_ga = False
         self.add_callback(HistogramCallback(self.callback_handler.callbacks))
@@ -280,6 +283,25 @@ class _PushedCheckpoint(TrainerCallback):
             return
         for name in (WEIGHTS_NAME, CONFIG_NAME, ARGUMENTS_NAME):
             folders.write_bytes(Path(args.output_dir) / name, (self.folder / name).read_bytes())
+
+
+def _require_no_tensor_parallelism(model: nn.Module) -> None:
+    shared = next((site.name for site, _ in patched_sites(model) if site.share is not None), None)
+    if shared is not None:
+        raise UnsupportedError(
+            f"The heads of {shared} are divided among processes by tensor parallelism, of which the Trainer gives each "
+            "its own batches and saves one. Train with FSDP or in one process per whole model, or in a loop of your "
+            "own that gives all processes the same batches."
+        )
+
+
+def _require_whole_sequences(accelerator: Any) -> None:
+    settings = getattr(accelerator, "parallelism_config", None)
+    if settings is not None and (getattr(settings, "cp_enabled", False) or getattr(settings, "sp_enabled", False)):
+        raise UnsupportedError(
+            "Context and sequence parallelism (cp_size, sp_size) give each process a part of each sequence, and a "
+            "patched model has to see where a sequence begins, whose first tokens it keeps exactly. Leave both off."
+        )
 
 
 def _read(calibration: KVSpliceCalibrator | str | Path, model: PreTrainedModel) -> KVSpliceCalibrator:

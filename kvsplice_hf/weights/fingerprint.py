@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from kvsplice_hf.weights.changes import plain_parts
 from kvsplice_hf.weights.offload import persistent_names, read_parameter
+from kvsplice_hf.weights.sharding import is_distributed_tensor, whole
 
 
 def decoder_around(model: nn.Module, module: nn.Module) -> nn.Module:
@@ -32,7 +33,9 @@ def modules_of_splices(model: nn.Module) -> list[nn.Module]:
     return [part for splice in splices for part in splice.modules()]
 
 
-def digest(model: nn.Module, left_out: Iterable[nn.Module] = (), *, needs_all: bool = False) -> str:
+def digest(
+    model: nn.Module, left_out: Iterable[nn.Module] = (), *, needs_all: bool = False, gathers: bool = True
+) -> str:
     """Of the weights of all modules but those left out, of numbers rounded to bf16; empty where there are none.
 
     The dtype in which a model was loaded makes no difference then, but for float16 and packed weights. Weights that
@@ -41,14 +44,15 @@ def digest(model: nn.Module, left_out: Iterable[nn.Module] = (), *, needs_all: b
     Args:
         model: whose weights.
         left_out: modules whose own weights do not count.
-        needs_all: give nothing where weights are nowhere (meta device) or spread over processes; otherwise the sizes
-            of the first count, and this process's part of the others.
+        needs_all: give nothing where weights are nowhere (meta device); otherwise their sizes count.
+        gathers: count all of a weight that is spread over processes, for which every process has to call this;
+            otherwise give nothing where there is one.
     """
     without, content, seen = {id(module) for module in left_out}, hashlib.sha256(), False
     for _, module, name in persistent_names(model):
         if id(module) in without:
             continue
-        part = _content(module, name, needs_all)
+        part = _content(module, name, needs_all, gathers)
         if part is None:
             return ""
         content.update(part)
@@ -57,17 +61,17 @@ def digest(model: nn.Module, left_out: Iterable[nn.Module] = (), *, needs_all: b
 
 
 @torch.no_grad()
-def _content(module: nn.Module, name: str, needs_all: bool) -> bytes | None:
+def _content(module: nn.Module, name: str, needs_all: bool, gathers: bool) -> bytes | None:
     held: Any = module._parameters.get(name)
     held = module._buffers[name] if held is None else held
-    if needs_all and hasattr(held, "to_local"):
+    if not gathers and is_distributed_tensor(held):
         return None
     sizes = json.dumps([name, list(held.shape)]).encode()
     try:
         tensor: Any = read_parameter(module, name)
     except ValueError:  # a `ConfigError`: it is nowhere
         return None if needs_all else sizes
-    tensor = _as_saved(module, name, tensor)
+    tensor = whole(tensor) if is_distributed_tensor(tensor) else _as_saved(module, name, tensor)
     sizes = json.dumps([name, list(tensor.shape)]).encode()
     return sizes + b"".join(_bytes_of(part) for part in plain_parts(tensor))
 

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from kvsplice_hf.weights.offload import execution_device
+from kvsplice_hf.weights.processes import gathered
+from kvsplice_hf.weights.sharding import head_share, is_distributed_tensor, whole
 
 
 class Probed(NamedTuple):
@@ -43,8 +45,15 @@ def probe(module: nn.Module, size: int, dtype: torch.dtype, device: torch.device
 
 @torch.no_grad()
 def linear_map(module: nn.Module, size: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-    """What a linear layer multiplies by, [out, size], by asking it; arguments as of `probe`."""
-    return probe(module, size, dtype, device).weight
+    """What a linear layer multiplies by, [out, size], by asking it; arguments as of `probe`.
+
+    Of a layer that is divided among processes, all of it: all of them have to call this.
+    """
+    held = getattr(module, "weight", None)
+    if type(module).forward is nn.Linear.forward and held is not None and is_distributed_tensor(held):
+        return whole(held).to(execution_device(module) if device is None else device)
+    answer, share = probe(module, size, dtype, device).weight, head_share(module)
+    return answer if share is None else torch.cat(gathered(answer, share.mesh.get_group()))
 
 
 def input_dtype(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
