@@ -219,6 +219,31 @@ def test_a_saved_splice_gives_the_same_logits_where_it_is_loaded(name: str, tmp_
     )
 
 
+def test_keys_of_latents_that_are_rotated_along_three_axes_are_turned_back_and_forth() -> None:
+    """An image of two rows of three parts: its time stands still while height and width go on."""
+    name = "hy_v4_vl"
+    stock, model = build_with_images(name), packed(name)
+    ids = prompt(1, 20)
+    ids[:, 2:8] = placeholder_of(name)
+    places = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": (ids == placeholder_of(name)).int()}
+    pixels = torch.randn(16, 3 * 16 * 16, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    rotary = stock.model.language_model.rotary_emb
+    rotary.register_forward_pre_hook(lambda _, __, given: seen.append(given["position_ids"]), with_kwargs=True)
+    with torch.no_grad():
+        expected = stock(input_ids=ids, pixel_values=pixels, **places, use_cache=False).logits
+        without = model(input_ids=ids, pixel_values=pixels, **places, use_cache=False).logits
+        places["mm_token_type_ids"] = places["mm_token_type_ids"][:, :PROMPT]
+        output = model(input_ids=ids[:, :PROMPT], pixel_values=pixels, **places, use_cache=True)
+        cache, logits = cache_of(output), [output.logits]
+        for place in range(PROMPT, 20):
+            logits.append(model(ids[:, place : place + 1], use_cache=True, **cache_argument(cache)).logits)
+    time, height, width = seen[0][-3:, 0, 2:8].tolist()
+    assert (len(set(time)), len(set(height)), len(set(width))) == (1, 2, 3)
+    loss = rms(without - expected)
+    assert 0 < rms(torch.cat(logits, dim=1) - without) + 1e-9 < 0.02 * loss
+
+
 def test_every_model_of_images_on_latents_of_the_installed_transformers_is_among_these() -> None:
     """Found by their default settings: those whose text part has a rank of latents."""
     found = set()

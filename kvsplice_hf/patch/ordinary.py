@@ -25,8 +25,9 @@ from kvsplice_hf.upstream import caches_keys_and_values, forward_parameters
 from kvsplice_hf.weights.offload import execution_device
 
 
-# What attention modules call another sequence whose keys and values they read: that of an image, say.
-_OTHER_SEQUENCES = ("context", "cross_attention_states", "encoder_hidden_states", "key_value_states")
+# What attention modules call another sequence whose keys and values they read: that of an image, say. Modules that may
+# read one (`key_value_states`) belong to encoder-decoder models, which are refused by name.
+_OTHER_SEQUENCES = ("context", "cross_attention_states", "encoder_hidden_states")
 
 
 def _looks_ordinary(module: nn.Module) -> bool:
