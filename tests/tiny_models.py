@@ -346,7 +346,7 @@ TINY_MODELS: dict[str, TinyModel] = {model.name: model for model in sorted(_MODE
 
 
 @torch.no_grad()
-def _sharpen(model: PreTrainedModel) -> None:
+def sharpen(model: PreTrainedModel) -> None:
     """Redraw the attention weights (and those that carry their effect to the logits) so that attention is selective.
 
     Attention sinks and position-dependent query scales start at values that do nothing; they are redrawn as well.
@@ -375,7 +375,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, spec.causal_lm)(config)
-        _sharpen(model)
+        sharpen(model)
     return model.to(dtype).eval()
 
 

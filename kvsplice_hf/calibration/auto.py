@@ -24,6 +24,7 @@ from kvsplice_hf.calibration.data import WINDOW, as_batches
 from kvsplice_hf.calibration.fingerprint import tokenizer_fingerprint
 from kvsplice_hf.calibration.sampling import sample_from_model
 from kvsplice_hf.errors import CalibrationError, UnsupportedError
+from kvsplice_hf.text import tokenizer_of
 from kvsplice_hf.version import __version__
 from kvsplice_hf.weights.processes import gathered
 
@@ -43,9 +44,13 @@ def auto_calibrate(
     Args:
         model: the model to calibrate.
         calibrator: of that model, with no token seen yet.
-        tokenizer: of the model, or None.
+        tokenizer: of the model, a processor that has one, or None.
         sample: makes the model's own text.
+
+    Raises:
+        ConfigError: a tokenizer was given that is none, and has none.
     """
+    tokenizer = None if tokenizer is None else tokenizer_of(tokenizer)
     name = f"{_key(calibrator, tokenizer)}.safetensors"
     path, reason = _place(name)
     kept = None if path is None else _read_kept(calibrator, path)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from kvsplice_hf.cache.turns import SLOT_DTYPE
 from kvsplice_hf.calibration.allocate import Distortion, allocate, measure_distortion, smallest_row
-from kvsplice_hf.calibration.collect import METRICS, Batch, Collector, usable_metric
+from kvsplice_hf.calibration.collect import METRICS, Batch, Collector, has_images, usable_metric
 from kvsplice_hf.calibration.data import as_batches, share_of_process
 from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model
 from kvsplice_hf.calibration.fit import LayerFit, fit_codec, fit_rank, fit_widths
@@ -55,6 +55,8 @@ class KVSpliceCalibrator:
             quantised model, another one is taken instead of "fisher", with a warning.
         layer_pattern, sink_tokens: see `KVSpliceConfig`.
         seed: of the sampled labels and rows.
+        count_images: whether tokens that stand for parts of images, videos or sound are counted. Where they are not,
+            the model reads them all the same, and codes are fitted to text alone.
 
     Raises:
         NotMLAError: the model has no layer that can be patched.
@@ -74,13 +76,14 @@ class KVSpliceCalibrator:
         layer_pattern: str | None = None,
         sink_tokens: int = 4,
         seed: int = 0,
+        count_images: bool = True,
     ) -> None:
         if metric not in METRICS:
             raise ConfigError(f"`metric` is {metric!r}; it must be one of {', '.join(map(repr, METRICS))}.")
         metric = usable_metric(model, metric, layer_pattern)
         self.metric, self.layer_pattern = metric, layer_pattern
         self.sink_tokens: int | None = sink_tokens
-        self._collector: Collector | None = Collector(model, metric, layer_pattern, sink_tokens, seed)
+        self._collector: Collector | None = Collector(model, metric, layer_pattern, sink_tokens, seed, count_images)
         self.statistics: Statistics = self._collector.statistics
         self._fingerprint = ""
         # Sequences that nothing is fitted to.
@@ -121,7 +124,7 @@ class KVSpliceCalibrator:
             raise CalibrationError("These statistics were loaded from a file; collecting more needs a new calibrator.")
         window = min(window, self._collector.max_positions or window)
         with failing_together():  # all take part below
-            batches = as_batches(data, tokenizer, max_tokens, window)
+            batches = as_batches(data, tokenizer, max_tokens, window, self._collector.media)
         self.collect_batches(batches, progress, holdout)
         return self
 
@@ -161,11 +164,16 @@ class KVSpliceCalibrator:
         return int(max(float(layer.count) for layer in self.statistics.values()))
 
     def save(self, path: str | Path) -> None:
-        """Write the statistics as safetensors."""
+        """Write the statistics as safetensors.
+
+        Sequences that were held out are kept as token ids, those with images not at all.
+        """
         note = {"metric": self.metric, "fingerprint": self.fingerprint}
         if self.sink_tokens is not None:
             note["sink_tokens"] = str(self.sink_tokens)
-        save_statistics(self.statistics, path, note, [batch["input_ids"] for batch in self.holdout])
+        save_statistics(
+            self.statistics, path, note, [batch["input_ids"] for batch in self.holdout if not has_images(batch)]
+        )
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Self:
@@ -350,10 +358,12 @@ def calibrate(
     max_tokens: int = 16_384,
     window: int = 512,
     holdout: int | None = None,
+    count_images: bool = True,
 ) -> KVSpliceCalibrator:
     """Run an unpatched model over `data`, and remember what fitting a splice of any budget needs.
 
-    In short for `KVSpliceCalibrator(model, metric=metric).collect(data, ...)`, where the arguments are described.
+    In short for `KVSpliceCalibrator(model, metric=metric, count_images=count_images).collect(data, ...)`, where the
+    arguments are described.
 
     Raises:
         NotMLAError: the model has no layer that can be patched.
@@ -364,7 +374,7 @@ def calibrate(
         >>> statistics = calibrate(model, texts, tokenizer=tokenizer)
         >>> patch_model_with_kvsplice(model, bytes_per_token=193, calibration=statistics)
     """
-    calibrator = KVSpliceCalibrator(model, metric=metric)
+    calibrator = KVSpliceCalibrator(model, metric=metric, count_images=count_images)
     return calibrator.collect(data, tokenizer=tokenizer, max_tokens=max_tokens, window=window, holdout=holdout)
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from kvsplice_hf import upstream
 from kvsplice_hf.cache.exact import exact_in_full_sequence
 from kvsplice_hf.calibration.gradients import gradients_of_packed
+from kvsplice_hf.calibration.media import OF_TEXT, Media
 from kvsplice_hf.calibration.readers import ReaderRecorder
 from kvsplice_hf.calibration.statistics import LayerStatistics, Statistics
 from kvsplice_hf.code.keys import angle_columns, one_rotation, turns_of
@@ -42,8 +43,13 @@ logger = logging.getLogger(__name__)
 METRICS = ("fisher", "readers", "pca")
 _GOLDEN_RATIO = 0.6180339887498949
 
-# `input_ids` [B, T], with `attention_mask` [B, T] where sequences are padded.
+# `input_ids` [B, T], with `attention_mask` [B, T] where sequences are padded, and what belongs to their images.
 Batch = dict[str, torch.Tensor]
+
+
+def has_images(batch: Batch) -> bool:
+    """Whether a batch holds more than text: images, videos or sound."""
+    return not OF_TEXT.issuperset(batch)
 
 
 class Collector:
@@ -55,11 +61,21 @@ class Collector:
         layer_pattern: see `KVSpliceConfig`.
         sink_tokens: K; the first real tokens of a sequence, stored exactly later on, are left out.
         seed: of the sampled labels and rows.
+        count_images: whether tokens that stand for parts of images count as well.
     """
 
-    def __init__(self, model: nn.Module, metric: str, layer_pattern: str | None, sink_tokens: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        metric: str,
+        layer_pattern: str | None,
+        sink_tokens: int,
+        seed: int,
+        count_images: bool = True,
+    ) -> None:
         decompress(model)
-        self.model, self.metric, self.sink_tokens = model, metric, sink_tokens
+        self.model, self.metric, self.sink_tokens, self.count_images = model, metric, sink_tokens, count_images
+        self.media = Media.of(model)
         self.sites = [site for site in find_sites(model, layer_pattern) if site.stores_latent]
         ordinary = next((site for site in self.sites if site.kv_heads), None)
         if metric == "readers" and ordinary is not None:
@@ -100,12 +116,15 @@ class Collector:
         require_runnable(self.model, self.metric)
         vocabulary = getattr(self.model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
         for batch in batches:
-            _require_known(batch["input_ids"], vocabulary)
+            ids = batch["input_ids"]
+            _require_known(ids[~self.media.places(ids)], vocabulary)  # placeholders need no embedding
         device = input_device(self.model)
         with _prepared(self.model, self.metric == "fisher"), self._recording():
             for index, batch in enumerate(tqdm(batches, desc="calibrating", file=sys.stderr, disable=not progress)):
                 batch = {name: _usable(tensor, device) for name, tensor in batch.items()}
-                self._run_batch(batch | {"position_ids": self._positions(batch, index)})
+                if not has_images(batch):  # some models give images positions along three axes: theirs are taken
+                    batch["position_ids"] = self._positions(batch, index)
+                self._run_batch(batch)
 
     def _positions(self, batch: Batch, index: int) -> torch.Tensor:
         """Positions [B, T], the sequences spread over the whole context.
@@ -130,6 +149,8 @@ class Collector:
         sinks = exact_in_full_sequence(mask, ids.shape[1], self.sink_tokens, ids.device)
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         self._counted = (real & ~sinks).expand(ids.shape)
+        if not self.count_images:
+            self._counted = self._counted & ~self.media.places(ids)
         if self.metric != "fisher":
             with torch.no_grad():
                 # Nothing needs the predictions.
@@ -137,7 +158,8 @@ class Collector:
             return
         with torch.enable_grad():
             logits = self.model(**batch, use_cache=False).logits
-            logits = logits[real.to(logits.device)]  # [tokens, vocabulary]
+            predicted = real & self.media.predicted(ids)
+            logits = logits[predicted.to(logits.device)]  # [tokens, vocabulary]
             if not torch.isfinite(logits.detach()).all():
                 raise CalibrationError(
                     "The model's predictions on the calibration text are not finite. Load it in bfloat16 or float32."
@@ -297,7 +319,9 @@ def usable_metric(model: Any, metric: str, layer_pattern: str | None = None) -> 
 
 
 def _require_known(ids: torch.Tensor, vocabulary: int | None) -> None:
-    """Refuse token ids that the embeddings lack: on a GPU the look-up would end the process."""
+    """Refuse token ids [tokens] that the embeddings lack: on a GPU the look-up would end the process."""
+    if not ids.numel():
+        return
     lowest, highest = (int(end) for end in ids.aminmax())
     if lowest < 0 or (vocabulary is not None and highest >= vocabulary):
         raise CalibrationError(

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from textwrap import shorten
 from typing import Any
 
-from kvsplice_hf.calibration.collect import Batch
+from kvsplice_hf.calibration.collect import Batch, has_images
 from kvsplice_hf.calibration.items import ACCEPTED
-from kvsplice_hf.calibration.pieces import PieceReader, tokenizer_of
+from kvsplice_hf.calibration.media import Media
+from kvsplice_hf.calibration.pieces import PieceReader
 from kvsplice_hf.calibration.tokens import FEWEST_TOKENS
 from kvsplice_hf.errors import CalibrationError, ConfigError
-from kvsplice_hf.text import SOURCES, cut_windows, spread_evenly, token_ids
+from kvsplice_hf.text import SOURCES, cut_windows, spread_evenly, token_ids, tokenizer_of
 
 
 WINDOW = 512
+_TEXT = Media()
 
 
-def as_batches(data: Any, tokenizer: Any, max_tokens: int, window: int = WINDOW) -> list[Batch]:
+def as_batches(data: Any, tokenizer: Any, max_tokens: int, window: int = WINDOW, media: Media = _TEXT) -> list[Batch]:
     """About `max_tokens` tokens of `data`, at most, as batches.
 
     Args:
@@ -32,15 +34,17 @@ def as_batches(data: Any, tokenizer: Any, max_tokens: int, window: int = WINDOW)
         max_tokens: texts are cut into windows, and those taken are spread evenly over them; so are the rows of a batch
             that has more, and token sequences that are longer.
         window: tokens per sequence of texts.
+        media: what the model takes beside text; mappings of tokens may hold it as well (what a processor returns).
 
     Raises:
-        CalibrationError: the data cannot be read as any of these, or hold too few tokens.
+        CalibrationError: the data cannot be read as any of these, or hold too few tokens; placeholders of images come
+            without images, or a batch with images is larger than `max_tokens`.
         ConfigError: a tokenizer is needed and there is none, or no file is where a path leads.
     """
     texts: list[str] = []
     batches: list[Batch] = []
     rows = total = 0
-    for piece in PieceReader(tokenizer, max_tokens).pieces_of_all(data):
+    for piece in PieceReader(tokenizer, max_tokens, media).pieces_of_all(data):
         rows += 1
         if isinstance(piece, str):
             texts.append(piece)
@@ -52,11 +56,11 @@ def as_batches(data: Any, tokenizer: Any, max_tokens: int, window: int = WINDOW)
     if texts and batches:
         raise CalibrationError("The calibration data hold both texts and token ids. Give one of the two.")
     if batches:
-        return [part for batch in batches for part in _within(batch, max_tokens, window)]
+        return [part for batch in map(media.checked, batches) for part in _within(batch, max_tokens, window)]
     if not texts:
         found = f": of {rows} rows none holds a text, or two tokens" if rows else ""
         raise CalibrationError(f"The calibration data are empty{found}. Give {ACCEPTED}.")
-    return _text_batches(texts, tokenizer_of(tokenizer), max_tokens, window)
+    return [media.checked(batch) for batch in _text_batches(texts, tokenizer_of(tokenizer), max_tokens, window)]
 
 
 def share_of_process(batches: Sequence[Batch], rank: int, world_size: int) -> list[Batch]:
@@ -69,6 +73,11 @@ def _within(batch: Batch, max_tokens: int, window: int) -> list[Batch]:
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if ids.numel() <= max_tokens:
         return [batch]
+    if has_images(batch):  # which of its tensors belong to which row only the model knows
+        raise CalibrationError(
+            f"A calibration batch with images has {ids.numel()} tokens, more than `max_tokens` = {max_tokens}, and "
+            "cannot be cut. Give batches of fewer sequences, or a higher `max_tokens`."
+        )
     if ids.shape[1] <= max_tokens:
         return [{name: spread_evenly(tensor, max_tokens // ids.shape[1]) for name, tensor in batch.items()}]
     real = ids.flatten() if mask is None else ids[mask.bool()]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from kvsplice_hf.calibration.collect import Batch
+from kvsplice_hf.calibration.media import Media
 from kvsplice_hf.errors import CalibrationError
 from kvsplice_hf.weights.offload import input_device
 
@@ -38,7 +39,10 @@ def split_holdout(batches: Sequence[Batch], count: int | None = None) -> tuple[l
 
 @torch.no_grad()
 def log_probabilities(model: Any, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """Of the next token at every real place of each batch, float32 [tokens, vocabulary] on the CPU."""
+    """Of the next token at every real place of each batch, float32 [tokens, vocabulary] on the CPU.
+
+    Places where a part of an image follows are left out: nobody asks for what the model would write there.
+    """
     training = model.training
     model.eval()
     try:
@@ -51,7 +55,8 @@ def _of_batch(model: Any, batch: Batch) -> torch.Tensor:
     device = input_device(model)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-    return model(**batch, use_cache=False).logits[mask.bool()].float().log_softmax(-1).cpu()
+    predicted = mask.bool() & Media.of(model).predicted(batch["input_ids"])
+    return model(**batch, use_cache=False).logits[predicted].float().log_softmax(-1).cpu()
 
 
 def divergence(stock: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from kvsplice_hf.calibration.items import (
     CHAT_KEYS,
@@ -33,31 +32,13 @@ from kvsplice_hf.calibration.items import (
     turn_of,
     unreadable,
 )
-from kvsplice_hf.calibration.tokens import Piece, one_sequence, token_pieces
+from kvsplice_hf.calibration.media import Media
+from kvsplice_hf.calibration.tokens import Piece, one_sequence, token_pieces, with_images
 from kvsplice_hf.errors import CalibrationError, ConfigError
-from kvsplice_hf.text import HUB_SETS, SOURCES, load_texts, looks_like_path
+from kvsplice_hf.text import HUB_SETS, SOURCES, load_texts, looks_like_path, tokenizer_of
 
 
 _SAVED_DATA_SET = ("dataset_info.json", "dataset_dict.json")
-
-
-def tokenizer_of(given: Any) -> Any:
-    """The tokenizer itself: what was given, or what is in it if that is a processor.
-
-    Raises:
-        ConfigError: there is none, or it is something else.
-    """
-    if given is None:
-        raise ConfigError("Calibration on text needs its `tokenizer`. Pass it, or pass token ids [B, T].")
-    is_processor = not hasattr(given, "convert_tokens_to_ids") and hasattr(given, "tokenizer")
-    tokenizer = given.tokenizer if is_processor else given
-    if callable(tokenizer) and not isinstance(tokenizer, (nn.Module, type)):
-        return tokenizer
-    name = f"the str {given!r}" if isinstance(given, str) else f"a {type(given).__name__}"
-    raise ConfigError(
-        f"`tokenizer` is {name}; it must be a tokenizer of transformers, or a processor that has one. Load it with "
-        "AutoTokenizer.from_pretrained(...)."
-    )
 
 
 class PieceReader:
@@ -68,10 +49,11 @@ class PieceReader:
     Args:
         tokenizer: as given to `as_batches`.
         max_tokens: streams are read until they surely hold as many.
+        media: what the model takes beside text.
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
-        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+    def __init__(self, tokenizer: Any, max_tokens: int, media: Media) -> None:
+        self.tokenizer, self.max_tokens, self.media = tokenizer, max_tokens, media
 
     def pieces_of_all(self, data: Any) -> Iterator[Piece]:
         """The pieces of all the data. Here alone a str may be a name, and a list of numbers is a sequence of tokens."""
@@ -134,7 +116,7 @@ class PieceReader:
         if are_splits(row):
             return self._pieces(one_split(row), inside)
         if "input_ids" in row:
-            return token_pieces(row["input_ids"], row.get("attention_mask"))
+            return with_images(token_pieces(row["input_ids"], row.get("attention_mask")), self.media.of_row(row), row)
         if is_message(row):
             return self._text(content_of(row))
         key = next((key for key in (*TEXT_KEYS, *CHAT_KEYS) if key in row), None)

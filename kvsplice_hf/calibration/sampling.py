@@ -9,6 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvsplice_hf.calibration.collect import Batch
 from kvsplice_hf.calibration.data import WINDOW
+from kvsplice_hf.calibration.media import Media
 from kvsplice_hf.weights.offload import input_device
 
 
@@ -40,13 +41,16 @@ def sample_from_model(model: Any, max_tokens: int, window: int = WINDOW, seed: i
     count = max(1, max_tokens // window)
     device = input_device(model)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    placeholders = [token for token in Media.of(model).placeholders if token < vocabulary]  # no image comes with them
+    known = torch.tensor(sorted(set(range(vocabulary)) - set(placeholders)), dtype=torch.int64, device=device)
     batches: list[Batch] = []
     devices = [device] if device.type == "cuda" else []
     bar = tqdm(total=count * window, desc="sampling text", unit=" tokens", file=sys.stderr)
     with bar, torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
         for start in range(0, count, _SAMPLE_BATCH):
-            first = torch.randint(vocabulary, (min(_SAMPLE_BATCH, count - start), 1), dtype=torch.int64, device=device)
+            size = (min(_SAMPLE_BATCH, count - start), 1)
+            first = known[torch.randint(len(known), size, dtype=torch.int64, device=device)]
             ids = model.generate(
                 first,
                 attention_mask=torch.ones_like(first),
@@ -58,6 +62,7 @@ def sample_from_model(model: Any, max_tokens: int, window: int = WINDOW, seed: i
                 min_new_tokens=window - 1,
                 max_new_tokens=window - 1,
                 pad_token_id=0,
+                suppress_tokens=placeholders or None,
                 streamer=_Progress(bar),
             )
             batches.extend({"input_ids": row[None].cpu()} for row in ids)

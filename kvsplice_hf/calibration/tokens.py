@@ -3,7 +3,7 @@
 Legend: `B` batch, `T` tokens.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Number
 from typing import Any
 
@@ -53,6 +53,36 @@ def token_pieces(ids: Any, mask: Any = None) -> Iterator[Piece]:
         raise CalibrationError(
             f"`input_ids` hold a {type(ids).__name__}; they must be token ids: a tensor, an array or lists of integers."
         )
+
+
+def with_images(pieces: Iterator[Piece], images: Batch, row: Mapping[str, Any]) -> Iterator[Piece]:
+    """The token batch of a mapping with the tensors of its images.
+
+    Args:
+        pieces: what was read of its token ids.
+        images: the tensors; where there are none, the pieces go through.
+        row: the mapping.
+
+    Raises:
+        CalibrationError: the token ids are no one batch, so that nobody can tell which images belong to which.
+    """
+    if not images:
+        yield from pieces
+        return
+    found = list(pieces)
+    whole = found[0] if len(found) == 1 else None
+    if not isinstance(whole, dict) or whole["input_ids"].numel() != _count(row["input_ids"]):
+        raise CalibrationError(
+            f"Calibration data hold {', '.join(images)} beside token ids that are no batch of sequences of one length, "
+            'each with a real token. Call the processor with padding=True and return_tensors="pt".'
+        )
+    yield {**whole, **images}
+
+
+def _count(ids: Any) -> int:
+    """How many token ids there are, padding and all."""
+    ids = as_plain(ids)
+    return ids.numel() if isinstance(ids, torch.Tensor) else sum(1 for _ in _leaves(ids))
 
 
 def _as_tensor(ids: Sequence[Any]) -> torch.Tensor | None:

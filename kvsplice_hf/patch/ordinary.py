@@ -21,9 +21,14 @@ from kvsplice_hf.errors import NotMLAError
 from kvsplice_hf.patch.alone import computes_alone
 from kvsplice_hf.patch.families import AttentionSite, Family
 from kvsplice_hf.patch.heads import attend_heads
-from kvsplice_hf.upstream import caches_keys_and_values
+from kvsplice_hf.upstream import caches_keys_and_values, forward_parameters
 from kvsplice_hf.weights.offload import execution_device
 from kvsplice_hf.weights.sharding import head_share
+
+
+# What attention modules call another sequence whose keys and values they read: that of an image, say. Modules that may
+# read one (`key_value_states`) belong to encoder-decoder models, which are refused by name.
+_OTHER_SEQUENCES = ("context", "cross_attention_states", "encoder_hidden_states")
 
 
 def _looks_ordinary(module: nn.Module) -> bool:
@@ -31,10 +36,16 @@ def _looks_ordinary(module: nn.Module) -> bool:
         isinstance(getattr(module, "layer_idx", None), int)
         and not callable(getattr(module, "expand_kv", None))
         and not hasattr(module, "kv_b_proj")  # latents in a release or code that does not cache them
-        and not getattr(module, "is_cross_attention", False)
+        and not _is_cross_attention(module)
         and _head_size(module) > 0
         and (caches_keys_and_values(type(module)) or computes_alone(type(module)))
     )
+
+
+def _is_cross_attention(module: Any) -> bool:
+    """Whether a module attends to another sequence: it says so, or its forward takes one and it does not deny it."""
+    said = getattr(module, "is_cross_attention", None)
+    return any(name in _OTHER_SEQUENCES for name in forward_parameters(module)) if said is None else bool(said)
 
 
 def _check(name: str, module: Any) -> None:

@@ -12,6 +12,7 @@ from kvsplice_hf.text.sources import (
     token_ids,
     token_windows,
 )
+from kvsplice_hf.text.tokenizers import tokenizer_of
 
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "stream_hub_texts",
     "token_ids",
     "token_windows",
+    "tokenizer_of",
 ]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.text.tokenizers import tokenizer_of
 
 
 SPLITS = ("calibration", "evaluation")
@@ -228,11 +229,19 @@ def spread_evenly(windows: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
-    """The tokens of the texts, joined by blank lines: int64 [T], on the CPU."""
+    """The tokens of the texts, joined by blank lines: int64 [T], on the CPU.
+
+    Args:
+        tokenizer: of the model, or a processor that has one.
+        texts: any number.
+
+    Raises:
+        ConfigError: it is no tokenizer, and has none.
+    """
     # Without what is no character at all (half a surrogate pair), which tokenizers refuse.
     joined = "\n\n".join(texts).encode(errors="replace").decode()
     # Tensors that the tokenizer makes would be on the default device of the program, whatever that is.
-    ids = tokenizer(joined, verbose=False)["input_ids"]
+    ids = tokenizer_of(tokenizer)(joined, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
