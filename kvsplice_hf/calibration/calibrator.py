@@ -38,7 +38,6 @@ from kvsplice_hf.weights.sharding import is_spread
 
 
 logger = logging.getLogger(__name__)
-
 _Parts = list[PartKey]
 
 # A rank needs more tokens than dimensions for its covariance to have that rank at all; a few times more to be any good.
