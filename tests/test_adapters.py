@@ -21,6 +21,7 @@ from kvsplice_hf import (
     merge_kvsplice,
     patch_model_with_kvsplice,
     unpatch_model,
+    upstream,
 )
 from kvsplice_hf.patch.state import patched_sites
 from kvsplice_hf.upstream import cache_argument, cache_of
@@ -210,9 +211,11 @@ def test_a_dense_weight_is_freed_when_it_is_not_needed(done: str) -> None:
         unpatch_model(model)
         assert not [name for module in model.modules() for name in vars(module) if "kvsplice" in name]
         return
-    if done == "merged and taken off":
-        model = model.merge_and_unload()
-    else:
+    if done == "merged and taken off":  # between two steps: no prompt comes that would look at all of it
+        steps(model, [lambda m: m.base_model.merge_and_unload()])
+        assert [state.materialised.nbytes for state in states] == [0, 0]
+        return
+    if done == "switched off by choice":
         model = adapted("deepseek_v3")
         config = KVSpliceConfig(compression_ratio=1.0, sink_tokens=2, materialise_weights=False)
         states = [state for _, state in patched_sites(patch_model_with_kvsplice(model, config))]
@@ -482,3 +485,21 @@ def test_a_single_number_written_in_place_is_seen_at_the_next_look(name: str) ->
     tensor = layer.steps if name == "steps" else getattr(layer[0], name)
     tensor.view(-1)[37] += 1
     assert not state.holds(layer)
+
+
+@pytest.mark.skipif(upstream.ContinuousBatchingManager is None, reason="the paged cache is of another kind before 5.23")
+def test_continuous_batching_folds_what_generate_folds() -> None:
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    model = patch(adapted("deepseek_v3"), "deepseek_v3", "absorbed")
+    prompt = torch.randint(8, 128, (20,), generator=torch.Generator().manual_seed(2)).tolist()
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(input_ids=torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+    outputs = model.generate_batch(
+        [prompt],
+        generation_config=GenerationConfig(**settings, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=20, page_size=8, max_batch_tokens=64),
+        progress_bar=False,
+    )
+    assert next(iter(outputs.values())).generated_tokens == expected
+    assert materialised_nbytes(model) > 0
