@@ -57,7 +57,7 @@ class Arguments:
         default_factory=lambda: [UNQUANTISED, "bitsandbytes-4bit", "torchao-int8"],
         metadata={"help": f"any of {', '.join((UNQUANTISED, *METHODS))}"},
     )
-    bytes_per_token: float = field(default=193, metadata={"help": "of a row"})
+    bytes_per_token: float = field(default=193, metadata={"help": "of a row; 0: full rank alone, no calibration"})
     calibration_tokens: int = field(default=4096, metadata={"help": "tokens of varied text"})
     prompts: int = field(default=4, metadata={"help": "prompts, a batch"})
     prompt_tokens: int = field(default=128, metadata={"help": "tokens of each"})
@@ -93,6 +93,8 @@ def check(name: str, method: str, args: Arguments) -> dict[str, Any]:
         patch_model_with_kvsplice(model, KVSpliceConfig(compression_ratio=1.0, init="identity"))
         row["exact"], row["decoded_by"] = agreement(stock, write(model, prompts, count)), _path(model)
         unpatch_model(model)
+        if not args.bytes_per_token:
+            return row
     calibrator = KVSpliceCalibrator(model).collect(
         "varied", tokenizer=tokenizer, max_tokens=args.calibration_tokens, holdout=0
     )
@@ -113,6 +115,7 @@ def check(name: str, method: str, args: Arguments) -> dict[str, Any]:
     return row
 
 
+@torch.no_grad()
 def _path(model: PreTrainedModel) -> str:
     return ", ".join(dict.fromkeys(layer.decode for layer in explain(model).layers))
 
