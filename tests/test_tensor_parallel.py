@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from kvsplice_hf import (
 from kvsplice_hf.patch.names import PATCH_ATTRIBUTE
 from kvsplice_hf.patch.state import patched_sites, splice_parts_of
 from kvsplice_hf.training import KVSpliceTrainer, KVSpliceTrainingArguments, freeze_all_but_kvsplice
+from kvsplice_hf.training.trainer import require_whole_sequences
 from kvsplice_hf.upstream import cache_argument, cache_of
 from kvsplice_hf.weights.sharding import require_known_sharding
 
@@ -452,3 +454,12 @@ def test_releases_that_do_not_mark_divided_weights_are_refused() -> None:
     model.model.layers[0].self_attn.k_proj._hf_device_mesh = Mesh()
     with pytest.raises(UnsupportedError, match=r"Install transformers>=5.23"):
         patch_model_with_kvsplice(model, config_of("llama"))
+
+
+@pytest.mark.parametrize("setting", ["cp_enabled", "sp_enabled"])
+def test_the_trainer_refuses_to_see_a_part_of_each_sequence(setting: str) -> None:
+    settings = SimpleNamespace(cp_enabled=False, sp_enabled=False)
+    require_whole_sequences(SimpleNamespace(parallelism_config=settings))
+    setattr(settings, setting, True)
+    with pytest.raises(UnsupportedError, match="Leave both off"):
+        require_whole_sequences(SimpleNamespace(parallelism_config=settings))

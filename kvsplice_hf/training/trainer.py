@@ -140,7 +140,7 @@ class KVSpliceTrainer(Trainer):
         _require_no_tensor_parallelism(model)
         self._calibrated = None if calibration is None else CalibratedSteps(model, _read(calibration, model), config)
         super().__init__(model, args, *rest, **kwargs)
-        _require_whole_sequences(self.accelerator)
+        require_whole_sequences(self.accelerator)
         # The loss is a mean over each batch, so that accumulation has to divide it.
         self.loss_is_scaled_for_ga = False
         self.add_callback(HistogramCallback(self.callback_handler.callbacks))
@@ -295,7 +295,15 @@ def _require_no_tensor_parallelism(model: nn.Module) -> None:
         )
 
 
-def _require_whole_sequences(accelerator: Any) -> None:
+def require_whole_sequences(accelerator: Any) -> None:
+    """Refuse that each process gets a part of each sequence.
+
+    Args:
+        accelerator: of the `Trainer`.
+
+    Raises:
+        UnsupportedError: context or sequence parallelism.
+    """
     settings = getattr(accelerator, "parallelism_config", None)
     if settings is not None and (getattr(settings, "cp_enabled", False) or getattr(settings, "sp_enabled", False)):
         raise UnsupportedError(
