@@ -80,7 +80,7 @@ class SitePatch:
         # A model that was pickled whole may come back in a process that has never patched one.
         register_attention()
         named = state.pop("named", None)
-        vars(self).update(state)
+        vars(self).update({"materialised": MaterialisedWeight(), **state})  # files of 0.3 have none
         if named is not None:  # copied settings do not know what they were copied with
             self.settings._attn_implementation_internal = AttentionName(named)
 
