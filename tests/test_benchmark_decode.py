@@ -19,7 +19,7 @@ from kvsplice_hf.bench import memory_limits
 from kvsplice_hf.bench.bandwidth import weight_bytes
 from kvsplice_hf.bench.filled_caches import Filled, fill, padding_of, rewind, step
 from kvsplice_hf.bench.geometries import GEOMETRIES
-from kvsplice_hf.bench.recipes import RECIPES, apply_recipe, patched_models, random_tokens
+from kvsplice_hf.bench.recipes import RECIPES, apply_recipe, patched_models, random_tokens, runnable_recipes
 from kvsplice_hf.bench.rounds import interleaved
 from kvsplice_hf.errors import ConfigError
 
@@ -29,7 +29,8 @@ SHAPE = ["--geometry", "mini", "--layers", "1"]
 # Hidden sizes that take no time; everything that concerns attention is as published.
 NARROW = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "vocab_size": 4096}
 ORDINARY = [name for name, geometry in GEOMETRIES.items() if geometry.family == "Llama"]
-every_recipe = pytest.mark.parametrize("name", RECIPES)
+RUNNABLE = runnable_recipes()
+every_recipe = pytest.mark.parametrize("name", RUNNABLE)
 
 
 def narrow(name: str, layers: int = 1) -> PreTrainedModel:
@@ -42,7 +43,7 @@ def narrow(name: str, layers: int = 1) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, PreTrainedModel]:
-    return patched_models(narrow("mini"), list(RECIPES))
+    return patched_models(narrow("mini"), RUNNABLE)
 
 
 @pytest.fixture
@@ -77,7 +78,9 @@ def test_every_setting_has_a_row_for_every_recipe(shared: None, tmp_path: Path) 
     settings = ["--contexts", "64", "96", "--batch_sizes", "1", "2", "--recipes", "all", "--padded"]
     report = run_program("measure/decode.py", *quick, *settings, "--output", str(tmp_path))
     rows = report["rows"]
-    assert settings_of(rows) == [(batch, context, name) for batch in (1, 2) for context in (64, 96) for name in RECIPES]
+    assert settings_of(rows) == [
+        (batch, context, name) for batch in (1, 2) for context in (64, 96) for name in RUNNABLE
+    ]
     assert not [row for row in rows if "skipped" in row]
     assert report["bandwidth_gb_s"] > 0
     for row in rows:
@@ -96,7 +99,7 @@ def test_prompts_of_every_length_are_timed_beside_stock(shared: None, tmp_path: 
     settings = ["--contexts", "16", "24", "--batch_sizes", "2", "--recipes", "all", "--padded", "--repeats", "2"]
     report = run_program("measure/prefill.py", *SHAPE, *settings, "--output", str(tmp_path))
     rows = report["rows"]
-    assert settings_of(rows) == [(2, context, name) for context in (16, 24) for name in RECIPES]
+    assert settings_of(rows) == [(2, context, name) for context in (16, 24) for name in RUNNABLE]
     assert all(len(row["prefill_s"]) == len(row["prefill_this_over_stock"]) == 2 for row in rows)
     assert {path.name for path in Path(report["folder"]).iterdir()} == {"report.json", "prefill_time.png"}
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from byte_tokenizer import byte_tokenizer, trained_model
-from tiny_models import TINY_MODELS, build
+from tiny_models import FIRST_ORDINARY_TOKEN, TINY_MODELS, build
 
 from kvsplice_hf import (
     CalibrationError,
@@ -43,7 +43,10 @@ SINKS = 4
 
 def random_tokens(model: Any, count: int = 16, length: int = 16, seed: int = 0) -> torch.Tensor:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    return torch.randint(1, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
+    # Not those that stand for images in some models.
+    return torch.randint(
+        FIRST_ORDINARY_TOKEN, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from kvsplice_hf.bench.command_line import (
     require_known,
 )
 from kvsplice_hf.bench.geometries import GEOMETRIES
-from kvsplice_hf.bench.recipes import RECIPES, STOCK
+from kvsplice_hf.bench.recipes import RECIPES, STOCK, runnable_recipes
 from kvsplice_hf.bench.rounds import paired_ratios
 from kvsplice_hf.errors import ConfigError
 
@@ -58,7 +58,7 @@ class GridArguments:
 
     def __post_init__(self) -> None:
         require_known("recipes", self.recipes, [*RECIPES, _ALL])
-        self.recipes = list(RECIPES) if _ALL in self.recipes else list(dict.fromkeys(self.recipes))
+        self.recipes = runnable_recipes() if _ALL in self.recipes else list(dict.fromkeys(self.recipes))
         parse_dtype(self.dtype)
         for name in ("contexts", "batch_sizes"):
             self.require_at_least(1, name, min(getattr(self, name)))

@@ -1,6 +1,7 @@
 """Recipes: what is done to a model before it is measured, and the cache that it is given."""
 
 import copy
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,14 @@ _WHOLE = 1 << 16
 _CALIBRATION_WINDOW = 512
 # What the calibrator asks for, per dimension of the latent.
 _CALIBRATION_TOKENS_PER_DIMENSION = 4
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be found, by its dotted name."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in is not there
+        return False
 
 
 def _static_cache(config: PreTrainedConfig, length: int) -> Cache:
@@ -53,6 +62,7 @@ class Recipe:
         is_packed: packed codes of a quarter of the stock bytes in bf16; they need calibration.
         keys, key_block, codec: of those, see `KVSpliceConfig`.
         make_cache: from the model's config and the greatest length; each cache layer is spliced when it is used.
+        needs: a module that may not be installed.
     """
 
     config: KVSpliceConfig | None = None
@@ -61,6 +71,12 @@ class Recipe:
     key_block: int | None = None
     codec: str = DEFAULT_CODEC
     make_cache: Callable[[PreTrainedConfig, int], Cache] = _dynamic_cache
+    needs: str | None = None
+
+    @property
+    def can_run(self) -> bool:
+        """Whether what it needs is installed."""
+        return self.needs is None or is_installed(self.needs)
 
     @property
     def is_spliced(self) -> bool:
@@ -76,7 +92,7 @@ RECIPES: Mapping[str, Recipe] = {
     STOCK: Recipe(),
     "stock static": Recipe(make_cache=_static_cache),
     "stock fp8": Recipe(make_cache=_fp8_cache),
-    "stock quanto": Recipe(make_cache=_quanto_cache),
+    "stock quanto": Recipe(make_cache=_quanto_cache, needs="optimum.quanto"),
     "full rank": Recipe(KVSpliceConfig(compression_ratio=1.0, init="identity")),
     "rank R/2": Recipe(KVSpliceConfig(compression_ratio=0.5, init="orthogonal")),
     "packed 4x": Recipe(is_packed=True),
@@ -86,6 +102,11 @@ RECIPES: Mapping[str, Recipe] = {
     "packed 4x, rotated keys": Recipe(is_packed=True, keys="rotated"),
     "packed 4x, as in 0.2": Recipe(is_packed=True, keys="rotated", codec=ROWS_CODEC),
 }
+
+
+def runnable_recipes() -> list[str]:
+    """Those that need nothing that is not installed."""
+    return [name for name, recipe in RECIPES.items() if recipe.can_run]
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -136,9 +136,11 @@ def _distance_from_linear(module: nn.Module, weight: torch.Tensor, dtype: torch.
     Few large numbers and many small ones, of which quantised activations keep little. The largest stays below 6, from
     where some libraries (LLM.int8) compute in full.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     inputs = torch.randn(4, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu") ** 3
-    inputs *= torch.tensor([4.0, 0.5, 2.0, 0.1])[:, None] / inputs.abs().amax(1, keepdim=True)
+    inputs *= torch.tensor([4.0, 0.5, 2.0, 0.1], dtype=torch.float32, device="cpu")[:, None] / inputs.abs().amax(
+        1, keepdim=True
+    )
     inputs = inputs.to(weight.device, dtype)
     with torch.autocast(weight.device.type, enabled=False):
         given = module(inputs)

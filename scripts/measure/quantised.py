@@ -125,7 +125,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     columns = ("exact", "decoded_by", "metric", "packed", "packed_decoded_by", "loaded", "undone")
     table = Table("model", "quantisation", *(column.replace("_", " ") for column in columns))
     for row in rows:
-        table.add_row(row["model"], row["quantisation"], *(str(row.get(column, "")) for column in columns))
+        table.add_row(row["model"], row["quantisation"], *(str(row.get(column, "not measured")) for column in columns))
     return table
 
 

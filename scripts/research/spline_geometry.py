@@ -127,7 +127,7 @@ def table_of(rows: list[Row], texts: list[str]) -> Table:
     """Rows as they come, components alone above those behind a spline."""
     table = Table("geometry", "k", "squared error", "seconds of a fit", *(f"{text}: loss" for text in texts))
     for row in rows:
-        losses = ["-" if row["texts"] is None else loss_text(row["texts"][text]) for text in texts]
+        losses = ["not measured" if row["texts"] is None else loss_text(row["texts"][text]) for text in texts]
         table.add_row(row["name"], str(row["k"]), f"{row['error']:.5f}", number(row["fit_s"]), *losses)
     return table
 
