@@ -269,7 +269,7 @@ def test_without_a_cache_gradients_go_through_pytorch() -> None:
     with_gradient.sum().backward()
     assert values.grad is not None
     assert values.grad.abs().max() > 0
-    assert layer.splices.heads[0].expand.weight.grad is not None
+    assert next(iter(layer.splices)).expand.weight.grad is not None
 
 
 def test_rows_of_other_sizes_are_not_read() -> None:
@@ -352,7 +352,7 @@ def test_a_splice_in_the_place_of_another_is_seen_at_the_next_step() -> None:
     ("change", "reason"),
     [
         (lambda splices: splices.half(), "float16"),
-        (lambda splices: setattr(splices.heads[0], "code_norm", torch.nn.LayerNorm(3)), "normalise"),
+        (lambda splices: setattr(next(iter(splices)), "code_norm", torch.nn.LayerNorm(3)), "normalise"),
         (lambda splices: splices.to("meta"), "meta"),
     ],
     ids=["half precision", "a norm", "meta"],

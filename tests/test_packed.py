@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_contract_models import batch_for, cached_logits, no_cache_logits, rms
-from tiny_models import TINY_MODELS, build
+from tiny_models import FIRST_ORDINARY_TOKEN, TINY_MODELS, build
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
@@ -35,7 +35,8 @@ all_architectures = pytest.mark.parametrize("name", TINY_MODELS)
 def calibrated(model: PreTrainedModel, **settings: Any) -> KVSpliceCalibrator:
     """Calibrated on random tokens, enough for the tiny latents."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    ids = torch.randint(1, vocabulary, (16, 16), generator=torch.Generator().manual_seed(0))
+    # Not those that stand for images in some models.
+    ids = torch.randint(FIRST_ORDINARY_TOKEN, vocabulary, (16, 16), generator=torch.Generator().manual_seed(0))
     return KVSpliceCalibrator(model, sink_tokens=SINKS, **settings).collect(list(ids), progress=False)
 
 
