@@ -62,8 +62,8 @@ def imported(path: Path) -> set[str]:
 
 def test_what_scripts_import_is_the_package_or_asked_for_by_its_extra() -> None:
     distributions = packages_distributions()
-    # tokenizers comes with transformers, triton with the extra `gpu`, lm-eval with `tasks`, and for developers grimp with
-    # import-linter.
+    # tokenizers comes with transformers, triton with the extra `gpu`, lm-eval with `tasks`. For developers grimp comes
+    # with import-linter.
     allowed = declared() | {"kvsplice-hf", "tokenizers", "triton", "lm-eval", "grimp"}
     for path in (*SCRIPTS.rglob("*.py"), *BENCH.rglob("*.py")):
         foreign = imported(path) - set(sys.stdlib_module_names) - {"kvsplice_hf"}
