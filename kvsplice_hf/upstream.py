@@ -75,9 +75,9 @@ BATCHING_METHOD = "init_continuous_batching"
 _PERSISTENT_MANAGER = "_cached_continuous_batching_manager"
 
 # Names under which a module or a model takes the cache, the current one first.
-_CACHE_NAMES = ("cache", "past_key_values", "layer_past")
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 # The one that the installed release uses itself. The other one may be understood, but with a warning.
-CACHE_NAME = next(name for name in _CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
+CACHE_NAME = next(name for name in CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
 # Further keyword arguments of `update` that are known, and known not to change what is to be stored.
 _UPDATE_ARGUMENTS = frozenset({"kwargs"})
 # Keyword arguments of attention functions that change no score.
@@ -201,9 +201,9 @@ def read_forward(
     if needs_attention_by_name and not {"ALL_ATTENTION_FUNCTIONS", "_attn_implementation"} <= set(used):
         raise changed(title, "its forward does not look the attention function up by its name in the config.")
     absent = [needed for needed in ("hidden_states", "attention_mask") if needed not in parameters]
-    caches = [known for known in _CACHE_NAMES if known in parameters]
+    caches = [known for known in CACHE_NAMES if known in parameters]
     if absent or not caches:
-        needed = " and ".join([*absent, *([] if caches else [" or ".join(_CACHE_NAMES)])])
+        needed = " and ".join([*absent, *([] if caches else [" or ".join(CACHE_NAMES)])])
         raise changed(title, f"its forward takes ({', '.join(parameters)}); {needed} is needed among them.")
     return ForwardArguments(parameters, caches[0])
 
@@ -271,13 +271,13 @@ def with_cache(
     arguments: ForwardArguments, cache: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call with another cache, in the place of whatever it has under the names of one."""
-    others = {name: value for name, value in kwargs.items() if name not in _CACHE_NAMES}
+    others = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
     return arguments.replaced(arguments.cache, cache, args, others)
 
 
 def other_cache(arguments: ForwardArguments, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """What a call without a `Cache` has in the place of one, or None."""
-    given = (arguments.get(arguments.cache, args, kwargs), *(kwargs.get(name) for name in _CACHE_NAMES))
+    given = (arguments.get(arguments.cache, args, kwargs), *(kwargs.get(name) for name in CACHE_NAMES))
     return next((value for value in given if value is not None), None)
 
 
@@ -310,10 +310,10 @@ def cache_of(output: Any) -> Any:
         output: a `ModelOutput`, or the tuple of one.
     """
     if isinstance(output, Mapping):
-        return next((output[name] for name in _CACHE_NAMES if name in output), None)
+        return next((output[name] for name in CACHE_NAMES if name in output), None)
     if isinstance(output, tuple):
         return next((value for value in output if isinstance(value, Cache)), None)
-    return next((value for name in _CACHE_NAMES if (value := getattr(output, name, None)) is not None), None)
+    return next((value for name in CACHE_NAMES if (value := getattr(output, name, None)) is not None), None)
 
 
 def given_cache(cache: Any, past_key_values: Any) -> Any:

@@ -22,7 +22,7 @@ from kvsplice_hf.errors import CalibrationError
 OF_TEXT = frozenset(("input_ids", "attention_mask"))
 # What a forward takes that is no image, video or sound, nor tells how one lies in the prompt.
 _NOT_MEDIA = frozenset(
-    ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "cache", "past_key_values")
+    (*upstream.CACHE_NAMES, "input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels")
     + ("use_cache", "cache_position", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict")
     + ("output_router_logits", "mm_encoder_outputs")
 )

@@ -51,6 +51,7 @@ from kvsplice_hf.bench.comparison import ours  # noqa: E402
 from kvsplice_hf.bench.task_data import TASKS, data_folder, documents_of, write_task  # noqa: E402
 from kvsplice_hf.bench.task_scores import Scores, report_of, table_of  # noqa: E402
 from kvsplice_hf.errors import ConfigError, UnsupportedError  # noqa: E402
+from kvsplice_hf.upstream import cache_of  # noqa: E402
 
 
 # Smallest relative change of logits that codes make: that of other orders of addition in float32 is a hundredth of it.
@@ -135,7 +136,7 @@ def require_coded_cache(model: PreTrainedModel, ids: torch.Tensor) -> None:
     """
     output = model.generate(ids, max_new_tokens=_CHECKED_STEPS, do_sample=False, return_dict_in_generate=True)
     tokens = output.sequences.shape[1] - 1  # the last one is not in the cache
-    found, stock = cache_nbytes(output.past_key_values), get_kv_cache_size(model, seq_len=tokens).original_bytes
+    found, stock = cache_nbytes(cache_of(output)), get_kv_cache_size(model, seq_len=tokens).original_bytes
     if found >= stock:
         raise UnsupportedError(f"The cache of the patched model takes {found} bytes, that of the original {stock}.")
 
