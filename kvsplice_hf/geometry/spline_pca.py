@@ -24,7 +24,7 @@ from kvsplice_hf.geometry.spline import MonotoneSpline
 _FORMAT = "kvsplice-geometry"
 _VERSION = 1
 _HELD_OUT = 0.1
-_BATCH = 4096
+_BATCH = 1024
 _SEED = 0
 # Vectors of which no number varies by more than this share of its size cannot be told apart in float32.
 _VARIES = 1e-6
