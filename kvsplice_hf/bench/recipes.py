@@ -1,7 +1,6 @@
 """Recipes: what is done to a model before it is measured, and the cache that it is given."""
 
 import copy
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, Quanti
 from transformers.cache_utils import Cache
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvsplice
+from kvsplice_hf.bench.quantisation import is_installed
 from kvsplice_hf.config import DEFAULT_CODEC, ROWS_CODEC
 from kvsplice_hf.errors import ConfigError
 
@@ -24,14 +24,6 @@ _WHOLE = 1 << 16
 _CALIBRATION_WINDOW = 512
 # What the calibrator asks for, per dimension of the latent.
 _CALIBRATION_TOKENS_PER_DIMENSION = 4
-
-
-def is_installed(module: str) -> bool:
-    """Whether a module can be found, by its dotted name."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would be in is not there
-        return False
 
 
 def _static_cache(config: PreTrainedConfig, length: int) -> Cache:

@@ -57,8 +57,8 @@ def round_trip(
         return splice.round_trip(latents, k_rot, turns)
     splice.require_codec_here()
     rows = encode_heads(splice, latents, k_rot, turns)
-    read = _stored(rows, splice, latents.dtype, None if turns is None else _each_in_a_slot(turns, rows.shape[0]))
-    keys, values = read.keys_and_values()
+    slots = None if turns is None else _each_in_a_slot(turns, rows.shape[0])
+    keys, values = CompressedHeads(rows, splice, None, rows.shape[2], 0, latents.dtype, None, slots).keys_and_values()
     return values, keys
 
 
@@ -67,10 +67,6 @@ def _each_in_a_slot(turns: torch.Tensor, batch: int) -> Turns:
     count = turns.shape[0] * turns.shape[2]
     slots = torch.arange(count, dtype=SLOT_DTYPE, device=turns.device).view(turns.shape[0], -1)
     return Turns(turns.flatten(0, 2).T.contiguous(), slots.expand(batch, -1))
-
-
-def _stored(rows: torch.Tensor, splice: HeadSplices, dtype: torch.dtype, turns: Turns | None) -> "CompressedHeads":
-    return CompressedHeads(rows, splice, None, rows.shape[2], 0, dtype, None, turns)
 
 
 def exact_states(splice: LearnedKVSplice | HeadSplices, latents: torch.Tensor, k_rot: torch.Tensor) -> torch.Tensor:

@@ -202,7 +202,7 @@ class Collector:
         if columns is None:
             return None
         turns = turns_of(self._embeddings, columns)
-        return _select(turns.expand(batch, -1, -1)[:, None], self._counted)
+        return select_counted(turns.expand(batch, -1, -1)[:, None], self._counted)
 
     def _record(self, site: AttentionSite, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
         return type(site.module).expand_kv(site.module, *self._count(site, latent, k_rot))
@@ -235,9 +235,9 @@ class Collector:
         reading = None if site.kv_heads else site.share
         for head, part in enumerate(site.all_parts, start=-first):
             layer = self.statistics[part]
-            pick = functools.partial(_select, counted=counted, head=head)
+            pick = functools.partial(select_counted, counted=counted, head=head)
             if part not in site.parts:
-                layer.pass_over(len(_select(latent.detach(), counted)), self.generator)
+                layer.pass_over(len(select_counted(latent.detach(), counted)), self.generator)
                 continue
             if torch.is_grad_enabled():
                 latent.register_hook(lambda g, layer=layer, pick=pick: layer.add_gradients(pick(g)))
@@ -346,7 +346,7 @@ def _usable_positions(config: Any) -> int:
     return limit
 
 
-def _select(rows: torch.Tensor, counted: torch.Tensor | None, head: int = 0) -> torch.Tensor:
+def select_counted(rows: torch.Tensor, counted: torch.Tensor | None, head: int = 0) -> torch.Tensor:
     """The counted tokens [tokens, n] of a head of rows [B, K, T, n]."""
     rows = rows[:, head]
     return rows.flatten(0, 1) if counted is None else rows[counted.to(rows.device)]

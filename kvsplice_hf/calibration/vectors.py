@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvsplice_hf.calibration.collect import Batch, Collector
+from kvsplice_hf.calibration.collect import Batch, Collector, select_counted
 from kvsplice_hf.code.heads import PartKey
 from kvsplice_hf.errors import CalibrationError, ConfigError
 from kvsplice_hf.patch.families import AttentionSite
@@ -77,9 +77,7 @@ class _VectorCollector(Collector):
 
     def _count(self, site: AttentionSite, latent: torch.Tensor, k_rot: torch.Tensor) -> Any:
         for head, part in enumerate(site.parts):
-            rows = latent.detach()[:, head]
-            counted = self._counted
-            rows = rows.flatten(0, 1) if counted is None else rows[counted.to(rows.device)]
+            rows = select_counted(latent.detach(), self._counted, head)
             if self._places is None:  # the same tokens in all layers
                 order = torch.randperm(len(rows), generator=self.generator, dtype=torch.int64, device="cpu")
                 self._places = order[: self._quota]
