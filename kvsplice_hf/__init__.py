@@ -38,10 +38,13 @@ from kvsplice_hf.patch.apply import unpatch_model
 from kvsplice_hf.patch.saving import save_kvsplice
 from kvsplice_hf.patch.state import splice_disabled
 from kvsplice_hf.patching import patch_model_with_kvsplice
+from kvsplice_hf.rest.saving import CacheDescription, describe_cache, load_cache, save_cache
+from kvsplice_hf.rest.store import PromptCache
 from kvsplice_hf.version import __version__
 
 
 __all__ = [
+    "CacheDescription",
     "CacheMismatchError",
     "CalibrationError",
     "CalibrationReport",
@@ -59,6 +62,7 @@ __all__ = [
     "LearnedKVSplice",
     "NotMLAError",
     "PatchStateError",
+    "PromptCache",
     "RowCodec",
     "TrainingError",
     "TransformersTooOldError",
@@ -68,14 +72,17 @@ __all__ = [
     "__version__",
     "cache_nbytes",
     "calibrate",
+    "describe_cache",
     "explain",
     "get_kv_cache_size",
+    "load_cache",
     "load_kvsplice",
     "materialised_nbytes",
     "merge_kvsplice",
     "patch_model_with_kvsplice",
     "prune_kvsplice",
     "pruning_candidates",
+    "save_cache",
     "save_kvsplice",
     "splice_disabled",
     "unmerge_kvsplice",

@@ -117,6 +117,11 @@ def can_be_spliced(stock: CacheLayerMixin) -> bool:
     return type(stock) in _SPLICED_TYPES
 
 
+def stock_type_of(layer: Any) -> type:
+    """The class of a layer of a cache; of a spliced one that of the stock layer whose place it took."""
+    return next((stock for stock, spliced in _SPLICED_TYPES.items() if type(layer) is spliced), type(layer))
+
+
 def _is_empty(layer: CacheLayerMixin) -> bool:
     return not layer.is_initialized or int(layer.get_seq_length()) == 0
 

@@ -13,6 +13,7 @@ Legend: `B` sequences, `T` new tokens, `S` stored tokens, `F` pairs of numbers o
 """
 
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -177,6 +178,17 @@ class TurnTable(_OfLastCall):
         """Forget everything."""
         self.__init__(self.columns)  # type: ignore[misc]
 
+    def to_save(self) -> dict[str, Any]:
+        """All that a copy in another process needs, as tensors and plain values."""
+        lines = None if self.lines is None else self.lines[:, : self.used]
+        return {"lines": lines, "used": self.used, "base": self._base, "by_position": self._by_position}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Become the table that `to_save` gave."""
+        self.reset()
+        self.lines, self.used = saved["lines"], saved["used"]
+        self._base, self._by_position = saved["base"], saved["by_position"]
+
 
 def is_writable(tensor: torch.Tensor) -> bool:
     """A tensor made in inference mode can be changed there only. (Dynamo cannot ask, and runs in no such mode.)"""
@@ -270,3 +282,12 @@ class FixedTurns(_OfLastCall):
     def reset(self) -> None:
         """Forget the last call. Slots are written before they are read."""
         self.before = self._seen = self._noted = None
+
+    def to_save(self) -> dict[str, Any]:
+        """All that a copy in another process needs, as tensors and plain values."""
+        return {"lines": self.lines, "batch": self.batch, "length": self.length}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Become the table that `to_save` gave, one of this size."""
+        self.reset()
+        self.lines.copy_(saved["lines"])

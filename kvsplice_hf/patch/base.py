@@ -39,7 +39,7 @@ def base_fingerprint(model: nn.Module, module: nn.Module, *, gathers: bool = Fal
     others = [*modules_of_splices(model), *modules_of_adapters(model)]
     if not is_patched(model) or gathers:  # what one process remembers the others may not
         return digest(decoder, others, needs_all=True, gathers=gathers)
-    patch, stamp = find_patch(model)[1], _stamp(decoder, others)
+    patch, stamp = find_patch(model)[1], stamp_of_weights(decoder, others)
     if patch.known_base[0] != stamp:
         patch.known_base = stamp, digest(decoder, others, needs_all=True, gathers=False)
     return patch.known_base[1]
@@ -66,7 +66,7 @@ def warn_of_other_base(model: nn.Module, module: nn.Module, saved: str, director
         )
 
 
-def _stamp(decoder: nn.Module, others: Iterable[nn.Module]) -> list[tuple[int, int, int]]:
+def stamp_of_weights(decoder: nn.Module, others: Iterable[nn.Module]) -> list[tuple[int, int, int]]:
     """Another one after a weight was written to, replaced or moved."""
     left_out, stamp = {id(part) for part in others}, []
     for _, owner, name in persistent_names(decoder):

@@ -3,6 +3,7 @@
 A layer with adapters names in `adapter_layer_names` what it holds of them: containers, by name of the adapter.
 """
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,16 @@ def adapter_parameters(model: nn.Module, *, active: bool = False) -> list[nn.Par
             if not active or path.partition(".")[0] in _active(layer):
                 found[id(parameter)] = parameter
     return list(found.values())
+
+
+def adapter_states(model: nn.Module) -> list[str]:
+    """Which adapters are in force, in words: active, merged and switched off ones; empty without adapters."""
+    layers: list[Any] = [layer for layer, _ in _containers(model)]
+    states = [
+        [_active(layer), list(getattr(layer, "merged_adapters", ())), bool(getattr(layer, "disable_adapters", False))]
+        for layer in layers
+    ]
+    return sorted({json.dumps(state) for state in states})
 
 
 def _containers(model: nn.Module) -> Iterator[tuple[Any, nn.Module]]:

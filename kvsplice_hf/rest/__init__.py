@@ -1,0 +1,1 @@
+"""Caches at rest: kept in files, for another process or another day."""
