@@ -13,7 +13,8 @@ KVSpliceError
 ├── FoldingError           (also a RuntimeError)  `kv_b_proj` cannot be folded, so absorbed attention is impossible
 ├── CacheMismatchError     (also a RuntimeError)  a cache that does not fit the patched model
 ├── TrainingError          (also a RuntimeError)  fine-tuning that would change the base model, or that diverged
-└── CheckpointError        (also a RuntimeError)  a saved splice that is damaged, newer, or made for other shapes
+└── CheckpointError        (also a RuntimeError)  a saved splice or cache that is damaged, newer, or made for
+                                                 other shapes; or that cannot be written
 ```
 """
 
@@ -67,4 +68,4 @@ class TrainingError(KVSpliceError, RuntimeError):
 
 
 class CheckpointError(KVSpliceError, RuntimeError):
-    """A saved splice is missing, damaged, of a newer schema, or made for a model of other shapes."""
+    """A saved splice or cache is missing, damaged, of a newer schema, made for other shapes, or cannot be written."""
