@@ -11,6 +11,7 @@
 #include "lanes.h"
 #include "packed.h"
 #include "products.h"
+#include "tiles.h"
 #include "weights.h"
 
 namespace kvsplice {
@@ -71,6 +72,8 @@ struct FoldedKeys {
   int32_t* units;                                 // [groups, units]
   int32_t* listed;                                // where in that list a unit is, [groups, units]
   int32_t* counts;                                // of units with and without a gain, [groups, 2]
+  int64_t tile_line;                              // units, filled up to whole tiles
+  uint32_t* tiles;                                // the weights of each number side by side, [P, tile_line]
   float* rest;
 
   FoldedKeys(const Keys& keys, const Codec& codec) {
@@ -87,7 +90,20 @@ struct FoldedKeys {
     units = sources + 2 * units_in_all;
     listed = units + groups * units_in_all;
     counts = listed + groups * units_in_all;
-    rest = reinterpret_cast<float*>(counts + 2 * groups);
+    tile_line = KVSPLICE_TILES ? round_up(units_in_all, kTile16) : 0;
+    tiles = reinterpret_cast<uint32_t*>(counts + 2 * groups);
+    rest = reinterpret_cast<float*>(tiles + groups * kDecodedTogether * tile_line);
+  }
+
+  // Whether all numbers are of all units, which all have the gain of keys, or none: then tiles may multiply them.
+  bool is_whole(const Keys& keys) const {
+    bool whole = tile_line && keys.dim % kTile16 == 0 && counts[0] + counts[1] > 0;
+    for (int64_t group = 0; group < groups && whole; ++group) {
+      const int32_t *of_group = counts + 2 * group, listed_there = of_group[0] + of_group[1];
+      whole = listed_there == counts[0] + counts[1] && (of_group[0] == 0 || of_group[1] == 0) &&
+              units[group * units_in_all + listed_there - 1] == listed_there - 1;
+    }
+    return whole;
   }
 
   // Which column of the codec is that of a key.
@@ -170,6 +186,12 @@ void fold_group(const Keys& keys, const Codec& codec, int64_t rank, const Folded
     for (int64_t index = 0; index < present && unit >= 0; ++index) {
       auto* of_unit = reinterpret_cast<typename In::Query*>(weights + unit * kDecodedTogether + index);
       set(of_unit[place % together], weight_of(keys, codec, rank, column, first + index));
+    }
+  }
+  for (int64_t index = 0; index < kDecodedTogether; ++index) {
+    uint32_t* line = folded.tiles + (first + index) * folded.tile_line;
+    for (int64_t unit = 0; unit < folded.tile_line; ++unit) {
+      line[unit] = unit < folded.units_in_all ? weights[unit * kDecodedTogether + index] : 0;
     }
   }
   for (int64_t index = 0; index < present; ++index) {

@@ -154,6 +154,9 @@ class KeyReader {
       : keys_(keys), codec_(codec), folded_(keys, codec), gains_(memory) {
     columns_ = reinterpret_cast<Query*>(memory + kStrip);
     turns_ = keys.turns ? reinterpret_cast<Query*>(keys.turns) : columns_ + (folded_.columns + kSpare) * kStrip;
+#if KVSPLICE_TILES
+    by_tiles_ = In::kInPairs && folded_.is_whole(keys) && has_tiles();
+#endif
   }
 
   static Query* as_turns(float* memory) { return reinterpret_cast<Query*>(memory); }
@@ -187,6 +190,11 @@ class KeyReader {
       read_already ? pair_columns(read_already, folded_.sources, columns_, count) : pair_columns(columns_, count);
     }
     const Query* turns = turns_ + strip * keys_.dim * kStrip;
+#if KVSPLICE_TILES
+    if constexpr (In::kInPairs) {
+      if (by_tiles_) return read_by_tiles(turns, to);
+    }
+#endif
     const bool direct = read_already && !In::kInPairs;
     for (int64_t group = 0; group < folded_.groups; ++group) {
       for (int first = 0; first < kStrip; first += InOrder<In>::kRows) {
@@ -244,6 +252,32 @@ class KeyReader {
     }
   }
 
+#if KVSPLICE_TILES
+  // All numbers of all rows of a strip, 16 by 16.
+  void read_by_tiles(const Query* turns, Query* to) const {
+    using Order = InOrder<In>;
+    constexpr int vectors = Order::kVectors;
+    const bool gained = folded_.counts[0] > 0;
+    Floats gains[vectors];
+    if (gained) Order::read(gains_, gains);
+    const Tiles tiles(folded_.counts[0] + folded_.counts[1]);
+    alignas(64) float sums[vectors * kTile16 * kTile16];
+    for (int64_t block = 0; block < keys_.dim; block += kTile16) {
+      tiles.multiply(folded_.tiles + block * folded_.tile_line, folded_.tile_line, columns_, sums);
+      for (int64_t number = 0; number < kTile16; number += 2) {
+        Floats one[vectors], other[vectors];
+        for (int vector = 0; vector < vectors; ++vector) {
+          const float* of_pair = sums + (vector * kTile16 + number) * kTile16;
+          one[vector] = floats(of_pair), other[vector] = floats(of_pair + kTile16);
+          if (gained) one[vector] *= gains[vector], other[vector] *= gains[vector];
+        }
+        const int64_t at = block + number;
+        turn(turns + at / 2 * kStrip, keys_.dim / 2 * kStrip, folded_.means + at, one, other, to + at * kStrip);
+      }
+    }
+  }
+#endif
+
   // One pair: its two numbers without their means, to its two columns.
   static void turn(const Query* cosines, int64_t sines, const float* means, const Floats* one, const Floats* other,
                    Query* to) {
@@ -267,6 +301,9 @@ class KeyReader {
   float* gains_;    // of the keys of a strip
   Query* columns_;  // of their codes
   Query* turns_;    // see `take_turns`
+#if KVSPLICE_TILES
+  bool by_tiles_;
+#endif
 };
 
 }  // namespace kvsplice
