@@ -245,7 +245,9 @@ class PromptCache:
                 "once are for save_cache and load_cache."
             )
         if attention_mask is not None and not bool(attention_mask.all()):
-            raise ConfigError("`attention_mask` holds masked tokens; prompts are stored without padding. Give them without.")
+            raise ConfigError(
+                "`attention_mask` holds masked tokens; prompts are stored without padding. Give it without."
+            )
 
 
 def _require_text_alone(model: nn.Module, inputs: dict[str, Any]) -> None:
