@@ -10,8 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 from ordinary_models import build_ordinary
+from test_gpt2_training import SMALL, pretraining
 from tiny_models import FIRST_ORDINARY_TOKEN, build
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from kvsplice_hf import (
     KVSpliceCalibrator,
@@ -26,6 +27,7 @@ from kvsplice_hf import (
     unmerge_kvsplice,
     unpatch_model,
 )
+from kvsplice_hf.bench.through_geometry import through_geometries
 from kvsplice_hf.calibration.fit import fit_geometry as fit_of_geometry
 from kvsplice_hf.calibration.geometries import ModelGeometry, fit_geometry
 from kvsplice_hf.code.bent import SplineSplice
@@ -330,3 +332,48 @@ def test_what_needs_affine_codes_refuses_splines() -> None:
         FixedSpline(4, 1)
     with pytest.raises(ConfigError, match="knots \\[d, n\\]"):
         FixedSpline(4, 5).set_to(torch.zeros(4, 5), torch.ones(4, 5))
+
+
+OPTIONS = (
+    "--kvsplice-enable --kvsplice-k 5 --kvsplice-knots 4 --kvsplice-samples 100 --kvsplice-max-batches 6 "
+    "--kvsplice-epochs 2 --kvsplice-lr 2e-3 --kvsplice-save"
+)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt2-mla"])
+def test_training_takes_the_options_of_the_research(architecture: str, tmp_path: Path) -> None:
+    path = tmp_path / "kept" / "geometry.safetensors"
+    settings = SMALL | {"output_dir": str(tmp_path / "run"), "cache": str(tmp_path / "cache"), "max_steps": 2}
+    args, training = pretraining.parse([*OPTIONS.split(), str(path)], **settings, architecture=architecture)
+    report = pretraining.train(args, training)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    geometry = ModelGeometry.load(path, model)
+    size = SMALL["n_embd"] if architecture == "gpt2" else SMALL["n_embd"] // 3
+    assert [(len(one.mean), one.k, one.knots) for one in geometry.values()] == [(size, 5, 4)]
+    assert report["kvsplice_file"] == str(path)
+    assert 0 < report["kvsplice_spline_mse"] <= report["kvsplice_pca_mse"]
+    with through_geometries(model.eval(), geometry), torch.no_grad():
+        assert not torch.equal(in_one_go(model, tokens()), in_one_go(build_again(tmp_path / "run"), tokens()))
+    assert all(math.isfinite(report[f"kvsplice_{name}_loss"]) for name in ("pca", "spline"))
+
+
+def build_again(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+WRONG_OPTIONS = {
+    "not enabled": ({"kvsplice_k": 8}, "kvsplice_k belong to a geometry"),
+    "one knot": ({"kvsplice_enable": True, "kvsplice_knots": 1}, "`knots` is 1"),
+    "k above the values": ({"kvsplice_enable": True, "kvsplice_k": 17, "architecture": "gpt2"}, "above the 16 numbers"),
+    "k above the latent": ({"kvsplice_enable": True, "kvsplice_k": 6}, "above the 5 numbers"),
+    "no sample": ({"kvsplice_enable": True, "kvsplice_k": 2, "kvsplice_samples": 0}, "both must be 1 or more"),
+    "a rate of 0": ({"kvsplice_enable": True, "kvsplice_k": 2, "kvsplice_lr": 0.0}, "a rate above 0"),
+    "a splice": ({"kvsplice_enable": True, "kvsplice_k": 2, "kvsplice": '{"rank": 2}'}, "leave --kvsplice out"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_OPTIONS)
+def test_options_of_a_geometry_that_cannot_be_are_refused_before_training(case: str) -> None:
+    settings, message = WRONG_OPTIONS[case]
+    with pytest.raises(ConfigError, match=message):
+        pretraining.parse([], **SMALL | settings)
