@@ -8,6 +8,7 @@ how many geometries kept a spline, and how many are worse than components alone 
 rounding. The last line of stdout is one JSON object.
 
     python scripts/research/spline_geometry.py --model smollm2 --components 8 16 32 64
+    python scripts/research/spline_geometry.py --time_size 64 --components 16
 """
 
 import statistics
@@ -67,6 +68,10 @@ class Arguments:
         metadata={"help": "of ordinary attention: values of each key head (heads), or of a layer (layers)"},
     )
     layers: list[int] = field(default_factory=list, metadata={"help": "cache layer indices; none: all"})
+    time_size: int = field(
+        default=0,
+        metadata={"help": "only time fits to so many vectors of this many numbers, drawn at random; 0: do not"},
+    )
     perplexity: bool = field(default=True, metadata={"help": "measure it as well, where all layers are fitted"})
     dtype: str = field(default="float32", metadata={"help": "dtype of the model"})
     output: str = field(default="results", metadata={"help": "folder for the results"})
@@ -151,8 +156,24 @@ def table_of(rows: list[Row], texts: list[str]) -> Table:
     return table
 
 
+def timed(args: Arguments, k: int) -> Row:
+    """Seconds of one fit to random vectors, each number bent, so that splines have something to do."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(args.max_samples, args.time_size, generator=generator).sinh()
+    start = time.perf_counter()
+    SplinePCA(k, args.knots).fit(vectors, epochs=args.epochs, learning_rate=args.learning_rate)
+    return {"k": k, "vectors": list(vectors.shape), "fit_s": time.perf_counter() - start}
+
+
 def run(args: Arguments) -> list[Row]:
     """All rows."""
+    if args.time_size:
+        rows = [timed(args, k) for k in args.components]
+        table = Table("vectors", "k", "seconds of a fit")
+        for row in rows:
+            table.add_row(" x ".join(map(str, row["vectors"])), str(row["k"]), number(row["fit_s"]))
+        console().print(table)
+        return rows
     model, tokenizer = load_model(args.model, args.dtype)
     rows = Trial(model, tokenizer, args).run()
     console().print(table_of(rows, list(dict.fromkeys(args.evaluation))))
