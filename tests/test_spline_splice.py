@@ -377,3 +377,24 @@ def test_options_of_a_geometry_that_cannot_be_are_refused_before_training(case: 
     settings, message = WRONG_OPTIONS[case]
     with pytest.raises(ConfigError, match=message):
         pretraining.parse([], **SMALL | settings)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_splice_computes_what_a_model_does_that_reads_through_geometries(kind: str) -> None:
+    model = model_of(kind)
+    geometry = fit_geometry(model, CALIBRATION, RANK, epochs=4, learning_rate=5e-2, progress=False)
+    with through_geometries(model, geometry):
+        read = in_one_go(model, tokens())
+    patch_model_with_kvsplice(model, KVSpliceConfig(transform="spline", rank=RANK), calibration=geometry)
+    # Rows of key heads are in bf16.
+    assert torch.allclose(
+        in_one_go(model, tokens()), read, atol=(2e-5 if kind == "latents" else 2e-2) * float(read.abs().max())
+    )
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_static_caches_hold_codes_behind_splines(kind: str) -> None:
+    model, ids = patched(kind), tokens()
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    grown = model.generate(ids, **settings)
+    assert torch.equal(model.generate(ids, cache_implementation="static", disable_compile=True, **settings), grown)
