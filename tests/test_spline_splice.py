@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from ordinary_models import build_ordinary
 from test_gpt2_training import SMALL, pretraining
+from test_paged import alone, together
 from tiny_models import FIRST_ORDINARY_TOKEN, build
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -390,6 +391,14 @@ def test_a_splice_computes_what_a_model_does_that_reads_through_geometries(kind:
     assert torch.allclose(
         in_one_go(model, tokens()), read, atol=(2e-5 if kind == "latents" else 2e-2) * float(read.abs().max())
     )
+
+
+@pytest.mark.parametrize("kind", ["latents", "grouped"])
+def test_continuous_batching_and_beams_read_through_splines(kind: str) -> None:
+    model = patched(kind)
+    assert together(model) == alone(model)
+    settings = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(tokens(), **settings), model.generate(tokens(), use_cache=False, **settings))
 
 
 @pytest.mark.parametrize("kind", MODELS)
