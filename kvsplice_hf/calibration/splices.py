@@ -48,6 +48,7 @@ def splices_for(
 
     Raises:
         CalibrationError: the calibration text or statistics cannot be used, or are too few for the rank.
+        CheckpointError: the file of a geometry cannot be used, or is of another model.
         ConfigError: the budget does not fit, or weights are missing or damaged.
     """
     fits = _fits(model, sites, config, calibration, tokenizer)
