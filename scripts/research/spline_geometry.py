@@ -12,12 +12,14 @@ rounding. The last line of stdout is one JSON object.
 """
 
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from rich.table import Table
+from tqdm import tqdm
 
 from kvsplice_hf.bench.command_line import (
     DEMO,
@@ -125,6 +127,8 @@ class Trial(Comparison):
         if self.args.perplexity and not self.args.layers:
             with torch.no_grad(), through_geometries(self.model, geometries):
                 row["texts"] = self.texts(self.plain, f"{name}, k = {k}")
+        told = f"{name}, k = {k}: squared error {row['error_of_fit']:.5f} held out of the fit, {row['error']:.5f} on others"
+        tqdm.write(told, file=sys.stderr)
         return row
 
     def run(self) -> list[Row]:
