@@ -127,8 +127,8 @@ class Trial(Comparison):
         if self.args.perplexity and not self.args.layers:
             with torch.no_grad(), through_geometries(self.model, geometries):
                 row["texts"] = self.texts(self.plain, f"{name}, k = {k}")
-        told = f"{name}, k = {k}: squared error {row['error_of_fit']:.5f} held out of the fit, {row['error']:.5f} on others"
-        tqdm.write(told, file=sys.stderr)
+        errors = f"squared error {row['error_of_fit']:.5f} held out of the fit, {row['error']:.5f} on other texts"
+        tqdm.write(f"{name}, k = {k}: {errors}", file=sys.stderr)
         return row
 
     def run(self) -> list[Row]:
