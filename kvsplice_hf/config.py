@@ -25,6 +25,7 @@ SMALLEST_ROW = 2
 ALLOCATIONS = ("auto", "global", "layer")
 ATTENTION_MODES = ("auto", "absorbed", "expanded")
 INITIALISATIONS = ("svd", "orthogonal", "identity")
+TRANSFORMS = ("affine", "spline")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -87,6 +88,14 @@ class KVSpliceConfig:
         layer_pattern: dotted path of the list that holds the layers ("transformer.h"), for models where more than one
             decoder, or none, is found by itself.
         use_layernorm: apply LayerNorm to the code. Full rank is then no longer exact.
+        transform: of each number before the projection: "affine" is a scale and a shift, "spline" a monotone
+            piecewise-linear function, behind which the principal components are kept, as the research does it
+            (docs/geometry.md). It is fitted to vectors, needs `compression_ratio` or `rank`, and cannot be absorbed:
+            each step decodes. Of ordinary attention it codes the values of each key head as so many numbers in bf16,
+            and stores keys as they come, in bf16.
+        knots: of each spline, 2 or more. Only read where `transform="spline"`, as are the next two.
+        spline_epochs: passes over the vectors that a spline is fitted to; 0: principal components alone.
+        spline_learning_rate: of the splines, above 0.
         attention: "absorbed" attends on the codes themselves, "expanded" decodes them and runs the model's own
             attention, "auto" takes whichever costs fewer operations for the call at hand.
         materialise_weights: where the weight of `kv_b_proj` cannot be read (it is packed, adapted or sharded), keep it
@@ -120,6 +129,10 @@ class KVSpliceConfig:
     layers: str | tuple[int, ...] = "all"
     layer_pattern: str | None = None
     use_layernorm: bool = False
+    transform: str = TRANSFORMS[0]
+    knots: int = 7
+    spline_epochs: int = 8
+    spline_learning_rate: float = 2e-3
     attention: str = "auto"
     materialise_weights: bool = True
     init: str = "svd"
@@ -138,6 +151,7 @@ class KVSpliceConfig:
         _check_choice("init", self.init, INITIALISATIONS)
         self._check_exact()
         self._check_key_block()
+        self._check_spline()
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         if not _is_int(self.sink_tokens) or self.sink_tokens < 0:
             raise ConfigError(f"`sink_tokens` is {self.sink_tokens!r}; it must be an integer of 0 or more.")
@@ -157,6 +171,28 @@ class KVSpliceConfig:
         size = self.key_block
         if size is not None and not (_is_int(size) and size > 0 and size % 2 == 0):
             raise ConfigError(f"`key_block` is {size!r}; it must be an even number of numbers, or None for all.")
+
+    def _check_spline(self) -> None:
+        _check_choice("transform", self.transform, TRANSFORMS)
+        if not _is_int(self.knots) or self.knots < 2:
+            raise ConfigError(f"`knots` is {self.knots!r}; a spline needs at least 2.")
+        if not _is_index(self.spline_epochs):
+            raise ConfigError(f"`spline_epochs` is {self.spline_epochs!r}; it must be an integer of 0 or more.")
+        rate = self.spline_learning_rate
+        if not (_is_number(rate) and 0 < rate < math.inf):
+            raise ConfigError(f"`spline_learning_rate` is {rate!r}; it must be a number above 0.")
+        if self.transform != "spline":
+            return
+        refused = {
+            "packed rows: give `compression_ratio` or `rank`": self.is_packed,
+            'attention="absorbed": a spline does not fold into the weights, so that each step decodes. Leave '
+            "`attention` out": self.attention == "absorbed",
+            "`use_layernorm`: the principal components are kept as they are": self.use_layernorm,
+            'keys="exact": it is for packed rows, and with a spline keys are stored as they come. Leave `keys` '
+            "out": self.keys == "exact",
+        }
+        for what in (what for what, given in refused.items() if given):
+            raise ConfigError(f'`transform` is "spline", which does not go with {what}.')
 
     def _check_exact(self) -> None:
         _check_choice("keys", self.keys, KEYS)
@@ -197,6 +233,11 @@ class KVSpliceConfig:
     def is_packed(self) -> bool:
         """Whether rows are packed bytes."""
         return self.compression_ratio is None and self.rank is None
+
+    @property
+    def row_codec(self) -> str:
+        """Name of the codec of rows that are bytes: `codec`, or where a rank was asked for that of plain numbers."""
+        return self.codec if self.is_packed else ROWS_CODEC
 
     def row_budget(self, row_dim: int, shared: float = 0.0, smallest: float = SMALLEST_ROW) -> float:
         """Bytes of a packed row.
@@ -293,6 +334,7 @@ class KVSpliceConfig:
             del values["codec"]
         # Files say it by what they hold, and releases that do not know of these go on reading them.
         defaults: dict[str, Any] = {"keys": KEYS[0], "values": VALUES[0], "compression": None, "key_block": None}
+        defaults |= {"transform": TRANSFORMS[0], "knots": 7, "spline_epochs": 8, "spline_learning_rate": 2e-3}
         for name, default in {**defaults, "materialise_weights": True}.items():
             if values[name] == default:
                 del values[name]

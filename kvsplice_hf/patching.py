@@ -62,7 +62,8 @@ def patch_model_with_kvsplice(
         calibration: what the projection is fitted to: a `KVSpliceCalibrator`, the path of its saved statistics, token
             ids, texts, a data set (see `KVSpliceCalibrator.collect`), or "auto": varied text if there is a tokenizer
             (the source "varied" of `kvsplice_hf.text`), otherwise text that the model writes itself. None
-            means "auto" for packed codes; for `compression_ratio` and `rank` the weights alone, which is a poor guess.
+            means "auto" for packed codes and for splines; otherwise, with `compression_ratio` or `rank`, the weights
+            alone, which is a poor guess. For splines also a `ModelGeometry`, or the path of its file.
         tokenizer: for calibration on texts.
 
     Returns:
@@ -78,6 +79,7 @@ def patch_model_with_kvsplice(
         UnsupportedError: an attention function that cannot be stood in for, with `attention="absorbed"` or ordinary
             attention.
         CalibrationError: the calibration text or statistics cannot be used, or are too few for the rank.
+        CheckpointError: the file of a geometry cannot be used, or is of another model.
 
     Whatever is raised, the model is as it was.
 

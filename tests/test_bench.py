@@ -165,8 +165,8 @@ def quantised_model_without_packed_rows(program: ModuleType) -> str:
 
 
 def geometry_without_perplexity(program: ModuleType) -> str:
-    row = {"name": "PCA", "k": 8, "error": 0.5, "fit_s": 1.0, "texts": None}
-    return printed(program.table_of([row], ["pydoc"]))
+    row = {"name": "PCA", "k": 8, "error": 0.5, "error_of_fit": 0.4, "fit_s": 1.0, "texts": None}
+    return printed(program.table_of([row | {"bent": 0, "parts": 9}], ["pydoc"]))
 
 
 def release_that_was_not_installed(program: ModuleType) -> str:

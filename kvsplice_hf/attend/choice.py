@@ -152,7 +152,7 @@ def encode(
         rows = splice.numbers_to_store(latent, k_rot, turns)
         return rows if codec is None else pack(rows, codec)
 
-    if splice.code_norm is not None or latent.numel() > _MOST_TOKENS * latent.shape[-1]:
+    if splice.code_norm is not None or not splice.is_affine or latent.numel() > _MOST_TOKENS * latent.shape[-1]:
         return by_torch()
     weights, keys = splice.weights(), None if splice.keys is None else splice.keys.weights()
     given = [latent, *(tensor for tensor in weights if tensor is not None)]

@@ -25,7 +25,7 @@ def through_geometries(model: nn.Module, geometries: Mapping[PartKey, SplinePCA]
 
     Args:
         model: unpatched.
-        geometries: of each layer, or each key head.
+        geometries: of each layer of latents; of ordinary attention of each key head, or of all values of each layer.
 
     Raises:
         PatchStateError: the model is patched.
@@ -47,6 +47,10 @@ def _left(geometry: SplinePCA, states: torch.Tensor) -> torch.Tensor:
 
 
 def _read_values(geometries: Mapping[PartKey, SplinePCA], site: AttentionSite, seen: Attended) -> Attended:
+    if site.layer_idx in geometries:  # all heads side by side
+        values = seen.value.transpose(1, 2)  # [B, T, K, v]
+        left = _left(geometries[site.layer_idx], values.flatten(2)).unflatten(2, values.shape[2:])
+        return seen._replace(value=left.transpose(1, 2))
     heads = [_left(geometries[HeadKey(site.layer_idx, head)], seen.value[:, head]) for head in range(site.kv_heads)]
     return seen._replace(value=torch.stack(heads, dim=1))
 

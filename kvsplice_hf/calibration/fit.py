@@ -11,11 +11,13 @@ import torch
 from kvsplice_hf.calibration.allocate import Allocation, fit_scales, sigmas_of, standardised
 from kvsplice_hf.calibration.solve import LayerSolution
 from kvsplice_hf.calibration.statistics import LayerStatistics
+from kvsplice_hf.code.bent import SplineSplice
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.keys import KeyProjection
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.geometry import SplinePCA
 
 
 # Scale of the transform of a latent that is to be stored as it comes: softplus gives back what is above 20 exactly, and
@@ -34,7 +36,8 @@ class LayerFit:
         predicted_from: q, the numbers of a key's code that latents are predicted from.
         codec: packs the rows, or None where codes are stored as numbers.
         keys: codes keys before their rotation, or None where rows hold rotated ones.
-        predicted_loss: nats per token by the metric, before any interaction between layers.
+        predicted_loss: nats per token by the metric, before any interaction between layers; NaN where it is not known.
+        bending: knots [R, n] and slopes [R, n + 1] of the splines ahead of the transform, or None.
     """
 
     transform_scale: torch.Tensor
@@ -45,6 +48,7 @@ class LayerFit:
     keys: KeyProjection | None
     predicted_loss: float
     predicted_from: int = 0
+    bending: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def rank(self) -> int:
@@ -141,6 +145,23 @@ def fit_codec(
     return _layer_fit(statistics, solution, everything, codec, keys, float(loss))
 
 
+def fit_geometry(geometry: SplinePCA, key_dim: int | None) -> LayerFit:
+    """A spline and principal components, as numbers; of a key head packed with its key, all in bf16.
+
+    Args:
+        geometry: fitted.
+        key_dim: numbers of the key of a key head; None for a latent.
+    """
+    spline, mean, basis = geometry.fitted()
+    ones = torch.ones_like(mean)
+    codec = None
+    if key_dim is not None:
+        row = torch.ones(geometry.k + key_dim, dtype=torch.float32, device="cpu")
+        codec = RowCodec(widths=16 * row.int(), scales=row, centres=0 * row, sigmas=row[:0])
+    bending = spline.knots, spline.slopes.detach()
+    return LayerFit(ones, -mean, basis.T, basis, codec, None, float("nan"), bending=bending)
+
+
 def _layer_fit(
     statistics: LayerStatistics,
     solution: LayerSolution,
@@ -186,6 +207,9 @@ def write_fit_(splice: LearnedKVSplice, fit: LayerFit) -> None:
     splice.transform_shift.copy_(fit.transform_shift)
     splice.compress.weight.copy_(fit.compress)
     splice.expand.weight.copy_(fit.expand)
+    if fit.bending is not None:
+        assert isinstance(splice, SplineSplice)
+        splice.bending.set_to(*fit.bending)
     # A copy: one fit may be written into several models.
     weight = splice.compress.weight
     splice.codec = None if fit.codec is None else copy.deepcopy(fit.codec).to(weight.device)

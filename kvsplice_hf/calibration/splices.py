@@ -17,6 +17,8 @@ from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
 from kvsplice_hf.calibration.collect import predicts
 from kvsplice_hf.calibration.fit import LayerFit, write_fit_
 from kvsplice_hf.calibration.holdout import divergence, log_probabilities
+from kvsplice_hf.calibration.splines import spline_fits
+from kvsplice_hf.code.bent import new_splice
 from kvsplice_hf.code.codecs import codec_class
 from kvsplice_hf.code.heads import PartKey, joined
 from kvsplice_hf.code.initialise import initialise_, normal_tensors
@@ -46,6 +48,7 @@ def splices_for(
 
     Raises:
         CalibrationError: the calibration text or statistics cannot be used, or are too few for the rank.
+        CheckpointError: the file of a geometry cannot be used, or is of another model.
         ConfigError: the budget does not fit, or weights are missing or damaged.
     """
     fits = _fits(model, sites, config, calibration, tokenizer)
@@ -57,6 +60,8 @@ def _fits(
     model: nn.Module, sites: list[AttentionSite], config: KVSpliceConfig, calibration: Any, tokenizer: Any
 ) -> dict[PartKey, LayerFit]:
     """What calibration found for each layer; nothing where the weights alone decide."""
+    if config.transform == "spline":
+        return spline_fits(model, sites, config, calibration, tokenizer, lambda: _own_text(model, config))
     if calibration is None and not config.is_packed:
         if config.init == "svd" and config.compression_ratio != 1.0:
             logger.warning(
@@ -128,13 +133,9 @@ def _make_part(site: AttentionSite, config: KVSpliceConfig, fit: LayerFit | None
     # The constructors of linear layers draw random numbers, which are overwritten right away. A patch must not change
     # what a seeded program draws next.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        splice = LearnedKVSplice(
-            site.kv_lora_rank,
-            rank,
-            use_layernorm=config.use_layernorm,
-            predicted_from=0 if fit is None else fit.predicted_from,
-            device=device,
-            dtype=site.dtype,
+        predicted_from = 0 if fit is None else fit.predicted_from
+        splice = new_splice(
+            config, site.kv_lora_rank, rank, predicted_from=predicted_from, device=device, dtype=site.dtype
         )
     if fit is None:
         weight = effective_weight(site, device) if config.init == "svd" else None

@@ -284,7 +284,7 @@ def save_statistics(
         holdout: token ids [B, T] that were held out.
     """
     tensors = {
-        f"{_written(layer_idx)}.{field.name}": getattr(layer, field.name).contiguous()
+        f"{written_part(layer_idx)}.{field.name}": getattr(layer, field.name).contiguous()
         for layer_idx, layer in statistics.items()
         for field in fields(layer)
     }
@@ -294,11 +294,17 @@ def save_statistics(
     folders.write_bytes(Path(path), safetensors.torch.save(tensors, metadata=note))
 
 
-def _written(part: PartKey) -> str:
+def written_part(part: PartKey) -> str:
+    """A part as files name it: "3", or "3h1" of a key head."""
     return f"{part.layer_idx}h{part.head}" if isinstance(part, HeadKey) else str(part)
 
 
-def _read_part(text: str) -> PartKey:
+def part_of_name(text: str) -> PartKey:
+    """What `written_part` has written.
+
+    Raises:
+        ValueError: it is no name of a part.
+    """
     layer_idx, is_head, head = text.partition("h")
     return HeadKey(int(layer_idx), int(head)) if is_head else int(layer_idx)
 
@@ -340,7 +346,7 @@ def load_statistics(path: str | Path) -> tuple[Statistics, list[torch.Tensor], d
     holdout = [tensors.pop(name) for name in sorted(tensors) if name.startswith(_HOLDOUT)]
     for name, tensor in tensors.items():
         layer_idx, _, field_name = name.partition(".")
-        by_layer.setdefault(_read_part(layer_idx), {})[field_name] = tensor
+        by_layer.setdefault(part_of_name(layer_idx), {})[field_name] = tensor
     try:
         statistics = {part: LayerStatistics(**by_layer[part]) for part in sorted(by_layer, key=_order)}
     except TypeError as error:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from kvsplice_hf.calibration.collect import Batch, Collector, select_counted
-from kvsplice_hf.code.heads import PartKey
+from kvsplice_hf.code.heads import PartKey, layer_of
 from kvsplice_hf.errors import CalibrationError, ConfigError
 from kvsplice_hf.patch.families import AttentionSite
 
@@ -20,6 +20,8 @@ def collect_vectors(
     max_batches: int = 64,
     sink_tokens: int = 4,
     seed: int = 0,
+    layer_pattern: str | None = None,
+    of: str = "heads",
     progress: bool = True,
 ) -> dict[PartKey, torch.Tensor]:
     """Latents of MLA layers and values of ordinary attention, by layer and key head: float32 [M, n], on the CPU.
@@ -34,28 +36,42 @@ def collect_vectors(
         max_batches: further ones are left out.
         sink_tokens: the first real tokens of a sequence, which are stored exactly and left out here.
         seed: of the drawing.
+        layer_pattern: see `KVSpliceConfig`.
+        of: "heads", the values of each key head by themselves, or "layers", those of a layer side by side.
         progress: show a bar.
 
     Raises:
         CalibrationError: no tokens are left, or tokens that the model does not know.
-        ConfigError: `max_samples` or `max_batches` below 1.
+        ConfigError: `max_samples` or `max_batches` below 1, or `of` neither of the two.
         PatchStateError: the model is patched.
         NotMLAError: it has no attention layer that is known.
     """
     if min(max_samples, max_batches) < 1:
         raise ConfigError(f"`max_samples` is {max_samples} and `max_batches` {max_batches}; both must be 1 or more.")
+    if of not in ("heads", "layers"):
+        raise ConfigError(f'`of` is {of!r}; it must be "heads" or "layers".')
     chosen: list[Batch] = [
         dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch} for batch in batches[:max_batches]
     ]
-    collector = _VectorCollector(model, -(-max_samples // max(1, len(chosen))), sink_tokens, seed)
+    collector = _VectorCollector(model, -(-max_samples // max(1, len(chosen))), sink_tokens, seed, layer_pattern)
     collector.run(chosen, progress)
     drawn = {part: torch.cat(vectors)[:max_samples] for part, vectors in collector.drawn.items() if vectors}
+    if of == "layers":
+        drawn = _by_layer(drawn)
     if not drawn or not all(map(len, drawn.values())):
         raise CalibrationError(
             f"No tokens are left of {len(chosen)} batches: the first {sink_tokens} of each sequence are stored exactly "
             "and do not count. Give longer sequences."
         )
     return drawn
+
+
+def _by_layer(drawn: Mapping[PartKey, torch.Tensor]) -> dict[PartKey, torch.Tensor]:
+    """The vectors of the parts of each layer side by side: they are of the same tokens."""
+    layers: dict[PartKey, list[torch.Tensor]] = {}
+    for part, vectors in drawn.items():
+        layers.setdefault(layer_of(part), []).append(vectors)
+    return {layer: torch.cat(parts, dim=1) for layer, parts in layers.items()}
 
 
 class _VectorCollector(Collector):
@@ -65,8 +81,8 @@ class _VectorCollector(Collector):
         quota: tokens that are kept of each batch.
     """
 
-    def __init__(self, model: nn.Module, quota: int, sink_tokens: int, seed: int) -> None:
-        super().__init__(model, "pca", None, sink_tokens, seed)
+    def __init__(self, model: nn.Module, quota: int, sink_tokens: int, seed: int, layer_pattern: str | None) -> None:
+        super().__init__(model, "pca", layer_pattern, sink_tokens, seed)
         self._quota = quota
         self._places: torch.Tensor | None = None
         self.drawn: dict[PartKey, list[torch.Tensor]] = {part: [] for site in self.sites for part in site.parts}

@@ -19,6 +19,7 @@ from kvsplice_hf.code.codecs import Codec, codec_class
 from kvsplice_hf.code.heads import HeadKey, PartKey, layer_of
 from kvsplice_hf.config import ROWS_CODEC, SCHEMA_VERSION, KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
+from kvsplice_hf.geometry.spline import require_spline
 
 
 CONFIG_NAME = "kvsplice_config.json"
@@ -26,6 +27,7 @@ WEIGHTS_NAME = "kvsplice_model.safetensors"
 FORMAT = "kvsplice"
 # Of the files. Version 2 has keys that are coded before their rotation, version 3 a splice for each key head.
 NEWEST_VERSION = 3
+_KNOTS, _SLOPES = "bending.knots", "bending.slopes"
 
 
 class SavedSplices(NamedTuple):
@@ -98,7 +100,7 @@ def codec_of(saved: SavedSplices, part: PartKey, directory: Path) -> Codec | Non
         CheckpointError: it is not known here, or its values cannot be used.
     """
     try:
-        kind = codec_class(saved.config.codec)
+        kind = codec_class(saved.config.row_codec)
         needed, further = (
             [saved.tensors[key] for name in names if (key := key_of(part, f"codec.{name}")) in saved.tensors]
             for names in (kind.saved, kind.saved_if_any)
@@ -117,7 +119,19 @@ def read_splice_files(directory: Path) -> SavedSplices:
     description = _read_description(directory / CONFIG_NAME)
     config = _read_config(directory / CONFIG_NAME, description)
     layers = _read_layers(directory / CONFIG_NAME, description)
-    return SavedSplices(config, layers, _read_weights(directory / WEIGHTS_NAME, description["weights_sha256"]))
+    tensors = _read_weights(directory / WEIGHTS_NAME, description["weights_sha256"])
+    _check_splines(tensors, directory / WEIGHTS_NAME)
+    return SavedSplices(config, layers, tensors)
+
+
+def _check_splines(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    for name, knots in tensors.items():
+        if not name.endswith(_KNOTS):
+            continue
+        try:
+            require_spline(knots, tensors[name.removesuffix(_KNOTS) + _SLOPES])
+        except (ConfigError, KeyError) as error:
+            raise CheckpointError(f"{path} is damaged: the spline of {name} cannot be used: {error}") from error
 
 
 def _read_description(path: Path) -> dict[str, Any]:

@@ -89,6 +89,11 @@ class HeadSplices(nn.Module):
         return [codec.row_bytes for codec in codecs if codec is not None]
 
     @property
+    def is_affine(self) -> bool:
+        """See `LearnedKVSplice.is_affine`; all heads are of one kind."""
+        return next(iter(self)).is_affine
+
+    @property
     def is_merged(self) -> bool:
         return any(head.is_merged for head in self)
 

@@ -72,6 +72,9 @@ class LearnedKVSplice(nn.Module):
         torch.Size([1, 1, 7, 512])
     """
 
+    # Whether codes are affine in latents and latents in codes, which attention on codes and kernels rely on.
+    is_affine = True
+
     _folded_compress: torch.Tensor
     _folded_expand: torch.Tensor
     _folded_offset: torch.Tensor

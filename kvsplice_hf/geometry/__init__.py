@@ -4,8 +4,8 @@
 that gains over principal components alone.
 """
 
-from kvsplice_hf.geometry.spline import MonotoneSpline
+from kvsplice_hf.geometry.spline import FixedSpline, MonotoneSpline
 from kvsplice_hf.geometry.spline_pca import SplinePCA
 
 
-__all__ = ["MonotoneSpline", "SplinePCA"]
+__all__ = ["FixedSpline", "MonotoneSpline", "SplinePCA"]

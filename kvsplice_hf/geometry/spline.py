@@ -7,6 +7,7 @@ Legend: `d` numbers of a vector, `n` knots.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -74,22 +75,98 @@ class MonotoneSpline(nn.Module):
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         """Bent vectors [..., d]."""
-        slopes, (knots, bent) = self.slopes, self._corners()
-        return _through(vectors, knots, bent, slopes)
+        slopes = self.slopes
+        return _through(vectors, self.knots, _bent_knots(self.knots, slopes), slopes)
 
     def inverse(self, bent: torch.Tensor) -> torch.Tensor:
         """What `forward` makes `bent` [..., d] of."""
-        slopes, (knots, corners) = self.slopes, self._corners()
-        return _through(bent, corners, knots, 1 / slopes)
-
-    def _corners(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The knots, and where they go."""
-        rises = self.slopes[:, 1:-1] * self.knots.diff(dim=1)
-        first = self.knots[:, :1]
-        return self.knots, torch.cat([first, first + rises.cumsum(dim=1)], dim=1)
+        slopes = self.slopes
+        return _through(bent, _bent_knots(self.knots, slopes), self.knots, 1 / slopes)
 
     def extra_repr(self) -> str:
         return f"numbers={self.knots.shape[0]}, knots={self.knots.shape[1]}"
+
+
+class FixedSpline(nn.Module):
+    """A spline of each of d numbers as a trained one has left it: nothing of it is trained any more.
+
+    It stays in float32 whatever the model around it is cast to, so that what was stored is read as it was written. It
+    is the identity until `set_to`.
+
+    Args:
+        size: d.
+        knots: n.
+        device: of the buffers.
+
+    Attributes:
+        knots: [d, n], ascending.
+        slopes: of each piece, [d, n + 1], above 0.
+
+    Raises:
+        ConfigError: fewer than two knots.
+    """
+
+    knots: torch.Tensor
+    slopes: torch.Tensor
+
+    def __init__(self, size: int, knots: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        if knots < 2:
+            raise ConfigError(f"`knots` is {knots}; a spline needs at least 2.")
+        line = torch.arange(knots, dtype=torch.float32, device=device)
+        self.register_buffer("knots", line.expand(size, -1).clone())
+        self.register_buffer("slopes", torch.ones(size, knots + 1, dtype=torch.float32, device=device))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "FixedSpline":
+        before = self.knots, self.slopes
+        super()._apply(fn, recurse)
+        if self.knots.dtype is not torch.float32:  # moved is right, cast is not
+            self.knots, self.slopes = (held.to(self.knots.device) for held in before)
+        return self
+
+    @torch.no_grad()
+    def set_to(self, knots: torch.Tensor, slopes: torch.Tensor) -> None:
+        """Take over knots [d, n] and slopes [d, n + 1].
+
+        Raises:
+            ConfigError: they cannot be those of a spline.
+        """
+        require_spline(knots, slopes)
+        self.knots.copy_(knots)
+        self.slopes.copy_(slopes)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Bent vectors [..., d], float32."""
+        return _through(vectors.float(), self.knots, _bent_knots(self.knots, self.slopes), self.slopes)
+
+    def inverse(self, bent: torch.Tensor) -> torch.Tensor:
+        """What `forward` makes `bent` [..., d] of, float32."""
+        return _through(bent.float(), _bent_knots(self.knots, self.slopes), self.knots, 1 / self.slopes)
+
+    def extra_repr(self) -> str:
+        return f"numbers={self.knots.shape[0]}, knots={self.knots.shape[1]}"
+
+
+def require_spline(knots: torch.Tensor, slopes: torch.Tensor) -> None:
+    """Check what was read or made somewhere else: knots [d, n] and slopes [d, n + 1].
+
+    Raises:
+        ConfigError: knots that do not ascend, slopes that are not above 0, or numbers that are not finite.
+    """
+    if knots.dim() != 2 or knots.shape[1] < 2 or slopes.shape != (knots.shape[0], knots.shape[1] + 1):
+        raise ConfigError(
+            f"A spline of d numbers has knots [d, n] and slopes [d, n + 1]; got {[*knots.shape]} and {[*slopes.shape]}."
+        )
+    ascends = bool((knots.diff(dim=1) > 0).all()) and bool(torch.isfinite(knots).all())  # NaN fails both
+    if not ascends or not bool(((slopes > 0) & torch.isfinite(slopes)).all()):
+        raise ConfigError("The knots of a spline must ascend, its slopes be above 0, and all be finite.")
+
+
+def _bent_knots(knots: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
+    """Where the knots [d, n] go; the first stays where it is."""
+    rises = slopes[:, 1:-1] * knots.diff(dim=1)
+    first = knots[:, :1]
+    return torch.cat([first, first + rises.cumsum(dim=1)], dim=1)
 
 
 def _through(numbers: torch.Tensor, start: torch.Tensor, to: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:

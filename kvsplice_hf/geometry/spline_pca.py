@@ -3,27 +3,28 @@
 Legend: `M` vectors, `d` numbers of each, `k` of a code.
 """
 
-import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from kvsplice_hf import folders
 from kvsplice_hf.errors import CalibrationError, CheckpointError, ConfigError
+from kvsplice_hf.geometry.files import read_geometry_file, write_geometry_file
 from kvsplice_hf.geometry.spline import MonotoneSpline
 
 
 _FORMAT = "kvsplice-geometry"
-_VERSION = 1
 _HELD_OUT = 0.1
+# Stretches of vectors, one after the other as they were given, of each of which a part is held out.
+_STRETCHES = 20
+# A spline is kept where it gains this many times the standard error of what it gains over the stretches: it is the best
+# of several passes, and a gain that may be chance may be a loss on other text.
+_SURE = 3.0
 _BATCH = 1024
 _SEED = 0
 # Vectors of which no number varies by more than this share of its size cannot be told apart in float32.
@@ -35,8 +36,9 @@ class Fitted(NamedTuple):
 
     Attributes:
         pca: of principal components alone.
-        spline: of the spline and principal components, the best of all epochs.
-        epoch: after which epoch that was; 0: the identity was best, so that principal components alone are kept.
+        spline: of what is kept: the spline and principal components after the best of all epochs, or components alone.
+        epoch: after which epoch that was; 0: no spline was better beyond doubt, so that principal components alone are
+            kept.
     """
 
     pca: float
@@ -58,6 +60,7 @@ class SplinePCA(nn.Module):
         spline: the bending, after `fit`.
         mean: of bent vectors, [d].
         basis: principal components, [d, k], orthonormal.
+        fitted_on: what the vectors are of, to be set by the caller and kept in files: a fingerprint of the model.
 
     Raises:
         ConfigError: `k` or `knots` cannot be.
@@ -79,7 +82,7 @@ class SplinePCA(nn.Module):
             raise ConfigError(f"`k` is {k}; a code needs at least 1 number.")
         if knots < 2:
             raise ConfigError(f"`knots` is {knots}; a spline needs at least 2.")
-        self.k, self.knots = k, knots
+        self.k, self.knots, self.fitted_on = k, knots, ""
         self.spline = None
         self.register_buffer("mean", None)
         self.register_buffer("basis", None)
@@ -91,7 +94,9 @@ class SplinePCA(nn.Module):
 
         The spline is trained by gradients through the error of reconstruction, a tenth of the vectors held out. The
         components are those of all other vectors, found anew before each epoch. Kept is the best epoch on the vectors
-        held out, among them the identity: principal components alone.
+        held out, where it gains three times the standard error of the gain; otherwise the identity, which is principal
+        components alone. Vectors are held out in 20 stretches, spread over all as they were given, and the standard
+        error is that over these: vectors that lie side by side in a text are alike.
 
         Args:
             vectors: samples.
@@ -104,21 +109,19 @@ class SplinePCA(nn.Module):
             ConfigError: k above d, or `epochs` or `learning_rate` that cannot be.
         """
         vectors = self._checked(vectors, epochs, learning_rate)
-        order = torch.randperm(len(vectors), generator=_generator(), dtype=torch.int64, device="cpu")
-        shuffled = vectors[order.to(vectors.device)]
-        count = max(1, round(_HELD_OUT * len(vectors)))
-        held_out, training = shuffled[:count], shuffled[count:]
+        training, held_out = _divided(vectors)
         fit = _Fit(MonotoneSpline.over(training, self.knots), training, held_out, self.k)
-        best = fit.state()
-        pca = best.error
+        components_alone = best = fit.state()
         bar = tqdm(range(epochs), desc="fitting splines", file=sys.stderr, disable=not progress)
         for epoch in bar:
             fit.train(_rates(learning_rate, epochs, epoch, fit.batches))
             found = fit.state()
             if found.error < best.error:
                 best = found._replace(epoch=epoch + 1)
+        if not best.is_surely_below(components_alone):
+            best = components_alone
         self._keep(fit.spline, best)
-        return Fitted(pca, best.error, best.epoch)
+        return Fitted(components_alone.error, best.error, best.epoch)
 
     def compress(self, vectors: torch.Tensor) -> torch.Tensor:
         """Codes [..., k] of vectors [..., d], in float32.
@@ -126,7 +129,7 @@ class SplinePCA(nn.Module):
         Raises:
             ConfigError: nothing is fitted yet, or the vectors are of another size.
         """
-        spline, mean, basis = self._fitted()
+        spline, mean, basis = self.fitted()
         if vectors.shape[-1] != len(mean):
             raise ConfigError(
                 f"Got vectors of {vectors.shape[-1]} numbers, and this geometry was fitted to vectors of {len(mean)}. "
@@ -140,7 +143,7 @@ class SplinePCA(nn.Module):
         Raises:
             ConfigError: nothing is fitted yet, or the codes are of another size.
         """
-        spline, mean, basis = self._fitted()
+        spline, mean, basis = self.fitted()
         if codes.shape[-1] != self.k:
             raise ConfigError(f"Got codes of {codes.shape[-1]} numbers; those of this geometry have {self.k}.")
         return spline.inverse(codes.float() @ basis.T + mean)
@@ -149,6 +152,28 @@ class SplinePCA(nn.Module):
         """What is left of vectors [..., d] after both ways."""
         return self.decompress(self.compress(vectors))
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file holds of it, on the CPU.
+
+        Raises:
+            ConfigError: nothing is fitted yet.
+        """
+        spline, mean, basis = self.fitted()
+        held = {"knots": spline.knots, "bends": spline.bends, "mean": mean, "basis": basis}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in held.items()}
+
+    @classmethod
+    def of_tensors(cls, k: int, knots: int, tensors: Mapping[str, torch.Tensor]) -> "SplinePCA":
+        """What has given these `tensors`.
+
+        Raises:
+            ConfigError: they do not fit each other, or are not finite.
+            KeyError: one is missing.
+        """
+        geometry = cls(k, knots)
+        geometry._take(tensors)
+        return geometry
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all.
 
@@ -156,37 +181,43 @@ class SplinePCA(nn.Module):
             ConfigError: nothing is fitted yet.
             OSError: it cannot be written.
         """
-        spline, mean, basis = self._fitted()
-        tensors = {"knots": spline.knots, "bends": spline.bends, "mean": mean, "basis": basis}
-        about = {"format": _FORMAT, "version": _VERSION, "k": self.k, "knots": self.knots}
-        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        folders.write_bytes(Path(path), safetensors.torch.save(held, metadata={"kvsplice": json.dumps(about)}))
+        about = {"k": self.k, "knots": self.knots, "fitted_on": self.fitted_on}
+        write_geometry_file(path, _FORMAT, about, self.tensors())
 
     @classmethod
-    def load(cls, path: str | Path) -> "SplinePCA":
+    def load(cls, path: str | Path, fitted_on: str | None = None) -> "SplinePCA":
         """Read what `save` wrote.
 
+        Args:
+            path: the file.
+            fitted_on: if given, the vectors must have been of this.
+
         Raises:
-            CheckpointError: there is no such file, or it is damaged, of something else, or of a newer version.
+            CheckpointError: there is no such file, or it is damaged, of something else, of another model, or of a newer
+                version.
         """
-        about, tensors = _read(Path(path))
+        about, tensors = read_geometry_file(path, _FORMAT)
+        found = about.get("fitted_on", "")
+        if fitted_on is not None and found != fitted_on:
+            raise CheckpointError(
+                f"The geometry in {path} was fitted on another model: {found or 'it does not say which'}, needed is "
+                f"{fitted_on}. Fit one to vectors of this model."
+            )
         try:
-            geometry = cls(int(about["k"]), int(about["knots"]))
-            geometry._take(tensors)
+            geometry = cls.of_tensors(int(about["k"]), int(about["knots"]), tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}. Fit and save the geometry again.") from error
+        geometry.fitted_on = str(about.get("fitted_on", ""))
         return geometry
 
-    def _take(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _take(self, tensors: Mapping[str, torch.Tensor]) -> None:
         knots, bends, mean, basis = (tensors[name] for name in ("knots", "bends", "mean", "basis"))
-        d, n = knots.shape
-        shapes = (n, bends.shape, mean.shape, basis.shape)
-        if shapes != (self.knots, (d, n + 1), (d,), (d, self.k)) or not all(map(_is_finite, tensors.values())):
+        if knots.dim() != 2 or not all(map(_is_finite, tensors.values())):
             raise ConfigError("its tensors do not fit each other")
-        spline = MonotoneSpline(knots.float())
-        with torch.no_grad():
-            spline.bends.copy_(bends)
-        self._keep(spline, _State(0.0, bends, mean.float(), basis.float(), 0))
+        d, n = knots.shape
+        if (n, bends.shape, mean.shape, basis.shape) != (self.knots, (d, n + 1), (d,), (d, self.k)):
+            raise ConfigError("its tensors do not fit each other")
+        self._keep(MonotoneSpline(knots.float()), _State(_NO_ERRORS, bends, mean.float(), basis.float(), 0))
 
     def _keep(self, spline: MonotoneSpline, state: "_State") -> None:
         with torch.no_grad():
@@ -194,7 +225,12 @@ class SplinePCA(nn.Module):
         self.spline = spline.requires_grad_(False)
         self.mean, self.basis = state.mean, state.basis
 
-    def _fitted(self) -> tuple[MonotoneSpline, torch.Tensor, torch.Tensor]:
+    def fitted(self) -> tuple[MonotoneSpline, torch.Tensor, torch.Tensor]:
+        """The spline, the mean and the basis.
+
+        Raises:
+            ConfigError: nothing is fitted yet.
+        """
         if self.spline is None or self.mean is None or self.basis is None:
             raise ConfigError("This geometry is not fitted. Call `fit` with vectors, or `SplinePCA.load`.")
         return self.spline, self.mean, self.basis
@@ -224,20 +260,36 @@ class SplinePCA(nn.Module):
         return f"k={self.k}, knots={self.knots}, fitted={self.spline is not None}"
 
 
-class _State(NamedTuple):
-    """A spline and its components, and their error on vectors held out."""
+_NO_ERRORS = torch.zeros(1, dtype=torch.float64, device="cpu")
 
-    error: float
+
+class _State(NamedTuple):
+    """A spline and its components, and their errors on vectors held out, the mean of each stretch of them."""
+
+    errors: torch.Tensor
     bends: torch.Tensor
     mean: torch.Tensor
     basis: torch.Tensor
     epoch: int
 
+    @property
+    def error(self) -> float:
+        return float(self.errors.mean())
+
+    def is_surely_below(self, other: "_State") -> bool:
+        """Whether its error is lower than that of `other` by far more than the error differs between stretches."""
+        gains = other.errors - self.errors
+        if len(gains) < 2:
+            return False
+        return bool(gains.mean() > _SURE * gains.std() / math.sqrt(len(gains)))
+
 
 class _Fit:
     """Training of one spline."""
 
-    def __init__(self, spline: MonotoneSpline, training: torch.Tensor, held_out: torch.Tensor, components: int) -> None:
+    def __init__(
+        self, spline: MonotoneSpline, training: torch.Tensor, held_out: list[torch.Tensor], components: int
+    ) -> None:
         self.spline, self.training, self.held_out, self.components = spline, training, held_out, components
         self.batches = math.ceil(len(training) / _BATCH)
         self._optimiser = torch.optim.Adam(spline.parameters())
@@ -253,9 +305,10 @@ class _Fit:
         _, vectors = torch.linalg.eigh(apart.T @ apart)
         return mean, vectors[:, -self.components :].flip(1).float().contiguous()
 
-    def _error(self, vectors: torch.Tensor) -> torch.Tensor:
+    def _errors(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Squared, of each vector, [M]."""
         codes = (self.spline(vectors) - self._mean) @ self._basis
-        return (self.spline.inverse(codes @ self._basis.T + self._mean) - vectors).square().mean()
+        return (self.spline.inverse(codes @ self._basis.T + self._mean) - vectors).square().mean(dim=1)
 
     def train(self, rates: Iterator[float]) -> None:
         """One pass over the vectors."""
@@ -264,14 +317,20 @@ class _Fit:
                 for group in self._optimiser.param_groups:
                     group["lr"] = rate
                 self._optimiser.zero_grad()
-                (self._error(batch) / self._unit).backward()
+                (self._errors(batch).mean() / self._unit).backward()
                 self._optimiser.step()
         self._mean, self._basis = self._find_components()
 
     @torch.no_grad()
     def state(self) -> _State:
-        error = float(self._error(self.held_out))
-        return _State(error, self.spline.bends.detach().clone(), self._mean, self._basis, 0)
+        errors = self._errors(torch.cat(self.held_out)).double().split([len(part) for part in self.held_out])
+        return _State(
+            torch.stack([part.mean() for part in errors]),
+            self.spline.bends.detach().clone(),
+            self._mean,
+            self._basis,
+            0,
+        )
 
 
 def _rates(largest: float, epochs: int, epoch: int, batches: int) -> Iterator[float]:
@@ -280,32 +339,19 @@ def _rates(largest: float, epochs: int, epoch: int, batches: int) -> Iterator[fl
         yield largest * (1 + math.cos(math.pi * (epoch * batches + batch) / (epochs * batches))) / 2
 
 
+def _divided(vectors: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Vectors to train on, in random order, and those held out of each stretch: its last ones."""
+    stretches = vectors.tensor_split(max(1, min(_STRETCHES, round(_HELD_OUT * len(vectors)))))
+    counts = [max(1, round(_HELD_OUT * len(part))) for part in stretches]
+    training = torch.cat([part[:-count] for part, count in zip(stretches, counts, strict=True)])
+    order = torch.randperm(len(training), generator=_generator(), dtype=torch.int64, device="cpu")
+    held_out = [part[-count:] for part, count in zip(stretches, counts, strict=True)]
+    return training[order.to(training.device)], held_out
+
+
 def _generator() -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(_SEED)
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"No geometry at {path}: {error}. It takes a file of SplinePCA.save.") from error
-    try:
-        tensors = safetensors.torch.load(content)
-        size = int.from_bytes(content[:8], "little")
-        about = json.loads(json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("kvsplice", "null"))
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Fit and save the geometry again.") from error
-    if not isinstance(about, dict) or about.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{path} is not a geometry: its metadata do not say so. It takes a file of SplinePCA.save."
-        )
-    if not isinstance(about.get("version"), int) or about["version"] > _VERSION:
-        raise CheckpointError(
-            f"{path} has version {about.get('version')!r} of the format; this release reads up to {_VERSION}. Upgrade "
-            "kvsplice_hf."
-        )
-    return about, tensors

@@ -189,6 +189,11 @@ class GPT2MLAConfig(PreTrainedConfig):
                 "`kvsplice` needs `compression_ratio` or `rank`. Packed rows are fitted to a trained model: use "
                 "patch_model_with_kvsplice on one without a built-in splice."
             )
+        if config.transform == "spline":
+            raise ConfigError(
+                '`kvsplice` asks for transform="spline", which is fitted to vectors of a trained model: use '
+                "patch_model_with_kvsplice on one without a built-in splice."
+            )
         config.rank_for(self.kv_lora_rank, "the model")
         config.select_layers(tuple(range(self.n_layer)))
         return config

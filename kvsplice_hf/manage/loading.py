@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from kvsplice_hf.code.bent import new_splice
 from kvsplice_hf.code.codecs import Codec, codec_class
 from kvsplice_hf.code.files import CONFIG_NAME, SavedSplices, codec_of, key_of, read_splice_files
 from kvsplice_hf.code.heads import HeadKey, PartKey, joined
@@ -143,13 +144,8 @@ def _read_part(saved: SavedSplices, part: PartKey, directory: Path) -> LearnedKV
             raise ConfigError(f"its weights have the sizes {(rank, latent_dim)}, its description says {sizes}.")
     with torch.random.fork_rng(devices=[]):  # constructors draw random numbers
         keys = _empty_keys(saved, part, None, dtype=weight.dtype, device="cpu")
-        splice = LearnedKVSplice(
-            latent_dim,
-            rank,
-            use_layernorm=saved.config.use_layernorm,
-            predicted_from=_predicted_from(saved, part, rank, keys),
-            dtype=weight.dtype,
-        )
+        predicted_from = _predicted_from(saved, part, rank, keys)
+        splice = new_splice(saved.config, latent_dim, rank, predicted_from=predicted_from, dtype=weight.dtype)
         splice.keys = keys
     _set_parameters(splice, saved.tensors, part, codec)
     return splice
@@ -229,16 +225,12 @@ def _empty_splice(
     site: AttentionSite, part: PartKey, saved: SavedSplices, device: torch.device | str | None = None
 ) -> LearnedKVSplice:
     device = site.device if device is None else device
-    rank, use_layernorm = _rank(site, part, saved), saved.config.use_layernorm
+    rank = _rank(site, part, saved)
     with torch.random.fork_rng(devices=[]), torch.device(device):  # constructors draw random numbers
         keys = _empty_keys(saved, part, site.qk_rope_head_dim, dtype=site.dtype, device=device)
-        splice = LearnedKVSplice(
-            site.kv_lora_rank,
-            rank,
-            use_layernorm=use_layernorm,
-            predicted_from=_predicted_from(saved, part, rank, keys),
-            device=device,
-            dtype=site.dtype,
+        predicted_from = _predicted_from(saved, part, rank, keys)
+        splice = new_splice(
+            saved.config, site.kv_lora_rank, rank, predicted_from=predicted_from, device=device, dtype=site.dtype
         )
         splice.keys = keys
     return splice
@@ -279,11 +271,12 @@ def _shapes_after_patch(model: nn.Module, saved: SavedSplices, chosen: list[Atte
         for site, part in [(one, part) for one in chosen for part in one.parts]:
             splice = _empty_splice(site, part, saved, device="meta")
             shapes |= {key_of(part, name): tensor.shape for name, tensor in splice.state_dict().items()}
-            if saved.config.is_packed:
+            if saved.config.is_packed or site.kv_heads:
                 key_dim = site.qk_rope_head_dim if splice.keys is None else splice.keys.rank
-                kind, row_dim = codec_class(saved.config.codec), splice.rank + key_dim
+                kind, row_dim = codec_class(saved.config.row_codec), splice.rank + key_dim
                 names = (*kind.saved, *kind.saved_if_any)
-                for name, size in zip(names, kind.saved_shapes(row_dim, splice.rank), strict=True):
+                gained = splice.rank if saved.config.is_packed else 0  # plain numbers need none
+                for name, size in zip(names, kind.saved_shapes(row_dim, gained), strict=True):
                     key = key_of(part, f"codec.{name}")
                     if name in kind.saved or key in saved.tensors:
                         shapes[key] = size

@@ -69,7 +69,7 @@ def prune_kvsplice(model: nn.Module, threshold: float = 0.1) -> list[LayerPrunin
     Raises:
         PatchStateError: the model is not patched, or is merged.
         ConfigError: the threshold is out of range, or the code has a LayerNorm, through which each coordinate changes
-            all others.
+            all others, or lies behind splines.
         UnsupportedError: the splice is offloaded, or a layer has ordinary attention.
 
     Whatever is raised, the model is as it was.
@@ -120,12 +120,17 @@ def effective_scales(splice: LearnedKVSplice, reader_weight: torch.Tensor | None
         reader_weight: W [any, R]; None where the model is not at hand: `||D_j|| * ||C_j||`.
 
     Raises:
-        ConfigError: the code has a LayerNorm.
+        ConfigError: the code has a LayerNorm, or lies behind splines.
     """
     if splice.code_norm is not None:
         raise ConfigError(
             "The code has a LayerNorm: without one coordinate the norm of all others would change, so none can be "
             "pruned. Patch with use_layernorm=False."
+        )
+    if not splice.is_affine:
+        raise ConfigError(
+            'The latents of this splice go through splines (transform="spline"), so that what a coordinate costs '
+            "differs from token to token. Patch with a smaller `rank` instead of pruning."
         )
     seen = splice.fold()[0][:, : splice.rank].float()
     if reader_weight is not None:

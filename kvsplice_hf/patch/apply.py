@@ -65,7 +65,7 @@ def sites_to_patch(model: nn.Module, config: KVSpliceConfig) -> list[AttentionSi
 
 def _require_packed(sites: list[AttentionSite], config: KVSpliceConfig) -> None:
     ordinary = next((site for site in sites if site.kv_heads), None)
-    if ordinary is not None and not config.is_packed:
+    if ordinary is not None and not config.is_packed and config.transform != "spline":
         raise ConfigError(
             f"`compression_ratio` and `rank` are for layers that store a latent, and {ordinary.name} "
             f"({type(ordinary.module).__name__}) has ordinary attention. Give `bytes_per_token`, `bits` or "
@@ -77,7 +77,7 @@ def _require_packed(sites: list[AttentionSite], config: KVSpliceConfig) -> None:
             f"`values` is {config.values!r}; {latent.name} ({type(latent.module).__name__}) stores a latent, from "
             'which both keys and values are made. Leave `values` out; `keys="exact"` keeps its rotated keys.'
         )
-    if ordinary is not None and not codec_class(config.codec).fitted_together:
+    if ordinary is not None and not codec_class(config.row_codec).fitted_together:
         raise ConfigError(
             f"`codec` is {config.codec!r}; {ordinary.name} ({type(ordinary.module).__name__}) has ordinary attention, "
             "whose rows are packed by the codecs of this package."

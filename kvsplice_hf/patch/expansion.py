@@ -16,7 +16,7 @@ from kvsplice_hf.errors import FoldingError, UnsupportedError
 from kvsplice_hf.patch.folding import unfoldable_message, weight_to_fold
 from kvsplice_hf.patch.names import WRAPPED_ATTENTION, is_ours
 from kvsplice_hf.patch.sequences import round_trip_of_sequences
-from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
+from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SPLINE_REFUSAL, SitePatch, title_of
 from kvsplice_hf.weights.sharding import HeadShare, gradient_as_part, gradient_of_all, head_share
 
 
@@ -143,6 +143,8 @@ def absorbed_weight(
     """
     if patched.mode == "expanded":
         return None, 'attention="expanded" was asked for'
+    if not patched.splice.is_affine:
+        return None, SPLINE_REFUSAL
     if not is_ours(module):
         return None, (
             f"the attention function is {module.config._attn_implementation!r}, which reads keys and values only: load "

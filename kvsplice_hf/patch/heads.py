@@ -19,7 +19,7 @@ from kvsplice_hf.patch.attention import attend_expanded
 from kvsplice_hf.patch.head_attention import attention_on_heads
 from kvsplice_hf.patch.sequences import round_trip_of_sequences
 from kvsplice_hf.patch.shares import as_bias, four_dimensional
-from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SitePatch, title_of
+from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE, SPLINE_REFUSAL, SitePatch, title_of
 
 
 # Arguments that change scores, and that attention on rows does as well.
@@ -123,6 +123,8 @@ def decoding_refusal(module: Any, patched: SitePatch) -> str | None:
         return "the module computes attention by itself, on plain keys and values"
     if patched.mode == "expanded":
         return 'attention="expanded" was asked for'
+    if not patched.splice.is_affine:
+        return SPLINE_REFUSAL
     if getattr(module, "attn_logit_softcapping", None) is not None:
         return "the model caps its scores (soft cap), which attention on rows does not do"
     return None

@@ -12,6 +12,10 @@ from kvsplice_hf.patch.names import PATCH_ATTRIBUTE, AttentionName
 from kvsplice_hf.weights.materialised import MaterialisedWeight
 
 
+# Why no step runs on codes behind a spline.
+SPLINE_REFUSAL = 'transform="spline" was asked for, and a spline does not fold into the weights: each step decodes'
+
+
 class SitePatch:
     """What the patch knows of one attention module, kept on it as a plain attribute. Nothing of it belongs to a call.
 

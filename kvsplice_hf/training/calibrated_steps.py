@@ -138,6 +138,11 @@ def _require_plain(splice: LearnedKVSplice) -> None:
             "The codes of this splice are normalised (use_layernorm), which calibration knows nothing of. Train "
             "without `calibration`."
         )
+    if not splice.is_affine:
+        raise TrainingError(
+            'The latents of this splice go through splines (transform="spline"), which statistics for steps know '
+            "nothing of. Train without `calibration`."
+        )
 
 
 class _Space:

@@ -3,9 +3,12 @@
 
 Latents of MLA, or values of each key head, of the calibration text are fitted to; those of the evaluation text are
 measured on, and the model reads through both geometries. Errors are means over layers and heads of the squared error
-over the variance. The last line of stdout is one JSON object.
+over the variance: on vectors that each fit held out of its own text, and on those of the other texts. The table says
+how many geometries kept a spline, and how many are worse than components alone on the other texts, by more than
+rounding. The last line of stdout is one JSON object.
 
     python scripts/research/spline_geometry.py --model smollm2 --components 8 16 32 64
+    python scripts/research/spline_geometry.py --time_size 64 --components 16
 """
 
 import statistics
@@ -32,10 +35,15 @@ from kvsplice_hf.bench.comparison import Comparison, Row, loss_text
 from kvsplice_hf.bench.tables import number
 from kvsplice_hf.bench.texts import spread_windows
 from kvsplice_hf.bench.through_geometry import through_geometries
+from kvsplice_hf.calibration.geometries import ModelGeometry
 from kvsplice_hf.calibration.vectors import collect_vectors
 from kvsplice_hf.code.heads import PartKey
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.geometry import SplinePCA
+
+
+# Geometries that kept no spline are those of components alone; what differs by less is rounding.
+_WORSE = 1 + 1e-5
 
 
 @dataclass
@@ -57,7 +65,15 @@ class Arguments:
     epochs: int = field(default=8, metadata={"help": "passes over the vectors"})
     learning_rate: float = field(default=2e-3, metadata={"help": "of the splines"})
     max_samples: int = field(default=120_000, metadata={"help": "vectors of each layer or head"})
+    vectors: str = field(
+        default="heads",
+        metadata={"help": "of ordinary attention: values of each key head (heads), or of a layer (layers)"},
+    )
     layers: list[int] = field(default_factory=list, metadata={"help": "cache layer indices; none: all"})
+    time_size: int = field(
+        default=0,
+        metadata={"help": "only time fits to so many vectors of this many numbers, drawn at random; 0: do not"},
+    )
     perplexity: bool = field(default=True, metadata={"help": "measure it as well, where all layers are fitted"})
     dtype: str = field(default="float32", metadata={"help": "dtype of the model"})
     output: str = field(default="results", metadata={"help": "folder for the results"})
@@ -79,7 +95,13 @@ class Trial(Comparison):
 
     def vectors(self, windows: torch.Tensor) -> dict[PartKey, torch.Tensor]:
         """Of the layers that are looked at."""
-        found = collect_vectors(self.model, list(windows.split(1)), max_samples=self.args.max_samples, max_batches=1024)
+        found = collect_vectors(
+            self.model,
+            list(windows.split(1)),
+            max_samples=self.args.max_samples,
+            max_batches=1024,
+            of=self.args.vectors,
+        )
         layers = self.args.layers
         return {part: rows for part, rows in found.items() if not layers or getattr(part, "layer_idx", part) in layers}
 
@@ -91,24 +113,22 @@ class Trial(Comparison):
         ]
         return self.vectors(torch.cat(texts))
 
-    def fitted(self, k: int, epochs: int, vectors: dict[PartKey, torch.Tensor]) -> dict[PartKey, SplinePCA]:
-        """A geometry of each layer or head."""
-        fitted = {}
-        for part, rows in tqdm(vectors.items(), desc=f"k = {k}, {epochs} epochs", file=sys.stderr):
-            fitted[part] = SplinePCA(k, self.args.knots)
-            fitted[part].fit(rows, epochs=epochs, learning_rate=self.args.learning_rate, progress=False)
-        return fitted
-
     def measured(self, name: str, k: int, epochs: int, training: Any, held_out: Any) -> Row:
         """One row of the table."""
-        start = time.perf_counter()
-        geometries = self.fitted(k, epochs, training)
-        seconds = time.perf_counter() - start
-        error = statistics.fmean(relative_error(geometries[part], rows) for part, rows in held_out.items())
-        row = {"name": name, "k": k, "error": error, "fit_s": seconds / len(geometries), "texts": None}
+        start, settings = time.perf_counter(), {"knots": self.args.knots, "learning_rate": self.args.learning_rate}
+        geometries = ModelGeometry.fit(training, k, "", epochs=epochs, **settings)
+        seconds = (time.perf_counter() - start) / len(geometries)
+        errors = {str(part): relative_error(geometries[part], rows) for part, rows in held_out.items()}
+        row = {"name": name, "k": k, "error": statistics.fmean(errors.values()), "errors": errors, "fit_s": seconds}
+        variances = {part: float(rows.var(dim=0, correction=0).mean()) for part, rows in training.items()}
+        fits = [report.spline / variances[part] for part, report in geometries.reports.items()]
+        row |= {"error_of_fit": statistics.fmean(fits), "texts": None}
+        row |= {"parts": len(fits), "bent": sum(report.epoch > 0 for report in geometries.reports.values())}
         if self.args.perplexity and not self.args.layers:
             with torch.no_grad(), through_geometries(self.model, geometries):
                 row["texts"] = self.texts(self.plain, f"{name}, k = {k}")
+        errors = f"squared error {row['error_of_fit']:.5f} held out of the fit, {row['error']:.5f} on other texts"
+        tqdm.write(f"{name}, k = {k}: {errors}", file=sys.stderr)
         return row
 
     def run(self) -> list[Row]:
@@ -116,24 +136,48 @@ class Trial(Comparison):
         size = min(rows.shape[1] for rows in training.values())
         if max(self.args.components) > size:
             raise ConfigError(f"--components is {self.args.components}, and vectors have {size} numbers.")
-        return [
+        rows = [
             self.measured(name, k, epochs, training, held_out)
             for k in self.args.components
             for name, epochs in (("PCA", 0), ("spline, PCA", self.args.epochs))
         ]
+        for alone, bent in zip(rows[::2], rows[1::2], strict=True):
+            bent["worse"] = sum(error > _WORSE * alone["errors"][part] for part, error in bent["errors"].items())
+        return rows
 
 
 def table_of(rows: list[Row], texts: list[str]) -> Table:
     """Rows as they come, components alone above those behind a spline."""
-    table = Table("geometry", "k", "squared error", "seconds of a fit", *(f"{text}: loss" for text in texts))
+    columns = ("geometry", "k", "held out of the fit", "other texts", "bent", "worse there", "seconds of a fit")
+    table = Table(*columns, *(f"{text}: loss" for text in texts))
     for row in rows:
         losses = ["not measured" if row["texts"] is None else loss_text(row["texts"][text]) for text in texts]
-        table.add_row(row["name"], str(row["k"]), f"{row['error']:.5f}", number(row["fit_s"]), *losses)
+        bent = f"{row['bent']} of {row['parts']}"
+        errors = f"{row['error_of_fit']:.5f}", f"{row['error']:.5f}"
+        table.add_row(
+            row["name"], str(row["k"]), *errors, bent, str(row.get("worse", "")), number(row["fit_s"]), *losses
+        )
     return table
+
+
+def timed(args: Arguments, k: int) -> Row:
+    """Seconds of one fit to random vectors, each number bent, so that splines have something to do."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(args.max_samples, args.time_size, generator=generator).sinh()
+    start = time.perf_counter()
+    SplinePCA(k, args.knots).fit(vectors, epochs=args.epochs, learning_rate=args.learning_rate)
+    return {"k": k, "vectors": list(vectors.shape), "fit_s": time.perf_counter() - start}
 
 
 def run(args: Arguments) -> list[Row]:
     """All rows."""
+    if args.time_size:
+        rows = [timed(args, k) for k in args.components]
+        table = Table("vectors", "k", "seconds of a fit")
+        for row in rows:
+            table.add_row(" x ".join(map(str, row["vectors"])), str(row["k"]), number(row["fit_s"]))
+        console().print(table)
+        return rows
     model, tokenizer = load_model(args.model, args.dtype)
     rows = Trial(model, tokenizer, args).run()
     console().print(table_of(rows, list(dict.fromkeys(args.evaluation))))

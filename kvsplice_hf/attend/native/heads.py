@@ -128,6 +128,8 @@ def _refusal(splices: HeadSplices, tensors: list[Any]) -> str | None:
         return f"the C++ code does not read rows of the codec {splices.codec.kind if splices.codec else None!r}"
     if any(head.code_norm is not None for head in splices):
         return "the C++ code does not normalise codes"
+    if not splices.is_affine:
+        return "the C++ code does not bend numbers by splines"
     return None
 
 

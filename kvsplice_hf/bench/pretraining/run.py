@@ -11,6 +11,12 @@ from transformers import set_seed
 from kvsplice_hf import ConfigError
 from kvsplice_hf.bench.command_line import parse_with_config
 from kvsplice_hf.bench.pretraining.data import Blocks, DataArguments, load_blocks
+from kvsplice_hf.bench.pretraining.geometry import (
+    GEOMETRY_OPTIONS,
+    GeometryArguments,
+    fit_after_training,
+    require_geometry,
+)
 from kvsplice_hf.bench.pretraining.training import (
     BudgetArguments,
     ModelArguments,
@@ -21,12 +27,13 @@ from kvsplice_hf.bench.pretraining.training import (
 
 
 @dataclass
-class Arguments(ModelArguments, DataArguments):
-    """The model and the text."""
+class Arguments(ModelArguments, DataArguments, GeometryArguments):
+    """The model and the text, and the geometry that is fitted to it afterwards."""
 
     def __post_init__(self) -> None:
         ModelArguments.__post_init__(self)
         DataArguments.__post_init__(self)
+        require_geometry(self)
 
 
 KINDS = (Arguments, BudgetArguments)
@@ -52,7 +59,7 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
 }
 # Settings that have no say in what is learned.
-_WITHOUT_CONSEQUENCE = {"cache", "output_dir"}
+_WITHOUT_CONSEQUENCE = {"cache", "output_dir", *GEOMETRY_OPTIONS}
 _OF_TRAINING = (
     "adam_beta1",
     "adam_beta2",
@@ -190,6 +197,8 @@ def train(args: Arguments, training: BudgetArguments, blocks: Blocks | None = No
         "seconds": trainer.clock.seconds,
     }
     end = done | {"validation_loss": measured["validation_loss"]}
+    if args.kvsplice_enable and training.should_save:
+        measured |= fit_after_training(model, blocks, args, training.per_device_train_batch_size, folder)
     return {
         **measured,
         **done,
