@@ -78,6 +78,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "normalised latents": {"latent_norm": True, "q_lora_rank": 24},
     "heads of other sizes": {"qk_nope_head_dim": 20, "v_head_dim": 12},
     "MLP in a latent space": {"mlp_latent_dim": 16},
+    "reciprocal MLP": {"reciprocal_mlp": 0.25, "mlp_latent_dim": 16},
 }
 SPLICED: dict[str, dict[str, Any]] = {
     "splice": {"kvsplice": HALF},

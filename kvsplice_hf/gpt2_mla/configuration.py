@@ -40,6 +40,8 @@ class GPT2MLAConfig(PreTrainedConfig):
         kv_latents: "shared" makes keys and values from all of the latent; "separate" makes keys from its first half and
             values from its second; "separate_mlp" is "separate" with a hidden layer of width D before the latents.
         mlp_latent_dim: width of the space that the MLP of each block works in; None for GPT-2's own MLP.
+        reciprocal_mlp: share of the hidden units of each MLP that read the attention output of their block (normalised)
+            in place of the hidden state; from 0, GPT-2's MLP, to below 1. Experimental.
         kvsplice: fields of `KVSpliceConfig` by name, for a splice that is built in and trained with the model; None for
             no splice. It takes one of `compression_ratio` and `rank`; `init` is always "orthogonal", `sink_tokens` is 0
             if not given, and `layers` is set by `kvsplice_layers`.
@@ -93,6 +95,7 @@ class GPT2MLAConfig(PreTrainedConfig):
     latent_norm: bool = False
     kv_latents: str = "shared"
     mlp_latent_dim: int | None = None
+    reciprocal_mlp: float = 0.0
     kvsplice: dict[str, Any] | None = None
     kvsplice_layers: str = "all"
 
@@ -130,6 +133,7 @@ class GPT2MLAConfig(PreTrainedConfig):
             )
         if not self.rope_theta > 0:
             raise ConfigError(f"`rope_theta` is {self.rope_theta!r}; it must be above 0.")
+        self._check_reciprocal_mlp()
         self.splice_config()
 
     def _check_counts(self, names: tuple[str, ...]) -> None:
@@ -158,6 +162,27 @@ class GPT2MLAConfig(PreTrainedConfig):
                 f'`kv_lora_rank` is {self.kv_lora_rank}; with kv_latents="{self.kv_latents}" it must be even: keys are '
                 "made from one half of the latent and values from the other."
             )
+
+    def _check_reciprocal_mlp(self) -> None:
+        share = self.reciprocal_mlp
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share < 1:
+            raise ConfigError(
+                f"`reciprocal_mlp` is {share!r}; it must be the share of the MLP's hidden units that the attention "
+                "feeds, from 0 (none) to below 1."
+            )
+        if share and not 0 < self.fed_by_attention() < self.mlp_width():
+            raise ConfigError(
+                f"`reciprocal_mlp` is {share!r}; that is {self.fed_by_attention()} of the MLP's {self.mlp_width()} "
+                "hidden units, of which at least one must be fed by the attention, and one by the hidden state."
+            )
+
+    def mlp_width(self) -> int:
+        """Hidden units of the MLP of each block."""
+        return self.n_inner or 4 * (self.mlp_latent_dim or self.n_embd)
+
+    def fed_by_attention(self) -> int:
+        """How many of them read the attention output of their block."""
+        return round(self.reciprocal_mlp * self.mlp_width())
 
     def splice_config(self) -> KVSpliceConfig | None:
         """The settings of the built-in splice, or None where there is none.

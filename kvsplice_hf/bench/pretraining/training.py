@@ -37,6 +37,7 @@ _OF_MLA = {
     "latent_norm": False,
     "kv_latents": "shared",
     "mlp_latent_dim": None,
+    "reciprocal_mlp": 0.0,
     "kvsplice": None,
     "kvsplice_layers": "all",
 }
@@ -59,6 +60,7 @@ class ModelArguments:
     latent_norm: bool = field(default=False, metadata={"help": "MLA: RMSNorm on the latent"})
     kv_latents: str = field(default="shared", metadata={"help": "MLA: shared, separate, separate_mlp"})
     mlp_latent_dim: int | None = field(default=None, metadata={"help": "MLA: the MLP of each block works in so many"})
+    reciprocal_mlp: float = field(default=0.0, metadata={"help": "MLA: share of the MLP that the attention feeds"})
     kvsplice: str | None = field(
         default=None, metadata={"help": 'MLA: a splice trained with the model, as JSON: {"compression_ratio": 0.5}'}
     )
