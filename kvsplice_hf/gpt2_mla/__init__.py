@@ -7,6 +7,7 @@ The rooms:
 
 - `configuration`: the settings;
 - `attention`, `mlp`, `modeling`: the two halves of a block, and the models;
+- `reciprocal`: heads that also attend with the roles of queries and keys exchanged;
 - `splicing`: the splice that is built in;
 - `conversion`: a start from a trained GPT-2.
 """

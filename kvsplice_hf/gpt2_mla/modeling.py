@@ -27,6 +27,7 @@ from kvsplice_hf.gpt2_mla.attention import Angles, GPT2MLAAttention, SeparateExp
 from kvsplice_hf.gpt2_mla.configuration import GPT2MLAConfig
 from kvsplice_hf.gpt2_mla.conversion import convert_gpt2
 from kvsplice_hf.gpt2_mla.mlp import mlp_of
+from kvsplice_hf.gpt2_mla.reciprocal import ReciprocalMix
 from kvsplice_hf.gpt2_mla.splicing import build_in_splice, has_built_in_splice
 from kvsplice_hf.upstream import cache_argument, cache_of, causal_mask, given_cache, output_with_cache
 
@@ -75,6 +76,8 @@ class GPT2MLAPreTrainedModel(GPT2PreTrainedModel):
             # As GPT-2 does for what is added to the residual stream: twice per layer.
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
             initialization.normal_(module.o_proj.weight, mean=0.0, std=std)
+        elif isinstance(module, ReciprocalMix) and module.gate is not None:
+            initialization.zeros_(module.gate)
         elif isinstance(module, SeparateExpansion):
             initialization.normal_(module.key_weight, mean=0.0, std=self.config.initializer_range)
             initialization.normal_(module.value_weight, mean=0.0, std=self.config.initializer_range)
