@@ -152,7 +152,7 @@ class GPT2MLAAttention(nn.Module):
         return self.resid_dropout(output), weights
 
     def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [B, H + E, S, N + P] and values [B, H + E, S, V] of latents [B, 1, S, R] and rotated keys [B, 1, S, P]."""
+        """Keys [B, H + E, S, N + P] and values [B, H + E, S, V] of latents [B, 1, S, R], rotated keys [B, 1, S, P]."""
         batch, _, length, _ = kv_nope.shape
         sizes = [self.qk_nope_head_dim, self.v_head_dim]
         expanded = self.kv_b_proj(kv_nope).view(batch, length, self.num_heads, sum(sizes)).transpose(1, 2)
