@@ -620,6 +620,7 @@ def test_what_cannot_be_converted_is_named() -> None:
         ({"kvsplice": HALF, "kvsplice_layers": "last:3"}, "only 2 layers"),
         ({"kvsplice": HALF, "kvsplice_layers": "first:1"}, "`layers` is 'first:1'"),
         ({"kvsplice": HALF, "kvsplice_layers": [1]}, "`kvsplice_layers` is"),
+        ({"kvsplice": HALF, "kvsplice_layers": "fisher:1"}, "`kvsplice_layers` is 'fisher:1'; it must be"),
     ],
 )
 def test_settings_that_cannot_work_are_named(settings: dict[str, Any], message: str) -> None:

@@ -140,6 +140,7 @@ def test_a_share_of_the_mlp_reads_the_attention_output_and_costs_no_parameter_bu
         ({"reciprocal_layers": "all"}, "`reciprocal_layers` needs `queries_from_latent`"),
         (RECIPROCAL | {"reciprocal_layers": "last:3"}, "with n from 1 to 2"),
         (RECIPROCAL | {"reciprocal_layers": "first:1"}, "`reciprocal_layers` is 'first:1'"),
+        (RECIPROCAL | {"reciprocal_layers": "fisher:1"}, "`reciprocal_layers` is 'fisher:1'"),
         (RECIPROCAL | {"reciprocal_layers": [0]}, "`reciprocal_layers` is"),
         (RECIPROCAL | {"reciprocal_heads": 5}, "`reciprocal_heads` is 5; it must be from 1 to `n_head` .4."),
         (RECIPROCAL | {"reciprocal_heads": 0}, "`reciprocal_heads` is 0"),

@@ -214,7 +214,7 @@ class GPT2MLAConfig(PreTrainedConfig):
         """
         layers = self.reciprocal_layers
         try:
-            if isinstance(layers, str):
+            if isinstance(layers, str) and not layers.startswith("fisher"):
                 return KVSpliceConfig(layers=layers).select_layers(tuple(range(self.n_layer)))
         except ConfigError:
             pass  # it names a setting that is called otherwise here
@@ -271,7 +271,7 @@ class GPT2MLAConfig(PreTrainedConfig):
                 f'`kvsplice` asks for init={values["init"]!r}; a built-in splice starts "orthogonal", since there are '
                 "no trained weights to start from. For a trained model use patch_model_with_kvsplice."
             )
-        if not isinstance(self.kvsplice_layers, str):
+        if not isinstance(self.kvsplice_layers, str) or self.kvsplice_layers.startswith("fisher"):
             raise ConfigError(f'`kvsplice_layers` is {self.kvsplice_layers!r}; it must be "all" or "last:n".')
         config = KVSpliceConfig.from_dict(values | {"layers": self.kvsplice_layers})
         if config.is_packed:
