@@ -155,3 +155,12 @@ def test_a_share_of_the_mlp_reads_the_attention_output_and_costs_no_parameter_bu
 def test_reciprocal_settings_that_cannot_work_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GPT2MLAConfig(**(BASE | settings))
+
+
+def test_runs_from_before_the_reciprocal_settings_can_be_resumed() -> None:
+    from kvsplice_hf.bench.pretraining.run import parse, settings_of
+
+    plain, reciprocal = settings_of(*parse([])), settings_of(*parse([], **RECIPROCAL, reciprocal_mlp=0.25))
+    assert not any("reciprocal" in name or name == "queries_from_latent" for name in plain)
+    added = {name: value for name, value in reciprocal.items() if name not in plain}
+    assert added == RECIPROCAL | {"reciprocal_mlp": 0.25}

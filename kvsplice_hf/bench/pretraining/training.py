@@ -31,19 +31,23 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("gpt2", "gpt2-mla")
 OPTIMIZERS = ("adamw", "adamw_spam")
+# Settings that came later. Left out where they are not used, so that runs from before can be resumed and are found.
+RECIPROCAL = {
+    "queries_from_latent": False,
+    "reciprocal_layers": None,
+    "reciprocal_heads": None,
+    "reciprocal_weight": None,
+    "reciprocal_mlp": 0.0,
+}
 _OF_MLA = {
     "kv_lora_rank": None,
     "qk_rope_head_dim": 0,
     "latent_norm": False,
     "kv_latents": "shared",
     "mlp_latent_dim": None,
-    "queries_from_latent": False,
-    "reciprocal_layers": None,
-    "reciprocal_heads": None,
-    "reciprocal_weight": None,
-    "reciprocal_mlp": 0.0,
     "kvsplice": None,
     "kvsplice_layers": "all",
+    **RECIPROCAL,
 }
 # The vocabulary is rounded up to a multiple of this, which matrix products are faster with.
 _VOCABULARY_STEP = 64
