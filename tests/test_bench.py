@@ -207,7 +207,6 @@ MISSING = {
 }
 # All that these print has been measured, or they end before.
 NEVER_MISSING = {
-    "analyze_fisher.py": (correlation_over_one_layer, "all the same"),
     "measure/benchmark_calibration.py",
     "measure/drift.py",
     "measure/processes.py",
