@@ -151,7 +151,7 @@ def tables_of(rows: list[dict[str, Any]], found: dict[str, Any], chosen: list[di
         figures = [f"{row['attention_trace']:.3f}", f"{row['attention_top_share']:.3f}"]
         figures += [f"{row['attention_effective_rank']:.1f}", f"{row['latent_trace']:.3g}"]
         figures += [f"{row['latent_top_share']:.3f}", f"{row['latent_effective_rank']:.1f}"]
-        figures += [f"{row['predicted_loss']:.5f}", f"{row['measured_kl']:.5f}"]
+        figures += [f"{row['predicted_loss']:.3g}", f"{row['measured_kl']:.3g}"]
         by_layer.add_row(str(row["layer"]), *figures)
     ranks = Table("against the measured cost of a layer", "Spearman's rho", "p", title=f"{len(rows)} layers")
     for name, title in PREDICTORS.items():
@@ -159,7 +159,7 @@ def tables_of(rows: list[dict[str, Any]], found: dict[str, Any], chosen: list[di
         ranks.add_row(title, *("all the same" if x is None else f"{x:.2g}" for x in (rho, p_value)))
     kinds = Table("layers", "bytes per token and layer", "KL (nats)")
     for row in chosen:
-        kinds.add_row(row["layers"], f"{row['bytes']:.1f}", f"{row['kl_nats']:.5f}")
+        kinds.add_row(row["layers"], f"{row['bytes']:.1f}", f"{row['kl_nats']:.3g}")
     return [by_layer, ranks, kinds]
 
 

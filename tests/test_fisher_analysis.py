@@ -144,6 +144,9 @@ def test_rank_correlations_are_of_order_and_not_of_size() -> None:
     assert rank_correlation([1, 2, 3, 4], [1, 10, 100, 1000]).rho == pytest.approx(1.0)
     assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]).rho == pytest.approx(-1.0)
     assert rank_correlation([1, 1, 1], [1, 2, 3]) == (None, None)
+    # Two of the 24 orders of four layers agree as much as that, one of them the other way round.
+    assert rank_correlation([1, 2, 3, 4], [1, 2, 3, 4]).p_value == pytest.approx(2 / 24)
+    assert rank_correlation(range(20), range(20)).p_value < 1e-6
 
 
 @both_families

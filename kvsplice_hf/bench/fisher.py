@@ -28,6 +28,8 @@ from kvsplice_hf.weights.offload import input_device
 
 # How many directions the research counts.
 TOP = 16
+# Below so many layers all orders are counted, which are 5,040 at most.
+_FEW = 8
 
 
 class Spectrum(NamedTuple):
@@ -192,7 +194,7 @@ class RankCorrelation(NamedTuple):
 
     Attributes:
         rho: from -1 to 1; None where one of the two is the same for all layers.
-        p_value: of no correlation, two-sided.
+        p_value: of no correlation, two-sided; of few layers exact, by all their orders.
     """
 
     rho: float | None
@@ -204,4 +206,11 @@ def rank_correlation(predictor: Sequence[float], cost: Sequence[float]) -> RankC
     if len(set(predictor)) < 2 or len(set(cost)) < 2:
         return RankCorrelation(None, None)
     found = stats.spearmanr(predictor, cost)
-    return RankCorrelation(float(found.statistic), float(found.pvalue))
+    p_value = found.pvalue
+    if len(cost) < _FEW:  # for which the approximation is none: scipy gives 0 where four layers have one order
+        p_value = stats.permutation_test(
+            (list(predictor),),
+            lambda order: stats.spearmanr(order, cost).statistic,
+            permutation_type="pairings",
+        ).pvalue
+    return RankCorrelation(float(found.statistic), float(p_value))
