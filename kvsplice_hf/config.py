@@ -33,6 +33,10 @@ def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"`{name}` is {value!r}; it must be one of {', '.join(map(repr, allowed))}.")
 
 
+def _unknown_layers(layers: Any) -> str:
+    return f'`layers` is {layers!r}; it must be "all", "last:n", "fisher:n", or a list of layer indices.'
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -54,10 +58,10 @@ def _rounded_down(value: float) -> float:
     return math.floor(value * 100) / 100
 
 
-def _parse_last(layers: str) -> int | None:
-    """The n of "last:n", or None where the text is something else."""
+def _count_of_layers(layers: str, choice: str) -> int | None:
+    """The n of "last:n" or "fisher:n", `choice` being what stands before it; None where the text is something else."""
     prefix, _, count = layers.partition(":")
-    return int(count) if prefix == "last" and count.isdecimal() and int(count) > 0 else None
+    return int(count) if prefix == choice and count.isdecimal() and int(count) > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,8 @@ class KVSpliceConfig:
         values: of ordinary attention: "coded", or "exact" in bf16, so that keys alone are coded.
         allocation: "global" lets layers compete for bytes, "layer" gives each the same, "auto" takes what loses less on
             calibration text that was held out ("global" where there is none).
-        layers: which latents to splice: "all", "last:n", or a sequence of cache layer indices (`layer_idx`).
+        layers: which latents to splice: "all", "last:n", "fisher:n" (the n that cost least by calibration, each at the
+            same budget; docs/fisher.md), or a sequence of cache layer indices (`layer_idx`).
         layer_pattern: dotted path of the list that holds the layers ("transformer.h"), for models where more than one
             decoder, or none, is found by itself.
         use_layernorm: apply LayerNorm to the code. Full rank is then no longer exact.
@@ -284,11 +289,11 @@ class KVSpliceConfig:
     def _check_layers(self) -> None:
         layers = self.layers
         if isinstance(layers, str):
-            if layers != "all" and _parse_last(layers) is None:
-                raise ConfigError(f'`layers` is {layers!r}; it must be "all", "last:n", or a list of layer indices.')
+            if layers != "all" and not any(_count_of_layers(layers, choice) for choice in ("last", "fisher")):
+                raise ConfigError(_unknown_layers(layers))
             return
         if not isinstance(layers, Sequence) or not layers or not all(_is_index(i) for i in layers):
-            raise ConfigError(f'`layers` is {layers!r}; it must be "all", "last:n", or a list of layer indices.')
+            raise ConfigError(_unknown_layers(layers))
         # Lists come from JSON and from callers; a tuple keeps the config hashable.
         object.__setattr__(self, "layers", tuple(layers))
 
@@ -309,19 +314,26 @@ class KVSpliceConfig:
             )
         return self.rank
 
+    @property
+    def cheapest_layers(self) -> int | None:
+        """The n of "fisher:n"; None where `layers` says by itself which."""
+        return _count_of_layers(self.layers, "fisher") if isinstance(self.layers, str) else None
+
     def select_layers(self, available: tuple[int, ...]) -> tuple[int, ...]:
         """The indices of `available` (ascending cache layer indices that hold a latent) chosen by `layers`.
 
+        All of them where calibration is to choose among them ("fisher:n").
+
         Raises:
-            ConfigError: a listed index holds no latent, or "last:n" asks for more layers than there are.
+            ConfigError: a listed index holds no latent, or more layers are asked for than there are.
         """
         if self.layers == "all":
             return available
         if isinstance(self.layers, str):
-            count = _parse_last(self.layers) or len(available)
+            count = self.cheapest_layers or _count_of_layers(self.layers, "last") or len(available)
             if count > len(available):
                 raise ConfigError(f"`layers` is {self.layers!r}, but only {len(available)} layers hold a latent.")
-            return available[-count:]
+            return available if self.cheapest_layers else available[-count:]
         missing = sorted(set(self.layers) - set(available))
         if missing:
             raise ConfigError(f"`layers` names {missing}, which hold no latent. Layers that do: {list(available)}.")

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from kvsplice_hf.calibration.layers import choose_layers
 from kvsplice_hf.calibration.splices import splices_for
 from kvsplice_hf.code.heads import HeadSplices
 from kvsplice_hf.config import KVSpliceConfig
@@ -56,7 +57,7 @@ def patch_model_with_kvsplice(
         compression: the same as how many times smaller than the stock cache in bf16. With no budget given, 4.
         keys: "unrotated", "rotated", or "exact", see `KVSpliceConfig`.
         values: "coded" or "exact", of ordinary attention.
-        layers: "all", "last:n", or a list of cache layer indices.
+        layers: "all", "last:n", "fisher:n" (the n that cost least by calibration), or a list of cache layer indices.
         layer_pattern: dotted path of the list of layers ("transformer.h").
         use_layernorm: LayerNorm on the code.
         calibration: what the projection is fitted to: a `KVSpliceCalibrator`, the path of its saved statistics, token
@@ -92,6 +93,9 @@ def patch_model_with_kvsplice(
     others = {"layers": layers, "layer_pattern": layer_pattern, "use_layernorm": use_layernorm or None}
     config = _with_overrides(config, budget, others | {"keys": keys, "values": values})
     with failing_together(isinstance(model, nn.Module) and is_spread(model.modules())):
+        sites = sites_to_patch(model, config)
+    if config.cheapest_layers is not None:
+        config, calibration = choose_layers(model, sites, config, calibration, tokenizer)
         sites = sites_to_patch(model, config)
     splices = splices_for(model, sites, config, calibration, tokenizer)
     apply_splices(model, sites, splices, config)

@@ -46,7 +46,7 @@ FACTORIES = {
     "randperm",
 }
 # Parameters of a model are made as those of PyTorch's own layers are: as the process says.
-PARAMETERS_OF_MODELS = ("gpt2_mla/attention.py", "gpt2_mla/modeling.py")
+PARAMETERS_OF_MODELS = ("gpt2_mla/attention.py", "gpt2_mla/modeling.py", "gpt2_mla/reciprocal.py")
 
 
 def factory_calls() -> Iterator[tuple[str, ast.Call]]:

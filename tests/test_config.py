@@ -67,6 +67,7 @@ INVALID = {
         r"`use_layernorm` works on codes stored as numbers",
     ),
     "layers_last_none": ({"layers": "last:0"}, r"`layers` is 'last:0'; it must be \"all\", \"last:n\""),
+    "layers_cheapest_none": ({"layers": "fisher:0"}, r"`layers` is 'fisher:0'; it must be .* \"fisher:n\""),
     "layers_first": ({"layers": "first:2"}, r"`layers` is 'first:2'"),
     "layers_empty": ({"layers": []}, r"`layers` is \[\]"),
     "layers_negative": ({"layers": [-1]}, r"`layers` is \[-1\]"),
@@ -240,6 +241,7 @@ def test_a_rank_above_the_latent_names_the_layer() -> None:
         ("all", (1, 3, 5)),
         ("last:1", (5,)),
         ("last:3", (1, 3, 5)),
+        ("fisher:2", (1, 3, 5)),  # among which calibration chooses
         ([5, 1], (1, 5)),
         ((3, 3), (3,)),
         (range(1, 2), (1,)),
@@ -254,6 +256,7 @@ def test_layers_are_chosen_among_those_that_hold_a_latent(layers: Any, chosen: t
     [
         ([1, 2, 9], r"`layers` names \[2, 9\], .*Layers that do: \[1, 3, 5\]"),
         ("last:4", r"`layers` is 'last:4', but only 3 layers hold a latent"),
+        ("fisher:4", r"`layers` is 'fisher:4', but only 3 layers hold a latent"),
     ],
 )
 def test_layers_that_hold_no_latent_cannot_be_chosen(layers: Any, phrase: str) -> None:

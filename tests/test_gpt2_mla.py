@@ -78,12 +78,23 @@ PLAIN: dict[str, dict[str, Any]] = {
     "normalised latents": {"latent_norm": True, "q_lora_rank": 24},
     "heads of other sizes": {"qk_nope_head_dim": 20, "v_head_dim": 12},
     "MLP in a latent space": {"mlp_latent_dim": 16},
+    "reciprocal MLP": {"reciprocal_mlp": 0.25, "mlp_latent_dim": 16},
+    "reciprocal attention": {"queries_from_latent": True, "reciprocal_layers": "last:1"},
 }
 SPLICED: dict[str, dict[str, Any]] = {
     "splice": {"kvsplice": HALF},
     "splice with LayerNorm": {"kvsplice": HALF | {"use_layernorm": True}},
     "splice on the last layer": {"kvsplice": HALF, "kvsplice_layers": "last:1"},
     "splice with exact tokens": {"kvsplice": {"rank": 12, "sink_tokens": 2}},
+    "splice, reciprocal attention, separate latents, RoPE": {
+        "kvsplice": {"rank": 12, "sink_tokens": 2},
+        "kv_latents": "separate",
+        "qk_rope_head_dim": 8,
+        "queries_from_latent": True,
+        "reciprocal_layers": "all",
+        "reciprocal_heads": 3,
+        "reciprocal_weight": 0.4,
+    },
     "splice, separate latents, RoPE": {"kvsplice": HALF, "kv_latents": "separate", "qk_rope_head_dim": 8},
 }
 VARIANTS = PLAIN | SPLICED
@@ -103,7 +114,7 @@ def sharpen(model: PreTrainedModel) -> PreTrainedModel:
     """Attention that is selective and logits that hear of it; a splice that is no longer as it was initialised."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
-        if ".kvsplice." in name:
+        if ".kvsplice." in name or name.endswith("reciprocal.gate"):
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         elif parameter.ndim > 1 and (".attn." in name or "wte" in name):
             parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
@@ -281,7 +292,8 @@ def test_its_layers_are_found_and_hold_the_sizes_of_the_settings(variant: str) -
     model = build(variant)
     config = model.config
     for layer_idx, site in enumerate(find_sites(model)):
-        assert (site.name, site.layer_idx, site.num_heads) == (f"transformer.h.{layer_idx}.attn", layer_idx, 4)
+        heads = 4 + config.reciprocal_heads_of(layer_idx)  # one that attends twice counts twice
+        assert (site.name, site.layer_idx, site.num_heads) == (f"transformer.h.{layer_idx}.attn", layer_idx, heads)
         assert (site.kv_lora_rank, site.qk_rope_head_dim) == (32, config.qk_rope_head_dim)
         assert (site.qk_nope_head_dim, site.v_head_dim) == (config.qk_nope_head_dim, config.v_head_dim)
         assert read_weight(site.module.kv_b_proj) is not None
@@ -608,6 +620,7 @@ def test_what_cannot_be_converted_is_named() -> None:
         ({"kvsplice": HALF, "kvsplice_layers": "last:3"}, "only 2 layers"),
         ({"kvsplice": HALF, "kvsplice_layers": "first:1"}, "`layers` is 'first:1'"),
         ({"kvsplice": HALF, "kvsplice_layers": [1]}, "`kvsplice_layers` is"),
+        ({"kvsplice": HALF, "kvsplice_layers": "fisher:1"}, "`kvsplice_layers` is 'fisher:1'; it must be"),
     ],
 )
 def test_settings_that_cannot_work_are_named(settings: dict[str, Any], message: str) -> None:

@@ -281,7 +281,7 @@ def test_training_speed_is_measured_side_by_side_with_what_it_is_made_of(tmp_pat
         *("--output", str(tmp_path)),
     )
     rows = {row["name"]: row for row in report["results"]}
-    assert len(rows) == 4
+    assert len(rows) == 7
     # A layer of GPT-2 maps 32 numbers to 96, MLA to 32 and by way of 12 to 64; neither other matrix differs.
     difference = rows["GPT-2"]["forward_gflop"] - rows["MLA"]["forward_gflop"]
     assert difference == pytest.approx(2 * 32 * (32 * 64 - 12 * (32 + 64)) / 1e9, rel=0.01)

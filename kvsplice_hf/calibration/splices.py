@@ -53,7 +53,7 @@ def splices_for(
     """
     fits = _fits(model, sites, config, calibration, tokenizer)
     # Of a model that processes run together: what they compute from the same numbers may differ in its last digit.
-    return _make_splices(sites, config, of_first(fits) if is_spread(model.modules()) else fits)
+    return make_splices(sites, config, of_first(fits) if is_spread(model.modules()) else fits)
 
 
 def _fits(
@@ -71,6 +71,24 @@ def _fits(
             )
         return {}
     stores = [site for site in sites if site.stores_latent]
+    calibration = calibrator_for(model, stores, config, calibration, tokenizer)
+    competing = config.is_packed and codec_class(config.codec).fitted_together
+    if competing and config.allocation == "auto" and calibration.holdout and predicts(model):
+        return _better_allocation(model, sites, config, calibration)
+    return calibration.fit(config, [part for site in stores for part in site.all_parts])[0]
+
+
+def calibrator_for(
+    model: nn.Module, stores: list[AttentionSite], config: KVSpliceConfig, calibration: Any, tokenizer: Any
+) -> KVSpliceCalibrator:
+    """The statistics to fit to: those that were given, or collected now; arguments as of `splices_for`.
+
+    Args:
+        stores: the layers to patch that store a latent.
+
+    Raises:
+        CalibrationError: the calibration text or statistics cannot be used, or are of another model.
+    """
     for site in stores:  # weights that are missing or damaged are named before the model is run
         if not site.kv_heads:
             effective_weight(site)
@@ -84,10 +102,7 @@ def _fits(
             calibrator.collect(calibration, tokenizer=tokenizer)
         calibration = calibrator
     calibration.require_model(stores, model)
-    competing = config.is_packed and codec_class(config.codec).fitted_together
-    if competing and config.allocation == "auto" and calibration.holdout and predicts(model):
-        return _better_allocation(model, sites, config, calibration)
-    return calibration.fit(config, [part for site in stores for part in site.all_parts])[0]
+    return calibration
 
 
 def _better_allocation(
@@ -99,7 +114,7 @@ def _better_allocation(
     fits, losses = {}, {}
     for allocation in ("global", "layer"):
         fits[allocation] = calibrator.fit(replace(config, allocation=allocation), layers)[0]
-        with patched_for_a_moment(model, sites, _make_splices(sites, config, fits[allocation]), config):
+        with patched_for_a_moment(model, sites, make_splices(sites, config, fits[allocation]), config):
             losses[allocation] = divergence(stock, log_probabilities(model, calibrator.holdout))
     best = min(losses, key=lambda allocation: losses[allocation])
     logger.info("Divergence on held-out text, nats per token: %s. Taken: %s.", losses, best)
@@ -112,11 +127,18 @@ def _own_text(model: Any, config: KVSpliceConfig) -> list[dict[str, torch.Tensor
         return own_text(model)  # ordinary attention is not slow unpatched
     exact = KVSpliceConfig(compression_ratio=1.0, init="identity", layer_pattern=config.layer_pattern)
     sites = sites_to_patch(model, exact)
-    with patched_for_a_moment(model, sites, _make_splices(sites, exact, {}), exact):
+    with patched_for_a_moment(model, sites, make_splices(sites, exact, {}), exact):
         return own_text(model)
 
 
-def _make_splices(sites: list[AttentionSite], config: KVSpliceConfig, fits: dict[PartKey, LayerFit]) -> dict[int, Any]:
+def make_splices(sites: list[AttentionSite], config: KVSpliceConfig, fits: dict[PartKey, LayerFit]) -> dict[int, Any]:
+    """The splices of the layers that store a latent, by cache layer index.
+
+    Args:
+        sites: the layers to patch.
+        config: the settings.
+        fits: what calibration found; a part that it lacks starts as `config.init` says.
+    """
     with normal_tensors():
         return {site.layer_idx: _make_splice(site, config, fits) for site in sites if site.stores_latent}
 

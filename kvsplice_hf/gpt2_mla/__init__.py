@@ -6,7 +6,8 @@ Importing this sub-package makes the model known to `AutoConfig`, `AutoModel` an
 The rooms:
 
 - `configuration`: the settings;
-- `modeling`: the attention, the block, the models;
+- `attention`, `mlp`, `modeling`: the two halves of a block, and the models;
+- `reciprocal`: heads that also attend with the roles of queries and keys exchanged;
 - `splicing`: the splice that is built in;
 - `conversion`: a start from a trained GPT-2.
 """

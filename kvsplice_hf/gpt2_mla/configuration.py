@@ -40,6 +40,14 @@ class GPT2MLAConfig(PreTrainedConfig):
         kv_latents: "shared" makes keys and values from all of the latent; "separate" makes keys from its first half and
             values from its second; "separate_mlp" is "separate" with a hidden layer of width D before the latents.
         mlp_latent_dim: width of the space that the MLP of each block works in; None for GPT-2's own MLP.
+        queries_from_latent: queries are made from the latent of their token, as keys and values are. Experimental.
+        reciprocal_layers: which layers have reciprocal attention, softmax(K Q^T) beside softmax(Q K^T): "all" or
+            "last:n"; None: none. It needs `queries_from_latent`. Experimental.
+        reciprocal_heads: in how many heads of those layers; None: in all.
+        reciprocal_weight: the fixed weight of the reciprocal branch, above 0 and up to 1; None: it is mixed in by a
+            coefficient that is learned and starts at 0.
+        reciprocal_mlp: share of the hidden units of each MLP that read the attention output of their block (normalised)
+            in place of the hidden state; from 0, GPT-2's MLP, to below 1. Experimental.
         kvsplice: fields of `KVSpliceConfig` by name, for a splice that is built in and trained with the model; None for
             no splice. It takes one of `compression_ratio` and `rank`; `init` is always "orthogonal", `sink_tokens` is 0
             if not given, and `layers` is set by `kvsplice_layers`.
@@ -93,6 +101,11 @@ class GPT2MLAConfig(PreTrainedConfig):
     latent_norm: bool = False
     kv_latents: str = "shared"
     mlp_latent_dim: int | None = None
+    queries_from_latent: bool = False
+    reciprocal_layers: str | None = None
+    reciprocal_heads: int | None = None
+    reciprocal_weight: float | None = None
+    reciprocal_mlp: float = 0.0
     kvsplice: dict[str, Any] | None = None
     kvsplice_layers: str = "all"
 
@@ -130,6 +143,9 @@ class GPT2MLAConfig(PreTrainedConfig):
             )
         if not self.rope_theta > 0:
             raise ConfigError(f"`rope_theta` is {self.rope_theta!r}; it must be above 0.")
+        self._check_queries_from_latent()
+        self._check_reciprocal_attention()
+        self._check_reciprocal_mlp()
         self.splice_config()
 
     def _check_counts(self, names: tuple[str, ...]) -> None:
@@ -159,6 +175,80 @@ class GPT2MLAConfig(PreTrainedConfig):
                 "made from one half of the latent and values from the other."
             )
 
+    def _check_queries_from_latent(self) -> None:
+        if not isinstance(self.queries_from_latent, bool):
+            raise ConfigError(f"`queries_from_latent` is {self.queries_from_latent!r}; it must be True or False.")
+        if self.queries_from_latent and self.q_lora_rank is not None:
+            raise ConfigError(
+                f"`q_lora_rank` is {self.q_lora_rank}; it must be None with `queries_from_latent`, which makes queries "
+                "from the latent of keys and values."
+            )
+
+    def _check_reciprocal_attention(self) -> None:
+        heads, weight = self.reciprocal_heads, self.reciprocal_weight
+        if self.reciprocal_layers is None:
+            for name, value in (("reciprocal_heads", heads), ("reciprocal_weight", weight)):
+                if value is not None:
+                    raise ConfigError(f"`{name}` is {value!r}; it works with `reciprocal_layers`, which is None.")
+            return
+        self._reciprocal_layers()
+        if heads is not None and (not _is_int(heads) or not 1 <= heads <= self.n_head):
+            raise ConfigError(f"`reciprocal_heads` is {heads!r}; it must be from 1 to `n_head` ({self.n_head}).")
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if weight is not None and not (is_number and 0 < weight <= 1):
+            raise ConfigError(
+                f"`reciprocal_weight` is {weight!r}; it must be above 0 and up to 1, the share of the reciprocal "
+                "branch, or None for a learned coefficient."
+            )
+        if not self.queries_from_latent:
+            raise ConfigError(
+                "`reciprocal_layers` needs `queries_from_latent`: reciprocal attention reads the queries of past "
+                "tokens, and only the latent of a token is cached."
+            )
+
+    def _reciprocal_layers(self) -> tuple[int, ...]:
+        """The layers with reciprocal attention.
+
+        Raises:
+            ConfigError: they are not "all" or "last:n", or more than there are.
+        """
+        layers = self.reciprocal_layers
+        try:
+            if isinstance(layers, str) and not layers.startswith("fisher"):
+                return KVSpliceConfig(layers=layers).select_layers(tuple(range(self.n_layer)))
+        except ConfigError:
+            pass  # it names a setting that is called otherwise here
+        raise ConfigError(
+            f'`reciprocal_layers` is {layers!r}; it must be "all" or "last:n" with n from 1 to {self.n_layer}, or None.'
+        )
+
+    def reciprocal_heads_of(self, layer_idx: int) -> int:
+        """How many heads of a layer also attend with the roles of queries and keys exchanged."""
+        if self.reciprocal_layers is None or layer_idx not in self._reciprocal_layers():
+            return 0
+        return self.n_head if self.reciprocal_heads is None else self.reciprocal_heads
+
+    def _check_reciprocal_mlp(self) -> None:
+        share = self.reciprocal_mlp
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share < 1:
+            raise ConfigError(
+                f"`reciprocal_mlp` is {share!r}; it must be the share of the MLP's hidden units that the attention "
+                "feeds, from 0 (none) to below 1."
+            )
+        if share and not 0 < self.fed_by_attention() < self.mlp_width():
+            raise ConfigError(
+                f"`reciprocal_mlp` is {share!r}; that is {self.fed_by_attention()} of the MLP's {self.mlp_width()} "
+                "hidden units, of which at least one must be fed by the attention, and one by the hidden state."
+            )
+
+    def mlp_width(self) -> int:
+        """Hidden units of the MLP of each block."""
+        return self.n_inner or 4 * (self.mlp_latent_dim or self.n_embd)
+
+    def fed_by_attention(self) -> int:
+        """How many of them read the attention output of their block."""
+        return round(self.reciprocal_mlp * self.mlp_width())
+
     def splice_config(self) -> KVSpliceConfig | None:
         """The settings of the built-in splice, or None where there is none.
 
@@ -181,7 +271,7 @@ class GPT2MLAConfig(PreTrainedConfig):
                 f'`kvsplice` asks for init={values["init"]!r}; a built-in splice starts "orthogonal", since there are '
                 "no trained weights to start from. For a trained model use patch_model_with_kvsplice."
             )
-        if not isinstance(self.kvsplice_layers, str):
+        if not isinstance(self.kvsplice_layers, str) or self.kvsplice_layers.startswith("fisher"):
             raise ConfigError(f'`kvsplice_layers` is {self.kvsplice_layers!r}; it must be "all" or "last:n".')
         config = KVSpliceConfig.from_dict(values | {"layers": self.kvsplice_layers})
         if config.is_packed:

@@ -8,7 +8,6 @@ Legend: `B` batch, `T` new tokens, `S` cached tokens, `D` n_embd, `H` heads, `R`
 
 import copy
 import math
-from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -17,7 +16,7 @@ from transformers import GenerationMixin, GPT2LMHeadModel, initialization
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2PreTrainedModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -27,26 +26,10 @@ from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.gpt2_mla.attention import Angles, GPT2MLAAttention, SeparateExpansion, rotary_angles
 from kvsplice_hf.gpt2_mla.configuration import GPT2MLAConfig
 from kvsplice_hf.gpt2_mla.conversion import convert_gpt2
+from kvsplice_hf.gpt2_mla.mlp import mlp_of
+from kvsplice_hf.gpt2_mla.reciprocal import ReciprocalMix
 from kvsplice_hf.gpt2_mla.splicing import build_in_splice, has_built_in_splice
 from kvsplice_hf.upstream import cache_argument, cache_of, causal_mask, given_cache, output_with_cache
-
-
-class GPT2MLALatentMLP(nn.Module):
-    """GPT-2's MLP in a smaller space: one projection leads into it, and its transpose out again."""
-
-    def __init__(self, config: GPT2MLAConfig) -> None:
-        super().__init__()
-        width = config.mlp_latent_dim
-        assert width is not None
-        self.latent_proj = nn.Linear(config.n_embd, width, bias=False)
-        inner = SimpleNamespace(
-            hidden_size=width, activation_function=config.activation_function, resid_pdrop=config.resid_pdrop
-        )
-        self.mlp = GPT2MLP(config.n_inner or 4 * width, inner)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, T, D] of hidden states [B, T, D]."""
-        return self.mlp(self.latent_proj(hidden_states)) @ self.latent_proj.weight
 
 
 class GPT2MLABlock(GradientCheckpointingLayer):
@@ -57,16 +40,18 @@ class GPT2MLABlock(GradientCheckpointingLayer):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = GPT2MLAAttention(config, layer_idx)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp: nn.Module
-        if config.mlp_latent_dim is None:
-            self.mlp = GPT2MLP(config.n_inner or 4 * config.n_embd, config)
-        else:
-            self.mlp = GPT2MLALatentMLP(config)
+        self.mlp = mlp_of(config)
+        reciprocal = config.fed_by_attention()
+        # What attention gives is small at first, and of another size in each layer.
+        self.ln_attention = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon) if reciprocal else None
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Hidden states [B, T, D] after the block; `kwargs` are those of the attention."""
-        hidden_states = hidden_states + self.attn(self.ln_1(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.ln_2(hidden_states))
+        attended = self.attn(self.ln_1(hidden_states), **kwargs)[0]
+        hidden_states = hidden_states + attended
+        if self.ln_attention is None:
+            return hidden_states + self.mlp(self.ln_2(hidden_states))
+        return hidden_states + self.mlp(self.ln_2(hidden_states), self.ln_attention(attended))
 
 
 class GPT2MLAPreTrainedModel(GPT2PreTrainedModel):
@@ -91,6 +76,8 @@ class GPT2MLAPreTrainedModel(GPT2PreTrainedModel):
             # As GPT-2 does for what is added to the residual stream: twice per layer.
             std = self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
             initialization.normal_(module.o_proj.weight, mean=0.0, std=std)
+        elif isinstance(module, ReciprocalMix) and module.gate is not None:
+            initialization.zeros_(module.gate)
         elif isinstance(module, SeparateExpansion):
             initialization.normal_(module.key_weight, mean=0.0, std=self.config.initializer_range)
             initialization.normal_(module.value_weight, mean=0.0, std=self.config.initializer_range)

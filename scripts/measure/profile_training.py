@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Training steps of GPT-2, MLA and MLA with a splice built in, side by side, and where their time goes.
+"""Training steps of GPT-2, MLA, MLA with a splice built in and reciprocal MLA, side by side, and where their time goes.
 
 Models of one size with random weights take turns, so that a machine that slows down slows all of them; medians count.
 The last line of stdout is one JSON object.
@@ -44,6 +44,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "MLA": {},
     "MLA of half the rank": {"rank_share": 0.5},
     "MLA with a splice of half the rank": {"kvsplice": {"compression_ratio": 0.5, "sink_tokens": 0}},
+    "MLA, queries from the latent": {"queries_from_latent": True},
+    "MLA with reciprocal attention": {"queries_from_latent": True, "reciprocal_layers": "all"},
+    "MLA with a reciprocal MLP": {"reciprocal_mlp": 0.25},
 }
 # Operators by the beginning of their names; the first that fits counts.
 GROUPS = {

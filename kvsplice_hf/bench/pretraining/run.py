@@ -18,6 +18,7 @@ from kvsplice_hf.bench.pretraining.geometry import (
     require_geometry,
 )
 from kvsplice_hf.bench.pretraining.training import (
+    RECIPROCAL,
     BudgetArguments,
     ModelArguments,
     PretrainingTrainer,
@@ -100,7 +101,8 @@ def parse(argv: list[str], **settings: Any) -> tuple[Arguments, BudgetArguments]
 
 def settings_of(args: Arguments, training: BudgetArguments) -> dict[str, Any]:
     """What decides what is learned; a run can be resumed, and found finished, under the same settings only."""
-    own = {name: value for name, value in asdict(args).items() if name not in _WITHOUT_CONSEQUENCE}
+    unused = {name for name, default in RECIPROCAL.items() if getattr(args, name) == default}
+    own = {name: value for name, value in asdict(args).items() if name not in _WITHOUT_CONSEQUENCE | unused}
     values = own | {name: getattr(training, name) for name in _OF_TRAINING}
     return json.loads(json.dumps(dict(sorted(values.items())), default=str))
 

@@ -31,6 +31,14 @@ logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("gpt2", "gpt2-mla")
 OPTIMIZERS = ("adamw", "adamw_spam")
+# Settings that came later. Left out where they are not used, so that runs from before can be resumed and are found.
+RECIPROCAL = {
+    "queries_from_latent": False,
+    "reciprocal_layers": None,
+    "reciprocal_heads": None,
+    "reciprocal_weight": None,
+    "reciprocal_mlp": 0.0,
+}
 _OF_MLA = {
     "kv_lora_rank": None,
     "qk_rope_head_dim": 0,
@@ -39,6 +47,7 @@ _OF_MLA = {
     "mlp_latent_dim": None,
     "kvsplice": None,
     "kvsplice_layers": "all",
+    **RECIPROCAL,
 }
 # The vocabulary is rounded up to a multiple of this, which matrix products are faster with.
 _VOCABULARY_STEP = 64
@@ -59,6 +68,13 @@ class ModelArguments:
     latent_norm: bool = field(default=False, metadata={"help": "MLA: RMSNorm on the latent"})
     kv_latents: str = field(default="shared", metadata={"help": "MLA: shared, separate, separate_mlp"})
     mlp_latent_dim: int | None = field(default=None, metadata={"help": "MLA: the MLP of each block works in so many"})
+    queries_from_latent: bool = field(default=False, metadata={"help": "MLA: queries are made from the latent too"})
+    reciprocal_layers: str | None = field(
+        default=None, metadata={"help": 'MLA: layers with reciprocal attention: "all" or "last:n"'}
+    )
+    reciprocal_heads: int | None = field(default=None, metadata={"help": "MLA: heads of it; all"})
+    reciprocal_weight: float | None = field(default=None, metadata={"help": "MLA: its fixed weight; learned"})
+    reciprocal_mlp: float = field(default=0.0, metadata={"help": "MLA: share of the MLP that the attention feeds"})
     kvsplice: str | None = field(
         default=None, metadata={"help": 'MLA: a splice trained with the model, as JSON: {"compression_ratio": 0.5}'}
     )
