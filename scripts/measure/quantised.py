@@ -136,9 +136,9 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 def differences_of(rows: list[dict[str, Any]]) -> Table:
     """One line per first token that differs at full rank, in logits."""
     caption = (
-        "gap: between the two tokens in the unpatched model. step: between neighbouring numbers of the dtype. moved: how "
-        "far full rank moved the two against each other. apart: root of the mean square of the change of all logits, at "
-        "full rank and of the unpatched model with eager attention."
+        "gap: between the two tokens in the unpatched model. step: between neighbouring numbers of the dtype. moved: "
+        "how far full rank moved the two against each other. apart: root of the mean square of the change of all "
+        "logits, at full rank and of the unpatched model with eager attention."
     )
     columns = ("model", "quantisation", "sequence, token", "gap", "step", "moved", "apart", "apart, eager")
     table = Table(*columns, title="first tokens that differ at full rank", caption=caption, caption_justify="left")
