@@ -36,7 +36,7 @@ from kvsplice_hf.bench.command_line import (
 from kvsplice_hf.bench.filled_caches import Filled, fill_all, rewind, step
 from kvsplice_hf.bench.quantisation import METHODS, UNQUANTISED, quantise
 from kvsplice_hf.bench.recipes import RECIPES, STOCK, apply_recipe, shared_copy
-from kvsplice_hf.bench.rounds import interleaved
+from kvsplice_hf.bench.rounds import interleaved, paired_ratios
 from kvsplice_hf.bench.step_parts import ATTENTION, PARTS, parts_of_step
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patch.sites import find_sites
@@ -93,59 +93,73 @@ def one_step(model: PreTrainedModel, filled: Filled) -> dict[str, float]:
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, splice: str, args: Arguments) -> dict[str, dict[str, float]]:
-    """Medians in seconds of stock and packed steps on these weights, by part.
+def measure(base: PreTrainedModel, splice: str, args: Arguments) -> list[dict[str, Any]]:
+    """A row per method: seconds of stock and packed steps, by part and round.
+
+    All models are there at once and take turns. One after the other would not do: how long a step takes whose
+    temporaries are large depends on what the process has allocated before it, by up to a half.
 
     Raises:
-        ConfigError: the cache does not fit into memory.
+        ConfigError: the caches do not fit into memory.
     """
-    models = {STOCK: model, PACKED: load_kvsplice(shared_copy(model), splice)}
-    caches, skipped = fill_all(models, 1, args.context, 2, False)
-    if skipped:
-        raise ConfigError(f"--context {args.context}: {'; '.join(skipped.values())}")
-    taken: dict[str, list[dict[str, float]]] = {name: [] for name in models}
-    for name, counts in interleaved(list(models), args.repeats):
-        parts = one_step(models[name], caches[name])
+    models: dict[tuple[str, str], PreTrainedModel] = {}
+    caches: dict[tuple[str, str], Filled] = {}
+    for method in tqdm(args.methods, desc="methods", file=sys.stderr):
+        model = quantise(base, method)
+        own = {STOCK: model, PACKED: load_kvsplice(shared_copy(model), splice)}
+        filled, skipped = fill_all(own, 1, args.context, 2, False)
+        if skipped:
+            raise ConfigError(f"--context {args.context}: {'; '.join(skipped.values())}")
+        models |= {(method, name): own[name] for name in own}
+        caches |= {(method, name): filled[name] for name in own}
+    taken: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in models}
+    for key, counts in interleaved(list(models), args.repeats):
+        parts = one_step(models[key], caches[key])
         if counts:
-            taken[name].append(parts)
-    return {
-        name: {part: statistics.median(one[part] for one in steps) for part in (*PARTS, _WHOLE)}
-        for name, steps in taken.items()
-    }
+            taken[key].append(parts)
+    return [
+        {"quantisation": method} | {name: _by_part(taken[method, name]) for name in (STOCK, PACKED)}
+        for method in args.methods
+    ]
 
 
-def ratios_of(rows: list[dict[str, Any]]) -> None:
-    """Add to each row its speed-ups, and what share of those without quantisation they are."""
+def _by_part(steps: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {part: [one[part] for one in steps] for part in (*PARTS, _WHOLE)}
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Add to each row its speed-ups, and what share of those without quantisation they are, round by round."""
     for row in rows:
         for part in (_WHOLE, ATTENTION):
-            row[f"{part}: speed-up"] = row[STOCK][part] / row[PACKED][part]
-            row[f"{part}: share"] = row[f"{part}: speed-up"] / rows[0][f"{part}: speed-up"]
+            row[f"{part}: speed-up"] = paired_ratios(row[STOCK][part], row[PACKED][part])
+            row[f"{part}: share"] = paired_ratios(row[f"{part}: speed-up"], rows[0][f"{part}: speed-up"])
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """Two lines per method: milliseconds by part, and speed-ups of the step and of its attention."""
-    table = Table("weights", "cache", *(f"{part} (ms)" for part in (*PARTS, _WHOLE)), "step", "attention")
+    caption = "Medians. Speed-ups of the step and of its attention; in brackets the share of that without quantisation."
+    columns = (*(f"{part} (ms)" for part in (*PARTS, _WHOLE)), _WHOLE, "attention")
+    table = Table("weights", "cache", *columns, caption=caption, caption_justify="left")
     for row in rows:
         for name in (STOCK, PACKED):
-            ratios = [
-                f"{row[f'{part}: speed-up']:.2f}x ({row[f'{part}: share']:.0%})" if name == PACKED else ""
-                for part in (_WHOLE, ATTENTION)
-            ]
-            cells = [f"{1e3 * row[name][part]:.1f}" for part in (*PARTS, _WHOLE)]
+            ratios = [_ratio(row, part) if name == PACKED else "" for part in (_WHOLE, ATTENTION)]
+            cells = [f"{1e3 * statistics.median(row[name][part]):.1f}" for part in (*PARTS, _WHOLE)]
             table.add_row(row["quantisation"], name, *cells, *ratios, end_section=name == PACKED)
     return table
+
+
+def _ratio(row: dict[str, Any], part: str) -> str:
+    shares = row[f"{part}: share"]
+    middle = f"{statistics.median(row[f'{part}: speed-up']):.2f}x"
+    return f"{middle} ({statistics.median(shares):.0%}, {min(shares):.0%} to {max(shares):.0%})"
 
 
 def run(args: Arguments) -> list[dict[str, Any]]:
     """A row per method."""
     base = load_model(args.model, args.dtype).model
-    rows: list[dict[str, Any]] = []
     with saved_splice(base, args.splice) as splice:
-        for method in tqdm(args.methods, desc="methods", file=sys.stderr):
-            found = measure(quantise(base, method), splice, args)
-            rows.append({"quantisation": method, **found})
-            console().print(rows[-1])  # the next one may take long
-    ratios_of(rows)
+        rows = measure(base, splice, args)
+    add_ratios(rows)
     return rows
 
 
