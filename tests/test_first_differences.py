@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer, trained_model
-from programs import run_program
+from programs import load_program, run_program
 from tiny_models import FIRST_ORDINARY_TOKEN, build
 
+from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, save_kvsplice
 from kvsplice_hf.bench.first_differences import Written, agreement, distance, first_differences, write
 
 
@@ -56,3 +57,15 @@ def test_the_script_compares_full_rank_with_a_model_as_it_is(tmp_path: Path) -> 
     assert row["exact"] == row["other_order"]["tokens"] == "8 of 8"
     assert row["exact_apart"] < 1e-3
     assert row["first_differences"] == []
+
+
+def test_a_saved_splice_is_loaded_instead_of_calibrated(tmp_path: Path) -> None:
+    model = patch_model_with_kvsplice(trained_model(), KVSpliceConfig(compression_ratio=0.5))
+    save_kvsplice(model, tmp_path / "splice")
+    program = load_program("measure/quantised.py")
+    prompts = torch.randint(FIRST_ORDINARY_TOKEN, 128, (2, 7), generator=torch.Generator().manual_seed(0))
+    stock = write(trained_model(), prompts, 4)
+    row = program.with_saved_splice(trained_model(), stock, prompts, str(tmp_path / "splice"))
+    assert row["undone"] == "8 of 8"
+    assert row["packed"].endswith(" of 8")
+    assert row["packed_decoded_by"]

@@ -39,6 +39,7 @@ from kvsplice_hf.bench.command_line import (
     finish,
     load_model,
     readable_errors,
+    require_folder,
     require_known,
     results_folder,
 )
@@ -61,6 +62,9 @@ class Arguments:
         metadata={"help": f"any of {', '.join((UNQUANTISED, *METHODS))}"},
     )
     bytes_per_token: float = field(default=193, metadata={"help": "of a row; 0: full rank alone, no calibration"})
+    splice: str | None = field(
+        default=None, metadata={"help": "a saved splice of one model, which is loaded; nothing is calibrated then"}
+    )
     calibration_tokens: int = field(default=4096, metadata={"help": "tokens of varied text"})
     prompts: int = field(default=4, metadata={"help": "prompts, a batch"})
     prompt_tokens: int = field(default=128, metadata={"help": "tokens of each"})
@@ -99,6 +103,8 @@ def check(name: str, method: str, args: Arguments) -> dict[str, Any]:
         unpatch_model(model)
         if not args.bytes_per_token:
             return row
+    if args.splice is not None:
+        return row | with_saved_splice(model, stock, prompts, args.splice)
     calibrator = KVSpliceCalibrator(model).collect(
         "varied", tokenizer=tokenizer, max_tokens=args.calibration_tokens, holdout=0
     )
@@ -116,6 +122,16 @@ def check(name: str, method: str, args: Arguments) -> dict[str, Any]:
     row["loaded"] = agreement(packed, write(other, prompts, count))
     row["undone"] = agreement(stock, write(unpatch_model(model), prompts, count))
     console().print(row)  # the next one may take long
+    return row
+
+
+def with_saved_splice(model: PreTrainedModel, stock: Written, prompts: torch.Tensor, folder: str) -> dict[str, Any]:
+    """What a row says of a model on which a splice is loaded, and taken off again."""
+    load_kvsplice(model, folder)
+    count = stock.tokens.shape[1]
+    row = {"packed": agreement(stock, write(model, prompts, count)), "packed_decoded_by": _path(model)}
+    row["undone"] = agreement(stock, write(unpatch_model(model), prompts, count))
+    console().print(row)
     return row
 
 
@@ -143,7 +159,7 @@ def differences_of(rows: list[dict[str, Any]]) -> Table:
     columns = ("model", "quantisation", "sequence, token", "gap", "step", "moved", "apart", "apart, eager")
     table = Table(*columns, title="first tokens that differ at full rank", caption=caption, caption_justify="left")
     for row in rows:
-        for one in row["first_differences"]:
+        for one in row.get("first_differences", ()):
             numbers = (one["gap"], one["step"], one["moved"], row["exact_apart"], row["other_order"]["apart"])
             where = f"{one['sequence']}, {one['token']}"
             table.add_row(row["model"], row["quantisation"], where, *(f"{number:.4f}" for number in numbers))
@@ -154,6 +170,8 @@ def main() -> None:
     with readable_errors():
         (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
         require_known("methods", args.methods, [UNQUANTISED, *METHODS])
+        if args.splice is not None:
+            require_folder("splice", args.splice)
         settings = [(name, method) for name in args.models for method in args.methods]
         progress = tqdm(settings, desc="models and methods", file=sys.stderr)
         rows = [check(name, method, args) for name, method in progress]
