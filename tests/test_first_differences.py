@@ -60,12 +60,12 @@ def test_the_script_compares_full_rank_with_a_model_as_it_is(tmp_path: Path) -> 
 
 
 def test_a_saved_splice_is_loaded_instead_of_calibrated(tmp_path: Path) -> None:
-    model = patch_model_with_kvsplice(trained_model(), KVSpliceConfig(compression_ratio=0.5))
+    model = patch_model_with_kvsplice(build("deepseek_v3"), KVSpliceConfig(compression_ratio=0.5))
     save_kvsplice(model, tmp_path / "splice")
     program = load_program("measure/quantised.py")
     prompts = torch.randint(FIRST_ORDINARY_TOKEN, 128, (2, 7), generator=torch.Generator().manual_seed(0))
-    stock = write(trained_model(), prompts, 4)
-    row = program.with_saved_splice(trained_model(), stock, prompts, str(tmp_path / "splice"))
+    stock = write(build("deepseek_v3"), prompts, 4)
+    row = program.with_saved_splice(build("deepseek_v3"), stock, prompts, str(tmp_path / "splice"))
     assert row["undone"] == "8 of 8"
     assert row["packed"].endswith(" of 8")
     assert row["packed_decoded_by"]
