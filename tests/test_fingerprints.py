@@ -55,7 +55,7 @@ def test_what_takes_long_has_a_progress_bar(
 ) -> None:
     fingerprint(build(NAME))
     assert "weights" not in capsys.readouterr().err
-    monkeypatch.setattr("kvsplice_hf.weights.fingerprint._PATIENCE", 1e-9)
+    monkeypatch.setattr("kvsplice_hf.weights.fingerprint._PATIENCE", 0.0)
     fingerprint(build(NAME))
     assert "fingerprint of the weights" in capsys.readouterr().err
 
