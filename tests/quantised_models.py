@@ -142,10 +142,7 @@ def _gptq(model: PreTrainedModel) -> PreTrainedModel:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
     for name, layer in linear_layers(model):
-        rows = layer.weight.data.unflatten(1, (-1, _GROUP))
-        scales = rows.abs().amax(-1) / 7
-        rounded = (rows / scales[..., None]).round() * scales[..., None]
-        layer.weight.data = rounded.flatten(1)
+        scales, zeros = _rounded(layer)
         packed = TorchLinear(
             bits=4,
             group_size=_GROUP,
@@ -156,10 +153,82 @@ def _gptq(model: PreTrainedModel) -> PreTrainedModel:
             bias=False,
         )
         groups = (torch.arange(layer.in_features) // _GROUP).int()
-        packed.pack(layer, scales=scales, zeros=torch.full_like(scales, 8), g_idx=groups)
+        packed.pack(layer, scales=scales, zeros=zeros, g_idx=groups)
         packed.post_init()
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, packed)
+        _replace(model, name, packed)
+    return model.eval()
+
+
+def _awq(model: PreTrainedModel) -> PreTrainedModel:
+    """The layers of gptqmodel that transformers loads AWQ checkpoints into, with codes from rounding alone."""
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    for name, layer in linear_layers(model):
+        scales, zeros = _rounded(layer)
+        packed = AwqTorchLinear(
+            bits=4,
+            group_size=_GROUP,
+            sym=False,
+            desc_act=False,
+            in_features=layer.in_features,
+            out_features=layer.out_features,
+            bias=False,
+        )
+        packed.pack(layer, scales=scales, zeros=zeros)
+        packed.post_init()
+        _replace(model, name, packed)
+    return model.eval()
+
+
+def _rounded(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros [out, groups] of codes in 4 bits, to which the weight is rounded."""
+    rows = layer.weight.data.unflatten(1, (-1, _GROUP))
+    scales = (rows.abs().amax(-1) / 7).half().float()
+    layer.weight.data = ((rows / scales[..., None]).round() * scales[..., None]).flatten(1)
+    return scales, torch.full_like(scales, 8)
+
+
+def _replace(model: PreTrainedModel, name: str, layer: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, layer)
+
+
+class InInt32(nn.Module):
+    """A layer of gptqmodel, imitated: eight codes of 4 bits in an int32, unpacked at each call, computed in float16.
+
+    GPTQ packs along what goes in and keeps the group of each input, AWQ along what comes out and in another order.
+    """
+
+    def __init__(self, layer: nn.Linear, is_awq: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.is_awq = layer.in_features, layer.out_features, is_awq
+        scales, zeros = _rounded(layer)
+        codes = (layer.weight.data.unflatten(1, (-1, _GROUP)) / scales[..., None] + zeros[..., None]).round().flatten(1)
+        self.shifts = [0, 16, 4, 20, 8, 24, 12, 28] if is_awq else list(range(0, 32, 4))
+        self.register_buffer("qweight", self._packed(codes.T.long()))
+        self.register_buffer("qzeros", self._packed(zeros.T.long(), along=1))
+        self.register_buffer("scales", scales.T.half().contiguous())
+        self.register_buffer("g_idx", (torch.arange(layer.in_features) // _GROUP).int())
+
+    def _packed(self, codes: torch.Tensor, along: int | None = None) -> torch.Tensor:
+        along = int(self.is_awq) if along is None else along
+        shifts = torch.tensor(self.shifts).view(-1, *[1] * (1 - along))
+        return (codes.unflatten(along, (-1, 8)) << shifts).sum(along + 1).int()
+
+    def _unpacked(self, packed: torch.Tensor, along: int) -> torch.Tensor:
+        shifts = torch.tensor(self.shifts).view(-1, *[1] * (1 - along))
+        return ((packed.unsqueeze(along + 1) >> shifts) & 15).flatten(along, along + 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        codes, groups = self._unpacked(self.qweight, int(self.is_awq)), self.g_idx.long()
+        weight = (codes - self._unpacked(self.qzeros, 1)[groups]).half() * self.scales[groups]
+        return (inputs.half() @ weight).to(inputs.dtype)
+
+
+def _in_int32(model: PreTrainedModel) -> PreTrainedModel:
+    """Both layouts, one after the other."""
+    for count, (name, layer) in enumerate(linear_layers(model)):
+        _replace(model, name, InInt32(layer, is_awq=bool(count % 2)))
     return model.eval()
 
 
@@ -173,4 +242,6 @@ METHODS |= {
     "compressed-tensors": Quantised(("compressed_tensors",), _compressed_tensors, stays_packed=False),
     "fp8": Quantised((), _fp8, stays_packed=False),
     "gptq": Quantised(("gptqmodel",), _gptq),
+    "awq": Quantised(("gptqmodel",), _awq),
+    "gptq and awq, imitated": Quantised((), _in_int32),
 }

@@ -164,6 +164,14 @@ def quantised_model_without_packed_rows(program: ModuleType) -> str:
     return printed(program.table_of([{"model": "demo", "quantisation": "none", "exact": "32 of 32"}]))
 
 
+def quantised_step_of_one_round(program: ModuleType) -> str:
+    row: dict[str, Any] = {"quantisation": "none"}
+    for name in (program.STOCK, program.PACKED):
+        row[name] = {part: [0.5] for part in (*program.PARTS, "step")}
+    program.add_ratios([row])
+    return printed(program.table_of([row]))
+
+
 def geometry_without_perplexity(program: ModuleType) -> str:
     row = {"name": "PCA", "k": 8, "error": 0.5, "error_of_fit": 0.4, "fit_s": 1.0, "texts": None}
     return printed(program.table_of([row | {"bent": 0, "parts": 9}], ["pydoc"]))
@@ -199,6 +207,7 @@ MISSING = {
     "measure/prefill.py": (recipe_without_stock, "not measured"),
     "measure/profile_step.py": (operator_of_another_recipe, "not called"),
     "measure/quantised.py": (quantised_model_without_packed_rows, "not measured"),
+    "measure/quantised_decode.py": (quantised_step_of_one_round, "1.00x (100%, 100% to 100%)"),
     "measure/releases.py": (release_that_was_not_installed, "not measured"),
     "measure/step_memory.py": (memory_without_stock, "not measured"),
     "research/spline_geometry.py": (geometry_without_perplexity, "not measured"),

@@ -132,6 +132,64 @@ def test_what_is_said_is_what_runs(case: str, monkeypatch: pytest.MonkeyPatch) -
         assert what_runs(model, 64, monkeypatch) == decode
 
 
+def wrapped(model: Any) -> Any:
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+def in_place(model: Any) -> Any:
+    model.compile(backend="eager", fullgraph=True)
+    return model
+
+
+def by_its_forward(model: Any) -> Any:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.forward = torch.compile(base.forward, backend="eager", fullgraph=True)
+    return model
+
+
+@pytest.mark.parametrize("way", [wrapped, in_place, by_its_forward])
+@pytest.mark.parametrize(
+    ("make", "decode", "reason"),
+    [
+        (plain, "PyTorch", "inside torch.compile PyTorch serves"),
+        (with_adapter, "expanded", "kv_b_proj is a Linear (packed, adapted or sharded), which cannot be folded under"),
+    ],
+)
+def test_a_compiled_model_is_said_to_run_without_kernels_and_to_expand_what_cannot_be_read(
+    make: Callable[[], Any], decode: str, reason: str, way: Callable[[Any], Any]
+) -> None:
+    if not native.kernels_available("cpu"):
+        pytest.skip("no compiler at hand")
+    said = explain(way(make()), tokens=64)
+    assert {layer.decode for layer in said.layers} == {decode}
+    assert all(reason in " ".join(layer.refused.values()) for layer in said.layers)
+
+
+def test_a_layer_that_is_compiled_alone_is_said_alone() -> None:
+    model = plain()
+    model.model.layers[0].compile(backend="eager")
+    first, second = explain(model, tokens=64).layers
+    assert first.decode == "PyTorch"
+    assert second.decode == explain(plain(), tokens=64).layers[0].decode
+
+
+@pytest.mark.parametrize(("make", "runs"), [(plain, "codes"), (with_adapter, "expanded")])
+def test_compiled_steps_run_as_it_is_said(make: Callable[[], Any], runs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with torch.no_grad():
+        ids, _ = tiny_batch(NAME, length=60)
+        cache = cache_of(base(ids, use_cache=True))
+        called: list[str] = []
+        attend = attention_module.absorbed_attention
+        monkeypatch.setattr(
+            attention_module, "absorbed_attention", lambda *a, **k: called.append("") or attend(*a, **k)
+        )
+        step = torch.compile(base, backend="eager")
+        step(ids[:, :1], position_ids=torch.full((len(ids), 1), 60), **cache_argument(cache))
+    assert ("codes" if called else "expanded") == runs
+
+
 def test_the_table_names_every_layer_and_every_reason() -> None:
     model = plain(attention="expanded", layers="last:1")
     text = str(explain(model))

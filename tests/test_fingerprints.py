@@ -50,6 +50,16 @@ def test_a_model_that_differs_in_any_weight_is_another_one(name: str) -> None:
     assert not same_model(fingerprint(changed(name)), fingerprint(build(NAME)))
 
 
+def test_what_takes_long_has_a_progress_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fingerprint(build(NAME))
+    assert "weights" not in capsys.readouterr().err
+    monkeypatch.setattr("kvsplice_hf.weights.fingerprint._PATIENCE", 0.0)
+    fingerprint(build(NAME))
+    assert "fingerprint of the weights" in capsys.readouterr().err
+
+
 def test_buffers_that_are_saved_count_as_well() -> None:
     model = build(NAME)
     buffers = [(n, b) for n, b in model.named_buffers() if n in model.state_dict()]

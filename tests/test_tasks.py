@@ -154,6 +154,20 @@ def test_a_setting_that_cannot_be_used_ends_the_script_with_its_name(option: str
         run_program("measure/tasks.py", option, value)
 
 
+def test_scores_of_an_earlier_run_are_taken_if_its_settings_are_the_same(tmp_path: Path) -> None:
+    program = load_program("measure/tasks.py")
+    found = {"original": {"piqa": {"right": [1.0], "nats": [-2.0]}}}
+    (tmp_path / "scores.json").write_text(json.dumps(found))
+    (tmp_path / "settings.json").write_text(json.dumps(vars(program.Arguments(limit=3))))
+    same = program.Arguments(limit=3, budgets=[99.0], tasks=["piqa"], resume=str(tmp_path))
+    assert program.earlier_scores(same) == {"original": {"piqa": Scores([1.0], [-2.0])}}
+    with pytest.raises(ConfigError, match=r"was measured with --limit 3\. Give the same"):
+        program.check(program.Arguments(limit=4, resume=str(tmp_path)))
+    with pytest.raises(ConfigError, match="holds no scores of an earlier run"):
+        program.check(program.Arguments(resume=str(tmp_path / "nowhere")))
+    assert program.earlier_scores(program.Arguments()) == {}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_without_the_harness_the_script_says_what_to_install(data: Path) -> None:
     with pytest.raises(SystemExit, match=r"pip install 'kvsplice_hf\[tasks\]'"):
@@ -181,3 +195,7 @@ def test_a_dry_run_scores_original_and_budgets_on_the_same_documents(data: Path,
     kept = json.loads((Path(report["folder"]) / "scores.json").read_text())
     assert list(kept) == ["original", "24 B", "14 B"]
     assert {"lm_eval", "torch", "transformers"} <= set(report["versions"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_program("measure/tasks.py").TaskRun, "score", None)  # nothing is scored again
+        resumed = run_program("measure/tasks.py", *settings, "--resume", report["folder"], "--output", str(tmp_path))
+    assert resumed["results"] == report["results"]

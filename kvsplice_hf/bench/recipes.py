@@ -156,9 +156,9 @@ def apply_recipe(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
 def patched_models(model: PreTrainedModel, names: Sequence[str]) -> dict[str, PreTrainedModel]:
     """A model per recipe, all on the same weights."""
     progress = tqdm(names, desc="patching", file=sys.stderr)
-    return {name: apply_recipe(_shared_copy(model), RECIPES[name]) for name in progress}
+    return {name: apply_recipe(shared_copy(model), RECIPES[name]) for name in progress}
 
 
-def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Another model on the same parameters: patching one leaves the other as it is, and costs the splice alone."""
     return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})

@@ -3,13 +3,16 @@
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from tqdm import tqdm
 
 
-class Turn(NamedTuple):
+Name = TypeVar("Name")
+
+
+class Turn(NamedTuple, Generic[Name]):
     """One turn of a recipe.
 
     Attributes:
@@ -17,11 +20,11 @@ class Turn(NamedTuple):
         counts: whether what is measured is kept; the first round warms up.
     """
 
-    name: str
+    name: Name
     counts: bool
 
 
-def interleaved(names: Sequence[str], rounds: int) -> Iterator[Turn]:
+def interleaved(names: Sequence[Name], rounds: int) -> Iterator[Turn[Name]]:
     """The turns of so many rounds that count, after one that does not.
 
     A slow moment of the machine hits all recipes alike, and each comes first, second and last in turn.

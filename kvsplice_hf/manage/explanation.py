@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from kvsplice_hf.attend.heads import refusal_of_heads
 from kvsplice_hf.call import current_state
 from kvsplice_hf.patch.expansion import absorbed_weight
 from kvsplice_hf.patch.families import AttentionSite
-from kvsplice_hf.patch.folding import megabytes
+from kvsplice_hf.patch.folding import compiled_refusal, megabytes
 from kvsplice_hf.patch.heads import decoding_refusal
 from kvsplice_hf.patch.site_patch import SitePatch
 from kvsplice_hf.patch.state import all_patched_sites
@@ -98,9 +98,10 @@ class Explanation:
 def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
     """Which code decodes and prefills each patched layer, and why none of the faster ones does.
 
-    It is asked of the model as it is now, in this thread: gradients switched on, autocast, `splice_disabled` and
-    adapters count. Nothing is computed but what a packed, adapted or sharded `kv_b_proj` multiplies by, as the next
-    step would (`KVSpliceConfig.materialise_weights`), and nothing is compiled but the C++ code, once per machine.
+    It is asked of the model as it is now, in this thread: gradients switched on, autocast, `splice_disabled`, adapters
+    and torch.compile count (give it what `torch.compile` returned: the model inside does not know of it). Nothing is
+    computed but what a packed, adapted or sharded `kv_b_proj` multiplies by, as the next step would
+    (`KVSpliceConfig.materialise_weights`), and nothing is compiled but the C++ code, once per machine.
 
     Args:
         model: a patched model, or something wrapped around one.
@@ -112,7 +113,11 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
     Examples:
         >>> print(explain(model))
     """
-    layers = [_explain_layer(site, state, tokens) for site, state in all_patched_sites(model)]
+    compiled = _compiled_parts(model)
+    layers = []
+    for site, state in all_patched_sites(model):
+        path = _explain_layer(site, state, tokens)
+        layers.append(_when_compiled(path, site) if id(site.module) in compiled else path)
     return Explanation(layers, choice.verdicts(), tokens)
 
 
@@ -142,6 +147,33 @@ def _explain_layer(site: AttentionSite, state: SitePatch, tokens: int) -> LayerP
     if reason is not None:
         return path("PyTorch", prefill, {kernel: reason})
     return path(kernel, prefill, {})
+
+
+def _compiled_parts(model: nn.Module) -> set[int]:
+    """The identities of all modules that run inside torch.compile, by each of its three ways.
+
+    `torch.compile(module)` wraps it, `module.compile()` notes what to call, and `module.forward =
+    torch.compile(module.forward)` leaves the function that it was.
+    """
+    found: set[int] = set()
+    for part in model.modules():
+        held = vars(part)
+        is_compiled = "_orig_mod" in part._modules or held.get("_compiled_call_impl") is not None
+        if is_compiled or hasattr(held.get("forward"), "_torchdynamo_orig_callable"):
+            found |= {id(inside) for inside in part.modules()}
+    return found
+
+
+def _when_compiled(path: LayerPath, site: AttentionSite) -> LayerPath:
+    """What is left of a path inside torch.compile."""
+    if path.decode in (EXPANDED, ORIGINAL):
+        return path
+    refused = "" if site.kv_heads else compiled_refusal(site.module.kv_b_proj)
+    if refused:
+        return replace(path, decode=EXPANDED, prefill=EXPANDED, refused={"codes": refused})
+    if path.decode == "PyTorch":
+        return path
+    return replace(path, decode="PyTorch", refused={path.decode: "inside torch.compile PyTorch serves"})
 
 
 def _gradients_of_packed(site: AttentionSite, state: SitePatch) -> str | None:

@@ -49,7 +49,7 @@ def weight_to_fold(module: Any, patched: Any, dtype: torch.dtype) -> Materialise
         return Materialised(plain, "")
     kind, size = f"kv_b_proj is a {type(layer).__name__}", patched.geometry.kv_lora_rank
     if torch.compiler.is_compiling():
-        return Materialised(None, f"{kind} (packed, adapted or sharded), which cannot be folded under torch.compile")
+        return Materialised(None, compiled_refusal(layer))
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters()):
         if patched.mode != "absorbed":
             return Materialised(None, f"{kind} that is trained, and gradients are on: run under torch.no_grad()")
@@ -61,6 +61,18 @@ def weight_to_fold(module: Any, patched: Any, dtype: torch.dtype) -> Materialise
         return Materialised(None, f"{kind} {refused}")
     made: Materialised = patched.materialised.of(layer, size, dtype)
     return made._replace(refused=f"{kind}: {made.refused}") if made.refused else made
+
+
+def compiled_refusal(layer: nn.Module) -> str:
+    """Why `kv_b_proj` is not folded inside torch.compile; empty where it is.
+
+    Whether a dense weight that is kept is still the right one is told by looking at the layer at each step, of which a
+    compiled graph would keep the answer of the first.
+    """
+    if read_weight(layer) is not None:
+        return ""
+    kind = f"kv_b_proj is a {type(layer).__name__}"
+    return f"{kind} (packed, adapted or sharded), which cannot be folded under torch.compile"
 
 
 def _switched_off(module: Any, config: KVSpliceConfig, heads: int, size: int, dtype: torch.dtype) -> str:

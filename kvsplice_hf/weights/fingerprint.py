@@ -6,16 +6,22 @@ A part of the weights will not do: a model that was fine-tuned differs from its 
 import copy
 import hashlib
 import json
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from kvsplice_hf.weights.changes import plain_parts
 from kvsplice_hf.weights.offload import persistent_names, read_parameter
 from kvsplice_hf.weights.sharding import is_distributed_tensor, whole
+
+
+# Seconds before a bar is shown: all weights of a large model take long, and those of most models do not.
+_PATIENCE = 2.0
 
 
 def decoder_around(model: nn.Module, module: nn.Module) -> nn.Module:
@@ -39,7 +45,7 @@ def digest(
     """Of the weights of all modules but those left out, of numbers rounded to bf16; empty where there are none.
 
     The dtype in which a model was loaded makes no difference then, but for float16 and packed weights. Weights that
-    accelerate offloads are read.
+    accelerate offloads are read. What takes longer than two seconds has a progress bar.
 
     Args:
         model: whose weights.
@@ -49,9 +55,8 @@ def digest(
             otherwise give nothing where there is one.
     """
     without, content, seen = {id(module) for module in left_out}, hashlib.sha256(), False
-    for _, module, name in persistent_names(model):
-        if id(module) in without:
-            continue
+    named = [(module, name) for _, module, name in persistent_names(model) if id(module) not in without]
+    for module, name in tqdm(named, desc="fingerprint of the weights", delay=_PATIENCE, leave=False, file=sys.stderr):
         part = _content(module, name, needs_all, gathers)
         if part is None:
             return ""

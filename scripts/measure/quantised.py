@@ -4,7 +4,9 @@
 At full rank (MLA) the patched model attends on codes and must write the tokens of the same quantised model unpatched.
 Models with ordinary attention have no full rank: their rows are given 16 bits per number. Then the model is calibrated
 and patched at the bytes asked for, its splice is saved and loaded on weights that were quantised anew, and the patch is
-undone. The last line of stdout is one JSON object.
+undone. Where full rank writes another token, the two logits between which it had to choose are printed, beside how far
+the same unpatched model moves its logits when its attention is computed in another order ("eager"). The last line of
+stdout is one JSON object.
 
     python scripts/measure/quantised.py --methods bitsandbytes-4bit torchao-int8 quanto-int8
 """
@@ -37,9 +39,11 @@ from kvsplice_hf.bench.command_line import (
     finish,
     load_model,
     readable_errors,
+    require_folder,
     require_known,
     results_folder,
 )
+from kvsplice_hf.bench.first_differences import Written, agreement, distance, first_differences, write
 from kvsplice_hf.bench.quantisation import METHODS, UNQUANTISED, quantise
 from kvsplice_hf.bench.texts import spread_windows
 from kvsplice_hf.patch.sites import find_sites
@@ -58,6 +62,9 @@ class Arguments:
         metadata={"help": f"any of {', '.join((UNQUANTISED, *METHODS))}"},
     )
     bytes_per_token: float = field(default=193, metadata={"help": "of a row; 0: full rank alone, no calibration"})
+    splice: str | None = field(
+        default=None, metadata={"help": "a saved splice of one model, which is loaded; nothing is calibrated then"}
+    )
     calibration_tokens: int = field(default=4096, metadata={"help": "tokens of varied text"})
     prompts: int = field(default=4, metadata={"help": "prompts, a batch"})
     prompt_tokens: int = field(default=128, metadata={"help": "tokens of each"})
@@ -66,18 +73,19 @@ class Arguments:
     output: str = field(default="results", metadata={"help": "folder for the results"})
 
 
-@torch.no_grad()
-def write(model: PreTrainedModel, prompts: torch.Tensor, count: int) -> torch.Tensor:
-    """So many tokens after each prompt, int64 [B, count]."""
-    settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-    written: Any = model.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)  # type: ignore[operator]
-    return written[:, prompts.shape[1] :]
+def compared(stock: Written, exact: Written, dtype: torch.dtype) -> dict[str, Any]:
+    """What a row says of full rank beside the unpatched model: tokens, distance of logits, and where they part."""
+    parts = first_differences(stock, exact, dtype)
+    return {"exact": agreement(stock, exact), "exact_apart": distance(stock, exact), "first_differences": parts}
 
 
-def agreement(one: torch.Tensor, other: torch.Tensor) -> str:
-    """How many tokens are the same, up to the first of each sequence that is not."""
-    same = (one == other).long().cumprod(1).sum()
-    return f"{int(same)} of {one.numel()}"
+def in_other_order(model: PreTrainedModel, stock: Written, prompts: torch.Tensor) -> dict[str, Any]:
+    """The same of the unpatched model whose attention is computed in another order: what rounding alone does."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    written = write(model, prompts, stock.tokens.shape[1])
+    model.set_attn_implementation(before)
+    return {"tokens": agreement(stock, written), "apart": distance(stock, written)}
 
 
 def check(name: str, method: str, args: Arguments) -> dict[str, Any]:
@@ -87,21 +95,23 @@ def check(name: str, method: str, args: Arguments) -> dict[str, Any]:
     prompts = spread_windows(tokenizer, "pydoc", "evaluation", window, window * args.prompts)
     model, count = quantise(base, method), args.new_tokens
     stock = write(model, prompts, count)
-    row: dict[str, Any] = {"model": name, "quantisation": method}
+    row: dict[str, Any] = {"model": name, "quantisation": method, "other_order": in_other_order(model, stock, prompts)}
     ordinary = any(site.kv_heads for site in find_sites(model))
     if not ordinary:
         patch_model_with_kvsplice(model, KVSpliceConfig(compression_ratio=1.0, init="identity"))
-        row["exact"], row["decoded_by"] = agreement(stock, write(model, prompts, count)), _path(model)
+        row |= compared(stock, write(model, prompts, count), model.dtype) | {"decoded_by": _path(model)}
         unpatch_model(model)
         if not args.bytes_per_token:
             return row
+    if args.splice is not None:
+        return row | with_saved_splice(model, stock, prompts, args.splice)
     calibrator = KVSpliceCalibrator(model).collect(
         "varied", tokenizer=tokenizer, max_tokens=args.calibration_tokens, holdout=0
     )
     row["metric"] = calibrator.metric
     if ordinary:
         patch_model_with_kvsplice(model, KVSpliceConfig(bits=16), calibration=calibrator)
-        row["exact"] = agreement(stock, write(model, prompts, count))
+        row |= compared(stock, write(model, prompts, count), model.dtype)
         unpatch_model(model)
     patch_model_with_kvsplice(model, KVSpliceConfig(bytes_per_token=args.bytes_per_token), calibration=calibrator)
     packed = write(model, prompts, count)
@@ -112,6 +122,16 @@ def check(name: str, method: str, args: Arguments) -> dict[str, Any]:
     row["loaded"] = agreement(packed, write(other, prompts, count))
     row["undone"] = agreement(stock, write(unpatch_model(model), prompts, count))
     console().print(row)  # the next one may take long
+    return row
+
+
+def with_saved_splice(model: PreTrainedModel, stock: Written, prompts: torch.Tensor, folder: str) -> dict[str, Any]:
+    """What a row says of a model on which a splice is loaded, and taken off again."""
+    load_kvsplice(model, folder)
+    count = stock.tokens.shape[1]
+    row = {"packed": agreement(stock, write(model, prompts, count)), "packed_decoded_by": _path(model)}
+    row["undone"] = agreement(stock, write(unpatch_model(model), prompts, count))
+    console().print(row)
     return row
 
 
@@ -129,14 +149,33 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def differences_of(rows: list[dict[str, Any]]) -> Table:
+    """One line per first token that differs at full rank, in logits."""
+    caption = (
+        "gap: between the two tokens in the unpatched model. step: between neighbouring numbers of the dtype. moved: "
+        "how far full rank moved the two against each other. apart: root of the mean square of the change of all "
+        "logits, at full rank and of the unpatched model with eager attention."
+    )
+    columns = ("model", "quantisation", "sequence, token", "gap", "step", "moved", "apart", "apart, eager")
+    table = Table(*columns, title="first tokens that differ at full rank", caption=caption, caption_justify="left")
+    for row in rows:
+        for one in row.get("first_differences", ()):
+            numbers = (one["gap"], one["step"], one["moved"], row["exact_apart"], row["other_order"]["apart"])
+            where = f"{one['sequence']}, {one['token']}"
+            table.add_row(row["model"], row["quantisation"], where, *(f"{number:.4f}" for number in numbers))
+    return table
+
+
 def main() -> None:
     with readable_errors():
         (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
         require_known("methods", args.methods, [UNQUANTISED, *METHODS])
+        if args.splice is not None:
+            require_folder("splice", args.splice)
         settings = [(name, method) for name in args.models for method in args.methods]
         progress = tqdm(settings, desc="models and methods", file=sys.stderr)
         rows = [check(name, method, args) for name, method in progress]
-    console().print(table_of(rows))
+    console().print(table_of(rows), differences_of(rows))
     finish({"rows": rows, **environment(args)}, results_folder(args.output, "quantised"))
 
 

@@ -43,6 +43,7 @@ from kvsplice_hf.bench.command_line import (  # noqa: E402
     environment,
     finish,
     load_model,
+    names_of_settings,
     readable_errors,
     require_known,
     results_folder,
@@ -56,6 +57,8 @@ from kvsplice_hf.upstream import cache_of  # noqa: E402
 
 # Smallest relative change of logits that codes make: that of other orders of addition in float32 is a hundredth of it.
 _CODED = 1e-4
+# Settings without which the scores of an earlier run are of something else.
+_MUST_AGREE = ("model", "dtype", "limit", "generation_limit", "new_tokens", *names_of_settings([Calibration]))
 # Tokens of a document with which that is seen, and tokens generated behind them.
 _CHECKED, _CHECKED_STEPS = 64, 4
 
@@ -76,6 +79,10 @@ class Arguments(Calibration):
     new_tokens: int = field(default=96, metadata={"help": "longest answer that is generated"})
     batch_size: int = field(default=8, metadata={"help": "sequences per forward"})
     dtype: str = field(default="float32", metadata={"help": "dtype of the model"})
+    resume: str | None = field(
+        default=None,
+        metadata={"help": "results of a run that did not reach its end: what it has scored is not scored again"},
+    )
     output: str = field(default="results", metadata={"help": "folder for the results"})
 
 
@@ -98,8 +105,9 @@ def check(args: Arguments) -> None:
     """Say what is wrong before a model is loaded.
 
     Raises:
-        ConfigError: a number is too small, or there is no such task.
+        ConfigError: a number is too small, there is no such task, or nothing that could be resumed.
     """
+    earlier_scores(args)
     require_known("tasks", args.tasks, TASKS)
     for name in ("limit", "generation_limit", "new_tokens", "batch_size"):
         if getattr(args, name) < 1:
@@ -141,6 +149,26 @@ def require_coded_cache(model: PreTrainedModel, ids: torch.Tensor) -> None:
         raise UnsupportedError(f"The cache of the patched model takes {found} bytes, that of the original {stock}.")
 
 
+def earlier_scores(args: Arguments) -> dict[str, dict[str, Scores]]:
+    """What the run of `--resume` has scored, by name of the model and task; nothing without it.
+
+    Raises:
+        ConfigError: there are no scores, or they are of other settings.
+    """
+    if args.resume is None:
+        return {}
+    try:
+        settings, scores = (
+            json.loads((Path(args.resume) / name).read_text("utf-8")) for name in ("settings.json", "scores.json")
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume {args.resume} holds no scores of an earlier run: {error}") from error
+    others = [f"--{name} {settings.get(name)}" for name in _MUST_AGREE if settings.get(name) != getattr(args, name)]
+    if others:
+        raise ConfigError(f"--resume {args.resume} was measured with {', '.join(others)}. Give the same.")
+    return {row: {task: Scores(**one) for task, one in tasks.items()} for row, tasks in scores.items()}
+
+
 class TaskRun:
     """A model in the harness, and what is measured of it.
 
@@ -159,6 +187,8 @@ class TaskRun:
         ids = loaded.tokenizer(first["query"])["input_ids"][:_CHECKED]
         self.ids = torch.tensor([ids], dtype=torch.int64, device=loaded.model.device)
         self.scores: dict[str, dict[str, Scores]] = {}
+        self.earlier = earlier_scores(args)
+        (folder / "settings.json").write_text(json.dumps(vars(args)) + "\n", encoding="utf-8")
 
     def logits(self) -> torch.Tensor:
         """Of a document, by the very call that scores are taken from: [T, vocabulary]."""
@@ -182,13 +212,18 @@ class TaskRun:
         """Score all tasks, and keep the scores at once: the program runs for long, and may not reach its end."""
         self.scores[name] = {}
         for task in self.args.tasks:
-            console().print(f"{name}: {task}")
-            found = self.lm_eval.simple_evaluate(
-                model=self.lm, tasks=[task], task_manager=self.manager, bootstrap_iters=0, log_samples=True
-            )
-            self.scores[name][task] = scores_of(found["samples"][task], TASKS[task].metric)
+            known = self.earlier.get(name, {}).get(task)
+            self.scores[name][task] = self.score(name, task) if known is None else known
             kept = {row: {task: vars(one) for task, one in tasks.items()} for row, tasks in self.scores.items()}
             (self.folder / "scores.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+
+    def score(self, name: str, task: str) -> Scores:
+        """Run a task in the harness."""
+        console().print(f"{name}: {task}")
+        found = self.lm_eval.simple_evaluate(
+            model=self.lm, tasks=[task], task_manager=self.manager, bootstrap_iters=0, log_samples=True
+        )
+        return scores_of(found["samples"][task], TASKS[task].metric)
 
 
 def scores_of(samples: Sequence[dict[str, Any]], metric: str) -> Scores:
