@@ -21,7 +21,13 @@ from kvsplice_hf.rest.saving import describe_cache
 from kvsplice_hf.rest.store import PromptCache
 
 
-_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 _PROMPTS, _LENGTH = 24, 160
 # For about half of the prompts, so that processes make room for each other's.
 _ROOM = 1_000_000
@@ -30,7 +36,7 @@ _ROOM = 1_000_000
 def tiny_model() -> Any:
     """A model of random weights, the same in every process."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **_SIZES)).eval()
+    return LlamaForCausalLM(LlamaConfig(**_SIZES)).eval()
 
 
 def prompt(number: int) -> torch.Tensor:
@@ -41,7 +47,8 @@ def prompt(number: int) -> torch.Tensor:
 
 def work(folder: str, seed: int, seconds: float, max_bytes: int | None = None) -> dict[str, int]:
     """Store and read prompts for a while; every cache that is found is compared with one that is computed."""
-    model, chance = tiny_model(), random.Random(seed)
+    model: Any = tiny_model()
+    chance = random.Random(seed)
     store = PromptCache(folder, max_bytes=max_bytes)
     done = {"written": 0, "read": 0, "wrong": 0}
     end = time.monotonic() + seconds
@@ -56,7 +63,8 @@ def work(folder: str, seed: int, seconds: float, max_bytes: int | None = None) -
         with torch.no_grad():
             expected = model(ids[:, :-1], use_cache=True)
         kept = next(value for value in expected.values() if hasattr(value, "layers"))
-        same = all(torch.equal(one.keys, two.keys) for one, two in zip(found.layers, kept.layers, strict=True))
+        pairs: Any = zip(found.layers, kept.layers, strict=True)
+        same = all(torch.equal(one.keys, two.keys) for one, two in pairs)
         done["wrong"] += not same
     return done
 
