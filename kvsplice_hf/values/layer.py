@@ -58,6 +58,9 @@ class ValuePrunedLayer(_StockLayer):
         identity: of the plan that the stored values were made by.
     """
 
+    keys: Any
+    values: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.positions: torch.Tensor | None = None

@@ -6,7 +6,7 @@ The interface is that of NVIDIA's kvpress: settings are an object, which is call
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,12 @@ class ValuePruning:
                 chunks, with keys and values of another layer, or that computes attention by itself; an attention
                 function that cannot be stood in for; or the model is patched or in a context like this one already.
         """
-        sites = _sites(model)
+        with self.on(_sites(model)):
+            yield
+
+    @contextlib.contextmanager
+    def on(self, sites: Sequence[AttentionSite]) -> Iterator[None]:
+        """The same for these sites, which are known to cache keys and values of their heads."""
         self._require_room(sites)
         plans = {site: self._plan(site) for site in sites}
         register()
@@ -122,7 +127,7 @@ class ValuePruning:
             for config, base in names:
                 config._attn_implementation_internal = base
 
-    def _require_room(self, sites: list[AttentionSite]) -> None:
+    def _require_room(self, sites: Sequence[AttentionSite]) -> None:
         positions = getattr(sites[0].module.config, "max_position_embeddings", None)
         if self.keep is not None and isinstance(positions, int) and self.keep > positions:
             raise ConfigError(
