@@ -6,9 +6,8 @@ each, as in decoding, on what is left in the cache. Only these are scored.
 Legend: `W` windows, `P` tokens of a prompt, `C` tokens after it, `V` tokens of the vocabulary.
 """
 
-import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,18 +36,6 @@ class Protocol:
     chunk: int
 
 
-class Variant(NamedTuple):
-    """Something that is measured.
-
-    Attributes:
-        name: in tables.
-        context: within which the model runs; called anew each time.
-    """
-
-    name: str
-    context: Callable[[], contextlib.AbstractContextManager[Any]]
-
-
 class Reference(NamedTuple):
     """What is kept of the full model: negative log-likelihoods [W, C - 1], and its most likely tokens [W, C - 1, n]."""
 
@@ -58,24 +45,29 @@ class Reference(NamedTuple):
 
 
 @torch.no_grad()
-def after_prompt(model: Any, window: torch.Tensor, protocol: Protocol) -> tuple[torch.Tensor, DynamicCache]:
-    """Log-probabilities [C - 1, V] of the tokens after the first behind the prompt, and the cache at the end."""
-    cache, ids = DynamicCache(config=model.config), window[None].to(model.device)
-    end = protocol.prompt + protocol.continuation
-    settings = cache_argument(cache)
-    model(ids[:, : protocol.prompt], use_cache=True, logits_to_keep=1, **settings)
-    found = []
+def prefilled(model: Any, window: torch.Tensor, protocol: Protocol) -> DynamicCache:
+    """A cache with the prompt of a window [P + C]."""
+    cache = DynamicCache(config=model.config)
+    ids = window[None, : protocol.prompt].to(model.device)
+    model(ids, use_cache=True, logits_to_keep=1, **cache_argument(cache))
+    return cache
+
+
+@torch.no_grad()
+def continued(model: Any, window: torch.Tensor, cache: DynamicCache, protocol: Protocol) -> torch.Tensor:
+    """Log-probabilities [C - 1, V] of the tokens after the first behind the prompt, which is in the cache."""
+    end, found = protocol.prompt + protocol.continuation, []
     for start in range(protocol.prompt, end, protocol.chunk):
-        part = ids[:, start : min(start + protocol.chunk, end)]
-        found.append(model(part, use_cache=True, **settings).logits[0].float())
-    return torch.cat(found)[:-1].log_softmax(-1), cache
+        part = window[None, start : min(start + protocol.chunk, end)].to(model.device)
+        found.append(model(part, use_cache=True, **cache_argument(cache)).logits[0].float())
+    return torch.cat(found)[:-1].log_softmax(-1)
 
 
 def reference_of(model: Any, windows: torch.Tensor, protocol: Protocol, label: str) -> Reference:
     """Run the full model over windows [W, P + C]."""
     nll, top, tokens = [], [], []
     for window in tqdm(windows, desc=label, file=sys.stderr):
-        found, _ = after_prompt(model, window, protocol)
+        found = continued(model, window, prefilled(model, window, protocol), protocol)
         best = most_likely(found)
         nll.append(_nll(found, window, protocol))
         top.append(best.values.cpu())
@@ -83,21 +75,35 @@ def reference_of(model: Any, windows: torch.Tensor, protocol: Protocol, label: s
     return Reference(*map(torch.stack, (nll, top, tokens)))
 
 
-def score(model: Any, windows: torch.Tensor, reference: Reference, protocol: Protocol, label: str) -> dict[str, Any]:
-    """Run a variant over the same windows: change of perplexity, divergence and agreement."""
-    nll, divergence, agrees = [], [], []
-    for window, top, tokens in tqdm(
-        zip(windows, reference.top, reference.tokens, strict=True), label, len(windows), file=sys.stderr
-    ):
-        found, _ = after_prompt(model, window, protocol)
-        nll.append(_nll(found, window, protocol))
-        divergence.append(lumped_divergence(top, found.gather(-1, tokens.to(found.device)).cpu()).mean())
-        agrees.append((found.argmax(-1).cpu() == tokens[:, 0]).double().mean())
-    row = change_of_perplexity(torch.stack(nll), reference.nll)
-    row["kl_nats"] = torch.stack(divergence).mean().item()
-    row["top1_agreement"] = torch.stack(agrees).mean().item()
-    row["nll"] = torch.stack(nll).mean().item()
-    return row
+class Scores:
+    """What is measured of one variant, window by window.
+
+    Args:
+        reference: the full model on the same windows.
+        protocol: how they are run.
+    """
+
+    def __init__(self, reference: Reference, protocol: Protocol) -> None:
+        self._reference, self._protocol = reference, protocol
+        self._nll: list[torch.Tensor] = []
+        self._divergence: list[torch.Tensor] = []
+        self._agrees: list[torch.Tensor] = []
+
+    def add(self, log_probabilities: torch.Tensor, window: torch.Tensor) -> None:
+        """The next window."""
+        place = len(self._nll)
+        top, tokens = self._reference.top[place], self._reference.tokens[place]
+        found = log_probabilities.gather(-1, tokens.to(log_probabilities.device)).cpu()
+        self._nll.append(_nll(log_probabilities, window, self._protocol))
+        self._divergence.append(lumped_divergence(top, found).mean())
+        self._agrees.append((log_probabilities.argmax(-1).cpu() == tokens[:, 0]).double().mean())
+
+    def row(self) -> dict[str, Any]:
+        """Change of perplexity, divergence and agreement."""
+        row = change_of_perplexity(torch.stack(self._nll), self._reference.nll[: len(self._nll)])
+        row["kl_nats"] = torch.stack(self._divergence).mean().item()
+        row["top1_agreement"] = torch.stack(self._agrees).mean().item()
+        return row
 
 
 def _nll(log_probabilities: torch.Tensor, window: torch.Tensor, protocol: Protocol) -> torch.Tensor:

@@ -17,6 +17,7 @@ from kvsplice_hf.calibration.vectors import collect_vectors
 from kvsplice_hf.code.heads import HeadKey, PartKey
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.geometry import SplinePCA
+from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.values.compression import fit_geometries
 from kvsplice_hf.values.layer import ValuePrunedLayer
 from kvsplice_hf.values.pruning import ValuePruning
@@ -34,6 +35,7 @@ def fit_value_geometries(
     learning_rate: float = 2e-3,
     max_samples: int = 120_000,
     progress: bool = True,
+    sites: Sequence[AttentionSite] | None = None,
 ) -> dict[PartKey, SplinePCA]:
     """A geometry for the values of each key head: `SplinePCA` to k numbers.
 
@@ -45,6 +47,7 @@ def fit_value_geometries(
         knots, epochs, learning_rate: of the splines; 0 epochs are principal components alone, which decode faster.
         max_samples: values of each head, at most.
         progress: show bars.
+        sites: with `pruning`, the layers that it is on (`ValuePruning.on`); None: those that are found.
 
     Raises:
         CalibrationError: too few tokens.
@@ -58,26 +61,27 @@ def fit_value_geometries(
     elif pruning.geometries is not None:
         raise ConfigError("`pruning` has geometries already; geometries are fitted to values as they come.")
     else:
-        vectors = _kept_vectors(model, batches, pruning, max_samples, progress)
+        context = pruning(model) if sites is None else pruning.on(sites)
+        with context:
+            vectors = _kept_vectors(model, batches, max_samples, progress)
     return fit_geometries(vectors, k, knots=knots, epochs=epochs, learning_rate=learning_rate, progress=progress)
 
 
 @torch.no_grad()
 def _kept_vectors(
-    model: Any, batches: Sequence[torch.Tensor], pruning: ValuePruning, max_samples: int, progress: bool
+    model: Any, batches: Sequence[torch.Tensor], max_samples: int, progress: bool
 ) -> dict[PartKey, torch.Tensor]:
-    """Values that are left of prompts, without the first tokens, float32 [M, v] of each head, on the CPU."""
+    """Values that pruning leaves of prompts, without the first tokens, float32 [M, v] of each head, on the CPU."""
     drawn: dict[PartKey, list[torch.Tensor]] = {}
     quota = -(-max_samples // max(1, len(batches)))
     bar = tqdm(batches, desc="collecting kept values", file=sys.stderr, disable=not progress)
-    with pruning(model):
-        for ids in bar:
-            cache = DynamicCache(config=model.config)
-            model(ids.to(model.device), use_cache=True, **upstream.cache_argument(cache))
-            for layer_idx, layer in enumerate(cache.layers):
-                if isinstance(layer, ValuePrunedLayer):
-                    for head, rows in enumerate(_rows(layer)):
-                        drawn.setdefault(HeadKey(layer_idx, head), []).append(rows[:quota].float().cpu())
+    for ids in bar:
+        cache = DynamicCache(config=model.config)
+        model(ids.to(model.device), use_cache=True, **upstream.cache_argument(cache))
+        for layer_idx, layer in enumerate(cache.layers):
+            if isinstance(layer, ValuePrunedLayer):
+                for head, rows in enumerate(_rows(layer)):
+                    drawn.setdefault(HeadKey(layer_idx, head), []).append(rows[:quota].float().cpu())
     return {part: torch.cat(rows)[:max_samples] for part, rows in drawn.items()}
 
 

@@ -129,15 +129,38 @@ class ValuePrunedLayer(_StockLayer):
         scores = received.clone()
         scores[..., : self.scores.shape[-1]] += self.scores
         found = chosen(positions, scores, extent, plan.budget, plan.by)
-        stored = torch.cat([self.values, values], dim=-2)
         self.awaits_scores = False
-        if found is None:
-            self.values, self.positions, self.scores = stored, positions, scores
-            return
-        places, stays = found
-        self.values = stored.gather(2, places[..., None].expand(-1, -1, -1, stored.shape[-1]))
-        self.positions = positions.gather(2, places).masked_fill(~stays, EMPTY)
-        self.scores = scores.gather(2, places).masked_fill(~stays, 0.0)
+        self._take(torch.cat([self.values, values], dim=-2), positions, scores, found)
+
+    def prune(self, plan: LayerPlan) -> None:
+        """Let values go, and code the others, in a cache without padding that holds all of them as they came.
+
+        What a call under the plan would have left of a prompt, without another prompt.
+
+        Args:
+            plan: with as many first tokens as the cache was filled with.
+        """
+        assert self.positions is not None
+        assert self.scores is not None
+        found = chosen(self.positions, self.scores, Extent(self.keys.shape[-2], None), plan.budget, plan.by)
+        values = self.values if plan.geometry is None else plan.geometry.encode(self.values)
+        self.identity = plan.identity
+        self._take(values, self.positions, self.scores, found)
+
+    def _take(
+        self,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        scores: torch.Tensor,
+        found: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """Keep the chosen candidates, or all."""
+        if found is not None:
+            places, stays = found
+            values = values.gather(2, places[..., None].expand(-1, -1, -1, values.shape[-1]))
+            positions = positions.gather(2, places).masked_fill(~stays, EMPTY)
+            scores = scores.gather(2, places).masked_fill(~stays, 0.0)
+        self.values, self.positions, self.scores = values, positions, scores
 
     def keep_first(self, values: torch.Tensor, extent: Extent) -> None:
         """Store the first tokens of each sequence among new ones, as they came, [B, K, T, v]."""

@@ -105,7 +105,7 @@ class ValuePruning:
     def on(self, sites: Sequence[AttentionSite]) -> Iterator[None]:
         """The same for these sites, which are known to cache keys and values of their heads."""
         self._require_room(sites)
-        plans = {site: self._plan(site) for site in sites}
+        plans = {site: self.plan_of(site) for site in sites}
         register()
         names: list[tuple[Any, str]] = []
         hooks = []
@@ -135,7 +135,8 @@ class ValuePruning:
                 "pruned. Give fewer."
             )
 
-    def _plan(self, site: AttentionSite) -> LayerPlan:
+    def plan_of(self, site: AttentionSite) -> LayerPlan:
+        """What is done with the values of a layer."""
         geometry = None if self.geometries is None else geometry_of(self.geometries, site)
         return LayerPlan(self.budget, self.scores, geometry, self.strategy == "compress_first")
 
