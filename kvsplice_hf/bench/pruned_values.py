@@ -6,19 +6,19 @@ each, as in decoding, on what is left in the cache. Only these are scored.
 Legend: `W` windows, `P` tokens of a prompt, `C` tokens after it, `V` tokens of the vocabulary.
 """
 
-import sys
-from collections.abc import Sequence
+import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import DynamicCache
 
+from kvsplice_hf.code.heads import HeadKey, PartKey
 from kvsplice_hf.evaluation.reference import change_of_perplexity, lumped_divergence, most_likely
 from kvsplice_hf.manage.sizes import cache_nbytes
 from kvsplice_hf.upstream import cache_argument
 from kvsplice_hf.values import ValuePrunedLayer
+from kvsplice_hf.values.fitting import kept_rows
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,6 @@ class Protocol:
     prompt: int
     continuation: int
     chunk: int
-
-
-class Reference(NamedTuple):
-    """What is kept of the full model: negative log-likelihoods [W, C - 1], and its most likely tokens [W, C - 1, n]."""
-
-    nll: torch.Tensor
-    top: torch.Tensor
-    tokens: torch.Tensor
 
 
 @torch.no_grad()
@@ -63,72 +55,66 @@ def continued(model: Any, window: torch.Tensor, cache: DynamicCache, protocol: P
     return torch.cat(found)[:-1].log_softmax(-1)
 
 
-def reference_of(model: Any, windows: torch.Tensor, protocol: Protocol, label: str) -> Reference:
-    """Run the full model over windows [W, P + C]."""
-    nll, top, tokens = [], [], []
-    for window in tqdm(windows, desc=label, file=sys.stderr):
-        found = continued(model, window, prefilled(model, window, protocol), protocol)
-        best = most_likely(found)
-        nll.append(_nll(found, window, protocol))
-        top.append(best.values.cpu())
-        tokens.append(best.indices.cpu())
-    return Reference(*map(torch.stack, (nll, top, tokens)))
-
-
 class Scores:
-    """What is measured of one variant, window by window.
+    """What is measured of one variant beside the full model, window by window."""
 
-    Args:
-        reference: the full model on the same windows.
-        protocol: how they are run.
-    """
-
-    def __init__(self, reference: Reference, protocol: Protocol) -> None:
-        self._reference, self._protocol = reference, protocol
+    def __init__(self) -> None:
         self._nll: list[torch.Tensor] = []
+        self._full_nll: list[torch.Tensor] = []
         self._divergence: list[torch.Tensor] = []
         self._agrees: list[torch.Tensor] = []
 
-    def add(self, log_probabilities: torch.Tensor, window: torch.Tensor) -> None:
-        """The next window."""
-        place = len(self._nll)
-        top, tokens = self._reference.top[place], self._reference.tokens[place]
-        found = log_probabilities.gather(-1, tokens.to(log_probabilities.device)).cpu()
-        self._nll.append(_nll(log_probabilities, window, self._protocol))
-        self._divergence.append(lumped_divergence(top, found).mean())
-        self._agrees.append((log_probabilities.argmax(-1).cpu() == tokens[:, 0]).double().mean())
+    def add(self, found: torch.Tensor, full: torch.Tensor, targets: torch.Tensor) -> None:
+        """Log-probabilities [C - 1, V] of the variant and of the full model, and what came, [C - 1]."""
+        best = most_likely(full)
+        self._nll.append(_nll(found, targets))
+        self._full_nll.append(_nll(full, targets))
+        self._divergence.append(lumped_divergence(best.values, found.gather(-1, best.indices)).mean().cpu())
+        self._agrees.append((found.argmax(-1) == full.argmax(-1)).double().mean().cpu())
 
     def row(self) -> dict[str, Any]:
         """Change of perplexity, divergence and agreement."""
-        row = change_of_perplexity(torch.stack(self._nll), self._reference.nll[: len(self._nll)])
+        row = change_of_perplexity(torch.stack(self._nll), torch.stack(self._full_nll))
         row["kl_nats"] = torch.stack(self._divergence).mean().item()
         row["top1_agreement"] = torch.stack(self._agrees).mean().item()
         return row
 
 
-def _nll(log_probabilities: torch.Tensor, window: torch.Tensor, protocol: Protocol) -> torch.Tensor:
-    targets = window[protocol.prompt + 1 : protocol.prompt + protocol.continuation, None].to(log_probabilities.device)
-    return -log_probabilities.gather(-1, targets)[:, 0].cpu().double()
+def _nll(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return -log_probabilities.gather(-1, targets[:, None].to(log_probabilities.device))[:, 0].cpu().double()
+
+
+def add_vectors(drawn: dict[PartKey, list[torch.Tensor]], cache: DynamicCache) -> None:
+    """Put the values in the slots of a cache, of each key head, to those of others: [n, v] each."""
+    for layer_idx, layer in enumerate(cache.layers):
+        if isinstance(layer, ValuePrunedLayer):
+            for head, rows in enumerate(kept_rows(layer)):
+                drawn.setdefault(HeadKey(layer_idx, head), []).append(rows.float().cpu())
+
+
+def joined(drawn: dict[PartKey, list[torch.Tensor]]) -> dict[PartKey, torch.Tensor]:
+    """The values of each head, [M, v]."""
+    return {part: torch.cat(rows) for part, rows in drawn.items()}
 
 
 def sizes_of(cache: DynamicCache) -> dict[str, float]:
-    """Bytes of a cache per token and layer: in all, of values, and of the positions and scores of pruned values."""
-    layers, length = cache.layers, cache.get_seq_length()
-    values = sum(map(_value_bytes, layers))
-    beside = sum(map(_beside_bytes, layers))
-    whole = cache_nbytes(cache)
-    count = length * len(layers)
-    return {"bytes": whole / count, "value_bytes": values / count, "beside_bytes": beside / count}
+    """Bytes of a cache per token and layer: in all, of values, and of the positions and scores of pruned values.
+
+    Of its tensors with their numbers in bf16; scores are float32 and positions int32 whatever the model is.
+    """
+    cache = copy.deepcopy(cache)
+    layer: Any
+    for layer in cache.layers:
+        for name in ("keys", "values", "first_values"):
+            if getattr(layer, name, None) is not None:
+                setattr(layer, name, getattr(layer, name).to(torch.bfloat16))
+    count = cache.get_seq_length() * len(cache.layers)
+    parts = {"bytes": cache_nbytes(cache)}
+    parts["value_bytes"] = sum(_nbytes(layer, "values", "first_values") for layer in cache.layers)
+    parts["beside_bytes"] = sum(_nbytes(layer, "positions", "scores", "first_positions") for layer in cache.layers)
+    return {name: nbytes / count for name, nbytes in parts.items()}
 
 
-def _value_bytes(layer: Any) -> int:
-    parts: Sequence[Any] = [layer.values]
-    if isinstance(layer, ValuePrunedLayer):
-        parts = [layer.values, layer.first_values]
-    return sum(part.nbytes for part in parts)
-
-
-def _beside_bytes(layer: Any) -> int:
-    if not isinstance(layer, ValuePrunedLayer):
-        return 0
-    return sum(part.nbytes for part in (layer.positions, layer.scores, layer.first_positions) if part is not None)
+def _nbytes(layer: Any, *names: str) -> int:
+    held = (getattr(layer, name, None) for name in names)
+    return sum(tensor.nbytes for tensor in held if tensor is not None)

@@ -17,13 +17,13 @@ import scipy.stats
 import torch
 from rich.table import Table
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvsplice
 from kvsplice_hf.bench import pruned_values
 from kvsplice_hf.bench.comparison import Row, loss_text
 from kvsplice_hf.bench.expanded_cache import caching_heads, sites_of_heads
-from kvsplice_hf.bench.pruned_values import Scores, continued, prefilled, reference_of, sizes_of
+from kvsplice_hf.bench.pruned_values import Scores, add_vectors, continued, joined, prefilled, sizes_of
 from kvsplice_hf.bench.rounds import interleaved, timed
 from kvsplice_hf.bench.tables import NOT_MEASURED, number, with_error
 from kvsplice_hf.bench.texts import spread_windows
@@ -32,7 +32,8 @@ from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.geometry import SplinePCA
 from kvsplice_hf.patch.state import patched_sites
 from kvsplice_hf.upstream import cache_argument
-from kvsplice_hf.values import ValuePrunedLayer, ValuePruning, fit_value_geometries
+from kvsplice_hf.values import ValuePrunedLayer, ValuePruning
+from kvsplice_hf.values.compression import fit_geometries
 
 
 FULL, V19, V20 = "full", "V19: pruned", "V20, A: pruned, then components"
@@ -117,30 +118,29 @@ class Trial:
             stack.enter_context(caching_heads(self.sites))
             yield
 
-    def calibration(self) -> list[torch.Tensor]:
-        """Prompts to fit geometries to."""
-        args = self.args
-        share = max(1, args.calibration_windows // len(args.calibration))
-        parts = [
-            spread_windows(self.tokenizer, text, "calibration", args.prompt, share * args.prompt)
-            for text in args.calibration
-        ]
-        return list(torch.cat(parts).split(1))
-
     def everything(self) -> ValuePruning:
         """Keeps all values, and says what each token has got of attention."""
         return replace(self._pruning, keep=None, share=1.0)
 
     def geometries(self) -> dict[str, dict[PartKey, SplinePCA]]:
         """By name: of values that pruning leaves, components alone and behind a spline; of all values."""
-        prompts, k, epochs = self.calibration(), self.args.components, self.args.epochs
-        fit = functools.partial(self._fit, prompts, k)
-        found = {"left": fit(self._pruning, 0), "all": fit(self.everything(), 0)}
-        return found | ({"left, spline": fit(self._pruning, epochs)} if epochs else {})
+        args, every, left = self.args, {}, {}
+        for text in args.calibration:
+            count = max(1, args.calibration_windows // len(args.calibration))
+            windows = spread_windows(self.tokenizer, text, "calibration", args.prompt, count * args.prompt)
+            for window in tqdm(windows, desc=f"values of {text}", file=sys.stderr):
+                cache = self._prompt(window)
+                add_vectors(every, cache)
+                add_vectors(left, self._left_of(cache, self._pruning))
+        fit = functools.partial(fit_geometries, k=args.components, progress=False)
+        found = {"left": fit(joined(left), epochs=0), "all": fit(joined(every), epochs=0)}
+        return found | ({"left, spline": fit(joined(left), epochs=args.epochs)} if args.epochs else {})
 
-    def _fit(self, prompts: list[torch.Tensor], k: int, pruning: ValuePruning, epochs: int) -> Any:
-        with caching_heads(self.sites):
-            return fit_value_geometries(self.model, prompts, k, pruning=pruning, epochs=epochs, sites=self.sites)
+    @torch.no_grad()
+    def _prompt(self, window: torch.Tensor) -> DynamicCache:
+        """A cache that holds the prompt of a window with all its values."""
+        with self.pruned(self.everything()):
+            return prefilled(self.model, window, self.protocol)
 
     def arms(self) -> list[Arm]:
         """What is measured, but for packed rows."""
@@ -170,48 +170,39 @@ class Trial:
             arms.append(Arm(f"packed, bytes of {short}", packed=KVSpliceConfig(bytes_per_token=budget)))
         return arms
 
+    @torch.no_grad()
     def scores(self, arms: list[Arm]) -> list[Row]:
         """A row of each arm, with its scores on each text."""
         found: dict[str, dict[str, Row]] = {arm.name: {} for arm in arms}
         for text, windows in self.windows.items():
-            with torch.no_grad(), caching_heads(self.sites):
-                reference = reference_of(self.model, windows, self.protocol, f"full: {text}")
-            scores = {arm.name: Scores(reference, self.protocol) for arm in arms}
-            self._score_pruned(arms, windows, scores, text)
+            scores = {arm.name: Scores() for arm in arms}
+            for window in tqdm(windows, desc=text, file=sys.stderr):
+                self._score_window(arms, window, scores)
             for arm in arms:
-                if arm.packed is not None:
-                    self._score_packed(arm, windows, scores[arm.name], text)
                 found[arm.name][text] = scores[arm.name].row()
         return [{"name": name, "texts": texts} for name, texts in found.items()]
 
-    @torch.no_grad()
-    def _score_pruned(self, arms: list[Arm], windows: torch.Tensor, scores: dict[str, Scores], text: str) -> None:
-        chosen = [arm for arm in arms if arm.pruning is not None]
-        for window in tqdm(windows, desc=f"pruned: {text}", file=sys.stderr):
-            with self.pruned(self.everything()):
-                prompt = prefilled(self.model, window, self.protocol)
-            for arm in chosen:
-                cache = None if arm.own_prompt else self._left_of(prompt, arm)
-                with self.pruned(arm.pruning):
-                    cache = cache or prefilled(self.model, window, self.protocol)
-                    found = continued(self.model, window, cache, self.protocol)
-                scores[arm.name].add(found, window)
+    def _score_window(self, arms: list[Arm], window: torch.Tensor, scores: dict[str, Scores]) -> None:
+        prompt = self._prompt(window)
+        with self.pruned(self.everything()):
+            full = continued(self.model, window, copy.deepcopy(prompt), self.protocol)
+        for arm in arms:
+            with self.inside(arm) as model:
+                if arm.pruning is None or arm.own_prompt:
+                    cache = prefilled(model, window, self.protocol)
+                else:
+                    cache = self._left_of(prompt, arm.pruning)
+                found = continued(model, window, cache, self.protocol)
+            scores[arm.name].add(found, full, window[self.args.prompt + 1 :])
 
-    def _left_of(self, prompt: Any, arm: Arm) -> Any:
+    def _left_of(self, prompt: DynamicCache, pruning: ValuePruning) -> DynamicCache:
         """What pruning leaves of the cache of a prompt."""
         cache = copy.deepcopy(prompt)
-        assert arm.pruning is not None
         for site in self.sites:
             layer = cache.layers[site.layer_idx]
             if isinstance(layer, ValuePrunedLayer):
-                layer.prune(arm.pruning.plan_of(site))
+                layer.prune(pruning.plan_of(site))
         return cache
-
-    @torch.no_grad()
-    def _score_packed(self, arm: Arm, windows: torch.Tensor, scores: Scores, text: str) -> None:
-        model = self._packed_model(arm)
-        for window in tqdm(windows, desc=f"{arm.name}: {text}", file=sys.stderr):
-            scores.add(continued(model, window, prefilled(model, window, self.protocol), self.protocol), window)
 
     def _packed_model(self, arm: Arm) -> Any:
         """Another model on the same weights, patched."""
@@ -223,17 +214,14 @@ class Trial:
 
     @torch.no_grad()
     def sizes(self, arms: list[Arm]) -> dict[str, dict[str, float]]:
-        """Bytes per token and layer after a prompt, numbers in bf16, measured on the tensors of caches."""
+        """Bytes per token and layer after a prompt, of the tensors of caches with their numbers in bf16."""
         window = next(iter(self.windows.values()))[0]
-        model: Any = self.model
-        dtype, found = model.dtype, {}
-        model.to(torch.bfloat16)
-        try:
-            for arm in [Arm(FULL), *(arm for arm in arms if arm.packed is None)]:
-                with self.pruned(arm.pruning):
-                    found[arm.name] = sizes_of(prefilled(model, window, self.protocol))
-        finally:
-            model.to(dtype)
+        with self.pruned(None):
+            found = {FULL: sizes_of(prefilled(self.model, window, self.protocol))}
+        prompt = self._prompt(window)
+        for arm in arms:
+            if arm.pruning is not None:
+                found[arm.name] = sizes_of(self._left_of(prompt, arm.pruning))
         return found
 
     def packed_sizes(self, arms: list[Arm]) -> dict[str, dict[str, float]]:

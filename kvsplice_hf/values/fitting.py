@@ -17,7 +17,6 @@ from kvsplice_hf.calibration.vectors import collect_vectors
 from kvsplice_hf.code.heads import HeadKey, PartKey
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.geometry import SplinePCA
-from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.values.compression import fit_geometries
 from kvsplice_hf.values.layer import ValuePrunedLayer
 from kvsplice_hf.values.pruning import ValuePruning
@@ -35,7 +34,6 @@ def fit_value_geometries(
     learning_rate: float = 2e-3,
     max_samples: int = 120_000,
     progress: bool = True,
-    sites: Sequence[AttentionSite] | None = None,
 ) -> dict[PartKey, SplinePCA]:
     """A geometry for the values of each key head: `SplinePCA` to k numbers.
 
@@ -47,7 +45,6 @@ def fit_value_geometries(
         knots, epochs, learning_rate: of the splines; 0 epochs are principal components alone, which decode faster.
         max_samples: values of each head, at most.
         progress: show bars.
-        sites: with `pruning`, the layers that it is on (`ValuePruning.on`); None: those that are found.
 
     Raises:
         CalibrationError: too few tokens.
@@ -61,8 +58,7 @@ def fit_value_geometries(
     elif pruning.geometries is not None:
         raise ConfigError("`pruning` has geometries already; geometries are fitted to values as they come.")
     else:
-        context = pruning(model) if sites is None else pruning.on(sites)
-        with context:
+        with pruning(model):
             vectors = _kept_vectors(model, batches, max_samples, progress)
     return fit_geometries(vectors, k, knots=knots, epochs=epochs, learning_rate=learning_rate, progress=progress)
 
@@ -80,12 +76,12 @@ def _kept_vectors(
         model(ids.to(model.device), use_cache=True, **upstream.cache_argument(cache))
         for layer_idx, layer in enumerate(cache.layers):
             if isinstance(layer, ValuePrunedLayer):
-                for head, rows in enumerate(_rows(layer)):
+                for head, rows in enumerate(kept_rows(layer)):
                     drawn.setdefault(HeadKey(layer_idx, head), []).append(rows[:quota].float().cpu())
     return {part: torch.cat(rows)[:max_samples] for part, rows in drawn.items()}
 
 
-def _rows(layer: ValuePrunedLayer) -> list[torch.Tensor]:
+def kept_rows(layer: ValuePrunedLayer) -> list[torch.Tensor]:
     """Of each head the values in slots, [n, v], in an order that says nothing of their scores."""
     assert layer.positions is not None
     assert layer.values is not None
