@@ -5,6 +5,7 @@ What is computed is held against a reference that keeps everything and masks wha
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from kvsplice_hf import (
     CacheMismatchError,
     CalibrationError,
     ConfigError,
+    KVSpliceCalibrator,
     KVSpliceConfig,
     NotMLAError,
     UnsupportedError,
@@ -25,8 +27,12 @@ from kvsplice_hf import (
     cache_nbytes,
     patch_model_with_kvsplice,
 )
+from kvsplice_hf.bench.expanded_cache import caching_heads, sites_of_heads
+from kvsplice_hf.bench.value_trial import Trial, means_of
 from kvsplice_hf.calibration.vectors import collect_vectors
 from kvsplice_hf.code.heads import HeadKey
+from kvsplice_hf.gpt2_mla import GPT2MLAConfig, GPT2MLAForCausalLM
+from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.upstream import cache_argument, cache_of
 from kvsplice_hf.values import ValuePrunedLayer, ValuePruning, fit_value_geometries
 from kvsplice_hf.values.layer import SomeValues
@@ -545,6 +551,16 @@ def test_a_cache_with_pruned_values_is_refused_outside_of_value_pruning_and_stay
         in_calls(model, ids[:, :2], prompt=0, cache=cache)
 
 
+def test_a_cache_whose_last_call_failed_is_refused() -> None:
+    model, ids = build_ordinary("llama"), tokens(1, PROMPT)
+    with ValuePruning(keep=9, first=2, recent=3)(model):
+        _, cache = in_calls(model, ids)
+        with pytest.raises(UnsupportedError):
+            model(ids[:, :1], attention_mask=torch.zeros(1, 4, 1, PROMPT + 1), use_cache=True, **cache_argument(cache))
+        with pytest.raises(CacheMismatchError, match="An earlier call on this cache ended with an error"):
+            in_calls(model, ids[:, :1], prompt=0, cache=cache)
+
+
 def test_a_cache_of_other_geometries_is_refused() -> None:
     model, ids = build_ordinary("llama"), tokens(2, PROMPT)
     with ValuePruning(keep=9, first=2, recent=3)(model):
@@ -580,3 +596,76 @@ def test_a_module_that_reads_values_before_its_attention_function_gets_an_error(
     for read in (lambda: values[0], lambda: torch.cat([values]), lambda: values.transpose(1, 2)):
         with pytest.raises(UpstreamChangedError, match="pruned values"):
             read()
+
+
+# ------------------------------------------------------------------------------------------------ how it is measured
+
+
+@torch.no_grad()
+def test_latent_attention_that_caches_its_heads_is_the_same_and_can_be_pruned() -> None:
+    settings = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    torch.manual_seed(0)
+    model = GPT2MLAForCausalLM(GPT2MLAConfig(**settings, kv_lora_rank=64)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.2)
+    ids, sites = tokens(2, PROMPT + 4), sites_of_heads(model)
+    stock, _ = in_calls(model, ids)
+    with caching_heads(sites):
+        found, cache = in_calls(model, ids)
+    assert torch.allclose(found, stock, atol=2e-5)
+    assert cache.layers[0].values.shape == (2, 4, PROMPT + 4, 8)
+    with ValuePruning(keep=9, first=2, recent=3).on(sites), caching_heads(sites):
+        pruned, cache = in_calls(model, ids)
+    assert layers_of(cache)[0].values.shape == (2, 4, 7, 8)
+    assert torch.allclose(pruned[:, :PROMPT], stock[:, :PROMPT], atol=2e-5)
+    assert not torch.allclose(pruned, stock, atol=1e-3)
+    assert torch.equal(in_calls(model, ids)[0], stock)
+
+
+def test_pruning_a_filled_cache_leaves_what_pruning_a_prompt_does() -> None:
+    model, ids = build_ordinary("llama"), tokens(2, PROMPT)
+    pruning = ValuePruning(keep=9, first=2, recent=3, geometries=geometries_of(model, 3, epochs=0))
+    with ValuePruning(share=1.0, first=2, recent=3)(model):
+        _, cache = in_calls(model, ids)
+    with pruning(model):
+        _, expected = in_calls(model, ids)
+    for site in find_sites(model):
+        found, layer = cache.layers[site.layer_idx], expected.layers[site.layer_idx]
+        found.prune(pruning.plan_of(site))
+        assert torch.equal(found.positions.sort(dim=-1).values, layer.positions.sort(dim=-1).values)
+        assert torch.allclose(found.values.sum(2), layer.values.sum(2), atol=1e-4)
+        assert found.identity == layer.identity
+
+
+class _Words:
+    """A tokenizer of single characters."""
+
+    def __call__(self, text: Any, **kwargs: Any) -> Any:
+        texts = [text] if isinstance(text, str) else text
+        found = [[FIRST_ORDINARY_TOKEN + ord(letter) % 100 for letter in each] for each in texts]
+        return {"input_ids": found[0] if isinstance(text, str) else found}
+
+
+def test_a_trial_measures_each_step_of_the_research_and_packed_rows_beside_it() -> None:
+    model = build_ordinary("llama")
+    calibrator = KVSpliceCalibrator(model).collect([tokens(4, 60, seed=seed) for seed in range(4)], progress=False)
+    args = SimpleNamespace(prompt=40, continuation=8, chunk=4, keep=16, first=2, recent=4, components=2, epochs=1)
+    vars(args).update(evaluation=["pydoc"], windows=2, calibration=["pydoc"], calibration_windows=2)
+    trial = Trial(model, _Words(), args, calibrator)
+    arms = trial.arms()
+    sizes = trial.sizes(arms)
+    arms += trial.packed_arms(sizes)
+    rows = {row["name"]: row for row in trial.scores(arms)}
+    sizes |= trial.packed_sizes([arm for arm in arms if arm.packed is not None])
+    assert len(rows) == len(arms) == 11
+    assert sizes["V19: pruned"]["value_bytes"] == 16 / 40 * sizes["full"]["value_bytes"]
+    for name, row in rows.items():
+        assert row["texts"]["pydoc"]["kl_nats"] > 0
+        if name.startswith("packed, "):
+            assert sizes[name]["bytes"] <= sizes["V19: pruned"]["bytes"]
+    assert set(trial.step_times([*arms[:2]], 1)) == {"V19: pruned", "V19 with mean scores"}
+    assert len(means_of([list(rows.values())] * 2, ["pydoc"]).rows) == 11
+    args.keep = 41
+    with pytest.raises(ConfigError, match="nothing would be pruned"):
+        Trial(model, _Words(), args, None)

@@ -89,6 +89,11 @@ class ValuePrunedLayer(_StockLayer):
                 "A cache whose values are pruned got keys and values outside of value pruning. Nothing was stored. "
                 "Call the model inside `with ValuePruning(...)(model):`, or give it a cache of its own."
             )
+        if self.awaits_scores:
+            raise CacheMismatchError(
+                "An earlier call on this cache ended with an error before the values of its tokens were stored. Start "
+                "from an empty cache."
+            )
         plan, self.plan = self.plan, None
         if not self.is_initialized:
             self._allocate(key_states, value_states, plan)
