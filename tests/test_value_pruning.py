@@ -655,17 +655,17 @@ def test_a_trial_measures_each_step_of_the_research_and_packed_rows_beside_it() 
     trial = Trial(model, _Words(), args, calibrator)
     arms = trial.arms()
     sizes = trial.sizes(arms)
-    arms += trial.packed_arms(sizes)
+    arms += trial.packed_arms([sizes["V19: pruned"]["bytes"], 40.0], "trellis")
     rows = {row["name"]: row for row in trial.scores(arms)}
     sizes |= trial.packed_sizes([arm for arm in arms if arm.packed is not None])
-    assert len(rows) == len(arms) == 11
+    assert len(rows) == len(arms) == 10
     assert sizes["V19: pruned"]["value_bytes"] == 16 / 40 * sizes["full"]["value_bytes"]
     for name, row in rows.items():
         assert row["texts"]["pydoc"]["kl_nats"] > 0
         if name.startswith("packed, "):
             assert sizes[name]["bytes"] <= sizes["V19: pruned"]["bytes"]
     assert set(trial.step_times([*arms[:2]], 1)) == {"V19: pruned", "V19 with mean scores"}
-    assert len(means_of([list(rows.values())] * 2, ["pydoc"]).rows) == 11
+    assert len(means_of([list(rows.values())] * 2, ["pydoc"]).rows) == 10
     args.keep = 41
     with pytest.raises(ConfigError, match="nothing would be pruned"):
         Trial(model, _Words(), args, None)

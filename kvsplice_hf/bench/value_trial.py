@@ -9,7 +9,7 @@ import functools
 import math
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -40,6 +40,8 @@ FULL, V19, V20 = "full", "V19: pruned", "V20, A: pruned, then components"
 B = "compress_first"
 # Of one turn of a recipe, the first of which does not count.
 _STEPS = 4
+# Bytes that a coded value and the share of exact tokens take, at least.
+_LEAST_VALUE = 8
 
 
 class Settings(Protocol):
@@ -160,15 +162,20 @@ class Trial:
             arms.insert(4, Arm("V20, A: pruned, then spline and components", spline))
         return arms
 
-    def packed_arms(self, sizes: dict[str, dict[str, float]]) -> list[Arm]:
-        """Packed rows of as many bytes as V19 and V20: exact keys and coded values, and both coded."""
+    def packed_arms(self, budgets: Sequence[float], codec: str) -> list[Arm]:
+        """Packed rows of so many bytes: both coded, and exact keys where values have room beside them."""
         arms = []
-        for name, short in ((V19, "V19"), (V20, "V20")):
-            budget = sizes[name]["bytes"]
-            exact = KVSpliceConfig(bytes_per_token=budget, keys="exact")
-            arms.append(Arm(f"packed values, exact keys, bytes of {short}", packed=exact))
-            arms.append(Arm(f"packed, bytes of {short}", packed=KVSpliceConfig(bytes_per_token=budget)))
+        for budget in budgets:
+            settings: dict[str, Any] = {"bytes_per_token": budget, "codec": codec}
+            arms.append(Arm(f"packed, {budget:.0f} bytes", packed=KVSpliceConfig(**settings)))
+            if budget > self._key_bytes() + _LEAST_VALUE * max(site.kv_heads for site in self.sites):
+                exact = KVSpliceConfig(**settings, keys="exact")
+                arms.append(Arm(f"packed values, exact keys, {budget:.0f} bytes", packed=exact))
         return arms
+
+    def _key_bytes(self) -> float:
+        """Of exact keys in bf16, per token and layer."""
+        return statistics.fmean(2 * site.kv_heads * site.qk_rope_head_dim for site in self.sites)
 
     @torch.no_grad()
     def scores(self, arms: list[Arm]) -> list[Row]:
@@ -232,8 +239,7 @@ class Trial:
             nbytes = statistics.fmean(state.geometry.nbytes(site.dtype) for site, state in patched)
             found[arm.name] = {"bytes": nbytes}
             if arm.packed is not None and arm.packed.keys == "exact":
-                keys = statistics.fmean(2 * site.kv_heads * site.qk_rope_head_dim for site in self.sites)
-                found[arm.name]["value_bytes"] = nbytes - keys
+                found[arm.name]["value_bytes"] = nbytes - self._key_bytes()
         return found
 
     @torch.no_grad()

@@ -28,7 +28,8 @@ from kvsplice_hf.bench.command_line import (
     results_folder,
 )
 from kvsplice_hf.bench.comparison import Row
-from kvsplice_hf.bench.value_trial import FULL, Arm, Trial, means_of, table_of
+from kvsplice_hf.bench.value_trial import FULL, V19, V20, Arm, Trial, means_of, table_of
+from kvsplice_hf.config import DEFAULT_CODEC
 from kvsplice_hf.errors import ConfigError
 
 
@@ -56,7 +57,12 @@ class Arguments:
         default_factory=lambda: ["pydoc"], metadata={"help": "texts whose second half is measured on"}
     )
     windows: int = field(default=8, metadata={"help": "windows of each text"})
-    packed: bool = field(default=True, metadata={"help": "packed rows of the same bytes as well"})
+    pruned: bool = field(default=True, metadata={"help": "pruned and compressed values"})
+    packed: bool = field(default=True, metadata={"help": "packed rows as well"})
+    packed_bytes: list[float] = field(
+        default_factory=list, metadata={"help": "bytes of packed rows; none: those of V19 and V20"}
+    )
+    packed_codec: str = field(default=DEFAULT_CODEC, metadata={"help": 'codec of packed rows; "rows" is fitted faster'})
     statistics: str | None = field(
         default=None, metadata={"help": "of calibration for packed rows: read if it is there, otherwise written"}
     )
@@ -71,6 +77,10 @@ class Arguments:
         if wrong or self.continuation < 2:
             raise ConfigError(
                 f"{wrong or {'continuation': self.continuation}}: each takes 1 or more, --continuation 2 or more."
+            )
+        if not self.pruned and not (self.packed and self.packed_bytes):
+            raise ConfigError(
+                "Without --pruned it takes --packed_bytes: there is nothing whose bytes could be matched."
             )
         if not self.models or not self.evaluation or not self.calibration:
             raise ConfigError("--models, --evaluation and --calibration each take a name or more.")
@@ -96,10 +106,11 @@ def rows_of(name: str, args: Arguments) -> list[Row]:
     """All rows of one model."""
     model, tokenizer = load_model(name, args.dtype)
     trial = Trial(model, tokenizer, args, calibrator_of(model, tokenizer, args))
-    arms = trial.arms()
+    arms = trial.arms() if args.pruned else []
     sizes = trial.sizes(arms)
     if args.packed:
-        packed = trial.packed_arms(sizes)
+        budgets = args.packed_bytes or [sizes[name]["bytes"] for name in (V19, V20)]
+        packed = trial.packed_arms(budgets, args.packed_codec)
         sizes |= trial.packed_sizes(packed)
         arms += packed
     rows = trial.scores(arms) if args.loss else [{"name": arm.name, "texts": {}} for arm in arms]
