@@ -126,7 +126,9 @@ class Trial:
 
     def geometries(self) -> dict[str, dict[PartKey, SplinePCA]]:
         """By name: of values that pruning leaves, components alone and behind a spline; of all values."""
-        args, every, left = self.args, {}, {}
+        args = self.args
+        every: dict[PartKey, list[torch.Tensor]] = {}
+        left: dict[PartKey, list[torch.Tensor]] = {}
         for text in args.calibration:
             count = max(1, args.calibration_windows // len(args.calibration))
             windows = spread_windows(self.tokenizer, text, "calibration", args.prompt, count * args.prompt)
