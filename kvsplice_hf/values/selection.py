@@ -1,0 +1,133 @@
+"""Which tokens keep their values: how many, and the choice among them.
+
+Nothing here knows of models or caches.
+
+Legend: `B` batch, `K` key heads, `S` stored tokens, `T` new ones, `C` candidates, `M` slots.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from kvsplice_hf.errors import ConfigError
+
+
+# The position of a slot without a token.
+EMPTY = -1
+SCORES = ("sum", "mean")
+
+
+class Budget(NamedTuple):
+    """How many tokens of a sequence keep their values.
+
+    Attributes:
+        keep: so many, or None.
+        share: this share of its tokens so far, rounded up, or None.
+        first, recent: of them the first tokens of the sequence and its last ones, whatever their scores.
+    """
+
+    keep: int | None
+    share: float | None
+    first: int
+    recent: int
+
+    def check(self) -> None:
+        """Refuse numbers that cannot be.
+
+        Raises:
+            ConfigError: one is out of its range.
+        """
+        if (self.keep is None) == (self.share is None):
+            raise ConfigError(
+                f"`keep` is {self.keep} and `share` {self.share}; value pruning takes one of them: how many tokens "
+                "keep their values, or which share of all."
+            )
+        if self.first < 0 or self.recent < 1:
+            raise ConfigError(
+                f"`first` is {self.first} and `recent` {self.recent}; it takes 0 or more first tokens, and 1 or more "
+                "recent ones: a token that nobody has read yet has no score."
+            )
+        if self.keep is not None and self.keep < self.first + self.recent:
+            raise ConfigError(
+                f"`keep` is {self.keep}, fewer than the {self.first} first and {self.recent} recent tokens that always "
+                "keep their values. Raise `keep`, or lower `first` or `recent`."
+            )
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ConfigError(f"`share` is {self.share}; it must be above 0, and 1 at most.")
+
+    def of(self, tokens: int) -> int:
+        """Tokens that keep their values, of so many."""
+        if self.keep is not None:
+            return min(self.keep, tokens)
+        assert self.share is not None
+        return min(max(math.ceil(self.share * tokens), self.first + self.recent), tokens)
+
+
+class Extent(NamedTuple):
+    """Where the tokens of each sequence are among the S positions of a cache.
+
+    Attributes:
+        length: S.
+        real: which positions hold tokens and no padding, bool [B, S]; None: all.
+    """
+
+    length: int
+    real: torch.Tensor | None
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each sequence; one number where all have as many."""
+        return [self.length] if self.real is None else self.real.sum(-1).tolist()
+
+    def ends(self) -> torch.Tensor | int:
+        """One behind the last token of each sequence, [B, 1, 1]."""
+        if self.real is None:
+            return self.length
+        behind = self.real.flip(-1).int().argmax(-1)
+        return (self.length - behind)[:, None, None]
+
+    def positions(self, new_tokens: int, device: torch.device) -> torch.Tensor:
+        """Of the last T, int32 [B or 1, T]; `EMPTY` for padding."""
+        start = self.length - new_tokens
+        found = torch.arange(start, self.length, dtype=torch.int32, device=device)[None]
+        return found if self.real is None else torch.where(self.real[:, start:], found, EMPTY)
+
+    def ranks(self, new_tokens: int, device: torch.device) -> torch.Tensor:
+        """How many tokens of the sequence come before each of the last T, int64 [B or 1, T]."""
+        start = self.length - new_tokens
+        if self.real is None:
+            return torch.arange(start, self.length, dtype=torch.int64, device=device)[None]
+        return (self.real.cumsum(-1) - 1)[:, start:]
+
+
+def chosen(
+    positions: torch.Tensor, scores: torch.Tensor, extent: Extent, budget: Budget, by: str
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The candidates that keep their values, those with the highest scores, and always the recent ones.
+
+    Args:
+        positions: of candidates, the first tokens not among them, int32 [B, K, C]; `EMPTY` for none.
+        scores: attention that they have got, summed over queries, float32 [B, K, C].
+        extent: of the sequences.
+        budget: how many, the first tokens included.
+        by: "sum", or "mean" over the queries that could see a token.
+
+    Returns:
+        Places among the candidates, int64 [B, K, M], and which of them hold a token that stays, bool [B, K, M]; None
+        where all candidates stay.
+    """
+    counts = extent.counts
+    limits = [max(budget.of(count) - min(budget.first, count), 0) for count in counts]
+    slots, candidates = max(limits), positions.shape[-1]
+    if candidates <= slots and len(set(counts)) == 1 and extent.real is None:
+        return None
+    ends = extent.ends()
+    if by == "mean":
+        scores = scores / (ends - positions).clamp_min(1)
+    largest = torch.finfo(scores.dtype).max
+    order = scores.masked_fill(positions >= ends - budget.recent, largest).masked_fill(positions == EMPTY, -1.0)
+    found = order.topk(min(slots, candidates), dim=-1)
+    within = torch.tensor(limits, dtype=torch.int64, device=scores.device)[:, None, None]
+    ranks = torch.arange(found.indices.shape[-1], dtype=torch.int64, device=scores.device)
+    return found.indices, (found.values >= 0) & (ranks < within)
