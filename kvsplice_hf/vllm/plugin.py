@@ -8,6 +8,7 @@ from typing import Any
 
 _BACKEND = "kvsplice_hf.vllm.backend.SplicedMLABackend"
 _PATCHED = "check_and_update_config"
+_ROTATION = "-rotary_embedding"
 # Tokens of a page where first tokens are exact, and nobody asks for another size: the room for them is in each page.
 _TOKENS_PER_PAGE = 256
 
@@ -68,4 +69,17 @@ class _CheckedUpdate:
             cache.block_size = size
         elif read_splice_files(self._folder).config.sink_tokens:
             cache.block_size = _TOKENS_PER_PAGE
+        _leave_out_rotation_of_cpus(vllm_config)
         require_servable(vllm_config, self._folder)
+
+
+def _leave_out_rotation_of_cpus(vllm_config: Any) -> None:
+    """Have plain RoPE rotated by PyTorch.
+
+    vLLM 0.32.0 hands its operation for CPUs queries of three dimensions, and it rotates other numbers of them than it
+    should: a model with MLA and plain RoPE then computes something else, without an error (docs/serving.md). RoPE of
+    DeepSeek's own kind (yarn) does not come there.
+    """
+    operations = vllm_config.compilation_config.custom_ops
+    if _ROTATION not in operations:
+        operations.append(_ROTATION)

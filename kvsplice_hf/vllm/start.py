@@ -88,8 +88,8 @@ def _require_supported(engine: Any) -> None:
     found = [name for name, is_asked in asked.items() if is_asked]
     if found:
         raise UnsupportedError(
-            f"vLLM with a splice does not serve {', '.join(found)}. Leave that out, or unset {FOLDER_VARIABLE} to serve "
-            "the model without its splice (docs/serving.md)."
+            f"vLLM with a splice does not serve {', '.join(found)}. Leave that out, or unset {FOLDER_VARIABLE} to "
+            "serve the model without its splice (docs/serving.md)."
         )
 
 
