@@ -7,7 +7,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ from test_packed import SINKS, calibrated
 from tiny_models import FIRST_ORDINARY_TOKEN, build
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from kvsplice_hf import KVSpliceConfig, load_kvsplice, patch_model_with_kvsplice, save_kvsplice
+from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, save_kvsplice
 from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.heads import exact_states
 from kvsplice_hf.cache.rows import CompressedLatent
@@ -279,7 +278,9 @@ def test_a_damaged_folder_ends_the_start(
 
 
 def test_without_a_splice_nothing_is_imported() -> None:
-    program = "import sys, kvsplice_hf; from kvsplice_hf.vllm import plugin; plugin.register(); print('vllm' in sys.modules)"
+    program = (
+        "import sys, kvsplice_hf; from kvsplice_hf.vllm import plugin; plugin.register(); print('vllm' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.stdout.split() == ["False"], found.stderr
 
@@ -300,7 +301,7 @@ SPLICES = ("numbers", "bytes, exact tokens")
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By splice and mode what an engine writes, in a process of its own; and what the patched model writes."""
     folder = tmp_path_factory.mktemp("engine")
     build("deepseek_v3", torch.float32).save_pretrained(folder / "base")
@@ -318,7 +319,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
         [sys.executable, str(program), json.dumps(asked)], capture_output=True, text=True, timeout=600
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    yield found | {tuple(key.split("|")): value for key, value in json.loads(ended.stdout.splitlines()[-1]).items()}
+    return found | {tuple(key.split("|")): value for key, value in json.loads(ended.stdout.splitlines()[-1]).items()}
 
 
 @torch.no_grad()
@@ -335,8 +336,8 @@ def test_an_engine_writes_what_the_patched_model_writes(splice: str, mode: str, 
     expected, found = written[splice, "transformers"], written[splice, mode]
     assert found["first"] == expected
     assert found["again"] == expected
-    assert (found["preemptions"] > 0) == (mode == "a cache of few pages")
-    assert (found["prefix_hits"] > 0) == MODES[mode]["enable_prefix_caching"]
+    assert (found["num_preemptions"] > 0) == (mode == "a cache of few pages")
+    assert (found["prefix_cache_hits"] > 0) == MODES[mode]["enable_prefix_caching"]
 
 
 @needs_vllm

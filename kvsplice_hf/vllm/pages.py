@@ -215,12 +215,13 @@ def attend_pages(
     nope_dim = query.shape[-1] - len(layer.order)
     query = torch.cat([query[..., :nope_dim], query[..., nope_dim:][..., layer.order]], dim=-1)
     output = query.new_empty(*query.shape[:2], value_dim)
-    sizes = layer.geometry.kv_lora_rank, layer.geometry.rank, query.shape[1]
+    latent_dim, rank, heads = layer.geometry.kv_lora_rank, layer.geometry.rank, query.shape[1]
     head_dims = nope_dim, len(layer.order), value_dim
     for group in groups:
         new = query[group.queries].transpose(1, 2)
         states = _states(pages, layer, group)
-        if absorbed_is_cheaper(*sizes, head_dims, *group.queries.shape[1:], group.pages.shape[1]):
+        new_tokens, stored = new.shape[2], group.pages.shape[1]
+        if absorbed_is_cheaper(latent_dim, rank, heads, head_dims, new_tokens, stored):
             found, _ = absorbed_attention(new, states, weight, value_dim, group.mask, scaling)
         else:
             found = _expanded(new, states, weight, value_dim, group.mask, scaling)

@@ -19,14 +19,16 @@ def register() -> None:
     Raises:
         CheckpointError: there is no splice in the folder, or it is damaged.
     """
-    from kvsplice_hf.vllm.start import folder_asked_for
+    from kvsplice_hf.vllm.start import folder_asked_for, tell_of_release
 
     folder = folder_asked_for()
     if folder is None:
         return
+    import vllm
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    tell_of_release(vllm.__version__)
     for stock in (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA):
         register_backend(stock, _BACKEND)
     if _PATCHED not in vars(current_platform):

@@ -7,8 +7,9 @@ all pairs in front before they rotate them. Scores are the same; codes are of ke
 import copy
 import functools
 import json
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -91,9 +92,9 @@ def _read(directory: Path, description: bytes) -> tuple[dict[int, Any], KVSplice
 
 
 @functools.lru_cache(maxsize=4)
-def _turns_of(kind: Any, text: str, positions: int, columns: tuple[int, ...]) -> torch.Tensor:
+def _turns_of(kind: Hashable, text: str, positions: int, columns: tuple[int, ...]) -> torch.Tensor:
     """`_turns`, the same tensor for all layers; of a model with settings of this class, as JSON."""
-    config = kind.from_dict(json.loads(text))
+    config = cast(Any, kind).from_dict(json.loads(text))
     modules = skeleton_of(config, 1).named_modules()
     rotary = type(next(module for name, module in modules if name.endswith("rotary_emb")))(config)
     ids = torch.arange(positions, dtype=torch.int64, device="cpu")[None]

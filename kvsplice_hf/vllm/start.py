@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # The folder of the splice, and whether the weights of the model are compared with those it was made for.
 FOLDER_VARIABLE = "KVSPLICE_VLLM"
 BASE_VARIABLE = "KVSPLICE_VLLM_BASE"
+# The release of vLLM that all this was run on.
+TESTED_VLLM = "0.32.0"
 _BASE_CHOICES = ("same", "any")
 
 
@@ -39,6 +41,16 @@ def folder_asked_for() -> Path | None:
     folder = Path(name).expanduser().absolute()
     read_splice_files(folder)
     return folder
+
+
+def tell_of_release(version: str) -> None:
+    """Say so where another release of vLLM is installed than the one that was tested."""
+    if version.split("+")[0] != TESTED_VLLM:
+        logger.warning(
+            "Splices were tested in vLLM %s, and %s is installed. Should it fail, see docs/serving.md.",
+            TESTED_VLLM,
+            version,
+        )
 
 
 def require_servable(engine: Any, folder: Path) -> None:

@@ -26,7 +26,14 @@ import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, load_kvsplice, patch_model_with_kvsplice, save_kvsplice
+from kvsplice_hf import (
+    KVSpliceCalibrator,
+    KVSpliceConfig,
+    load_kvsplice,
+    patch_model_with_kvsplice,
+    save_kvsplice,
+    unpatch_model,
+)
 from kvsplice_hf.bench.command_line import (
     ProgramParser,
     console,
@@ -73,7 +80,7 @@ class Arguments:
     """Tokens, perplexity and cache of vLLM with a splice, beside those of transformers."""
 
     prompts: int = field(default=32, metadata={"help": "how many, of 3 to 200 tokens; half of them begin alike"})
-    new_tokens: int = field(default=32, metadata={"help": "tokens that each is continued by"})
+    new_tokens: int = field(default=16, metadata={"help": "tokens that each is continued by"})
     bytes_per_token: float = field(default=288.0, metadata={"help": "of the splice that tokens are compared with"})
     sink_tokens: int = field(default=4, metadata={"help": "exact first tokens of each sequence of that splice"})
     block_size: int = field(default=16, metadata={"help": "tokens of a page where tokens are compared"})
@@ -88,11 +95,14 @@ def make_model(folder: Path) -> None:
 
 def make_splices(model_folder: Path, settings: dict[str, KVSpliceConfig], folder: Path) -> None:
     """Save splices of a model under their names, calibrated on what is random as the model is."""
-    for name, config in settings.items():
-        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-        ids = torch.randint(FIRST_TOKEN, SHAPE["vocab_size"], (64, 64), generator=torch.Generator().manual_seed(0))
-        calibration = KVSpliceCalibrator(model, sink_tokens=config.sink_tokens).collect(list(ids), progress=False)
-        save_kvsplice(patch_model_with_kvsplice(model, config, calibration=calibration), folder / name)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    ids = torch.randint(FIRST_TOKEN, SHAPE["vocab_size"], (48, 64), generator=torch.Generator().manual_seed(0))
+    for sinks in {config.sink_tokens for config in settings.values()}:
+        calibration = KVSpliceCalibrator(model, sink_tokens=sinks).collect(list(ids))
+        for name, config in settings.items():
+            if config.sink_tokens == sinks:
+                save_kvsplice(patch_model_with_kvsplice(model, config, calibration=calibration), folder / name)
+                unpatch_model(model)
 
 
 def make_prompts(count: int) -> list[list[int]]:
