@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from test_packed import SINKS, calibrated
-from tiny_models import FIRST_ORDINARY_TOKEN, build
+from tiny_models import FIRST_ORDINARY_TOKEN, WEIGHT_STD, build
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, save_kvsplice
@@ -304,7 +304,7 @@ SPLICES = ("numbers", "bytes, exact tokens")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By splice and mode what an engine writes, in a process of its own; and what the patched model writes."""
     folder = tmp_path_factory.mktemp("engine")
-    build("deepseek_v3", torch.float32).save_pretrained(folder / "base")
+    dense_model().save_pretrained(folder / "base")
     found: dict[str, Any] = {}
     for splice in SPLICES:
         model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
@@ -320,6 +320,19 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     return found | {tuple(key.split("|")): value for key, value in json.loads(ended.stdout.splitlines()[-1]).items()}
+
+
+def dense_model() -> Any:
+    """A tiny model without experts, of which vLLM wants to know more than a tiny config says."""
+    tiny = build("deepseek_v3", torch.float32)
+    tiny.config.first_k_dense_replace = tiny.config.num_hidden_layers
+    model = type(tiny)(tiny.config).float().eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=WEIGHT_STD)
+    return model
 
 
 @torch.no_grad()

@@ -7,9 +7,8 @@ all pairs in front before they rotate them. Scores are the same; codes are of ke
 import copy
 import functools
 import json
-from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -92,9 +91,10 @@ def _read(directory: Path, description: bytes) -> tuple[dict[int, Any], KVSplice
 
 
 @functools.lru_cache(maxsize=4)
-def _turns_of(kind: Hashable, text: str, positions: int, columns: tuple[int, ...]) -> torch.Tensor:
-    """`_turns`, the same tensor for all layers; of a model with settings of this class, as JSON."""
-    config = cast(Any, kind).from_dict(json.loads(text))
+def _turns_of(text: str, positions: int, columns: tuple[int, ...]) -> torch.Tensor:
+    """`_turns`, the same tensor for all layers; of a model with these settings, as JSON."""
+    settings = json.loads(text)
+    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     modules = skeleton_of(config, 1).named_modules()
     rotary = type(next(module for name, module in modules if name.endswith("rotary_emb")))(config)
     ids = torch.arange(positions, dtype=torch.int64, device="cpu")[None]
@@ -104,7 +104,7 @@ def _turns_of(kind: Hashable, text: str, positions: int, columns: tuple[int, ...
 
 def _turns(config: Any, positions: int, columns: tuple[int, ...]) -> torch.Tensor:
     """The angles of all positions, uint8 [positions, F], as the rotary embedding of transformers makes them."""
-    return _turns_of(type(config), config.to_json_string(use_diff=False), positions, columns)
+    return _turns_of(config.to_json_string(use_diff=False), positions, columns)
 
 
 def skeleton_of(config: Any, layers: int | None = None) -> Any:

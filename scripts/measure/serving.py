@@ -60,7 +60,7 @@ SHAPE = {
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,
-    "first_k_dense_replace": 2,
+    "first_k_dense_replace": 3,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
