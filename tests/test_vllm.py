@@ -164,6 +164,18 @@ def test_keys_of_the_engine_in_our_order_are_those_that_transformers_caches(name
     torch.testing.assert_close(turned.flatten(1)[:, order_of_keys(config)], cache.layers[0].values[0, 0])
 
 
+def test_angles_are_the_same_after_vllm_has_renamed_the_kind_of_rotation(tmp_path: Path) -> None:
+    model = save_spliced(tmp_path, "deepseek_v3", ROWS["bytes"])
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
+    turns = []
+    for kind in ("default", "yarn", "deepseek_yarn"):
+        model.config.rope_parameters = (yarn if kind != "default" else {"rope_theta": 10000.0}) | {"rope_type": kind}
+        turns.append(served_layer(tmp_path, 0, model.config, LONGEST, torch.float32).turns)
+    plain, ours, theirs = turns
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, plain)
+
+
 # ----------------------------------------------------------------------------------------------------- at the start
 
 

@@ -25,6 +25,9 @@ from kvsplice_hf.vllm.pages import ServedLayer
 # By the type of the model, whether transformers puts the first numbers of all pairs of a key in front.
 _FIRST_NUMBERS_IN_FRONT = {"deepseek_v2": False, "deepseek_v3": True}
 
+# vLLM writes names of its own into the settings of a model when it makes it, for what they call yarn.
+_NAMES_OF_VLLM = "deepseek_"
+
 
 def require_known_model(config: Any) -> None:
     """Check that rows of a model can be served, by its settings.
@@ -94,6 +97,9 @@ def _read(directory: Path, description: bytes) -> tuple[dict[int, Any], KVSplice
 def _turns_of(text: str, positions: int, columns: tuple[int, ...]) -> torch.Tensor:
     """`_turns`, the same tensor for all layers; of a model with these settings, as JSON."""
     settings = json.loads(text)
+    rope = settings.get("rope_parameters") or {}
+    if str(rope.get("rope_type")).startswith(_NAMES_OF_VLLM):
+        rope["rope_type"] = "yarn"
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     modules = skeleton_of(config, 1).named_modules()
     rotary = type(next(module for name, module in modules if name.endswith("rotary_emb")))(config)
