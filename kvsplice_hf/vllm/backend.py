@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from kvsplice_hf.errors import UnsupportedError, UpstreamChangedError
 from kvsplice_hf.vllm.pages import Batch, ServedLayer, attend_pages, batch_of, pages_of, store
 from kvsplice_hf.vllm.splices import served_layer
-from kvsplice_hf.vllm.start import FOLDER_VARIABLE, TESTED_VLLM, folder_asked_for
+from kvsplice_hf.vllm.start import FOLDER_VARIABLE, TESTED_VLLM, folder_named
 
 
 class SplicedMLABackend(MLACommonBackend):
@@ -97,7 +97,7 @@ class SplicedMLAImpl(CPUMLAImpl):
         """Read the splice of this layer, and have the layer ask for pages of its rows."""
         layers = self._engine.compilation_config.static_forward_context
         self._name, attention = next(item for item in layers.items() if getattr(item[1], "impl", None) is self)
-        folder = folder_asked_for()
+        folder = folder_named()
         if folder is None:
             raise _changed("a worker does not have the environment of the process that started it")
         model = self._engine.model_config

@@ -29,17 +29,21 @@ TESTED_VLLM = "0.32.0"
 _BASE_CHOICES = ("same", "any")
 
 
+def folder_named() -> Path | None:
+    """The folder that the environment names, or None."""
+    name = os.environ.get(FOLDER_VARIABLE, "")
+    return Path(name).expanduser().absolute() if name else None
+
+
 def folder_asked_for() -> Path | None:
     """The folder of the splice that the environment names, or None.
 
     Raises:
         CheckpointError: there is no splice in it, or it is damaged.
     """
-    name = os.environ.get(FOLDER_VARIABLE, "")
-    if not name:
-        return None
-    folder = Path(name).expanduser().absolute()
-    read_splice_files(folder)
+    folder = folder_named()
+    if folder is not None:
+        read_splice_files(folder)
     return folder
 
 
