@@ -72,7 +72,7 @@ SHAPE = {
     "eos_token_id": 1,
     "initializer_range": 0.08,
 }
-LONGEST = 512
+LONGEST = 256
 
 
 @dataclass
@@ -96,7 +96,7 @@ def make_model(folder: Path) -> None:
 def make_splices(model_folder: Path, settings: dict[str, KVSpliceConfig], folder: Path) -> None:
     """Save splices of a model under their names, calibrated on what is random as the model is."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    ids = torch.randint(FIRST_TOKEN, SHAPE["vocab_size"], (48, 64), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(FIRST_TOKEN, SHAPE["vocab_size"], (36, 64), generator=torch.Generator().manual_seed(0))
     for sinks in {config.sink_tokens for config in settings.values()}:
         calibration = KVSpliceCalibrator(model, sink_tokens=sinks).collect(list(ids))
         for name, config in settings.items():
@@ -218,7 +218,7 @@ def count_tokens(args: Arguments, model_folder: Path, splices: Path) -> list[dic
     """How many tokens fit into the cache of engines."""
     cases: dict[str, tuple[Path | None, int]] = {
         "stock": (None, 16),
-        "a quarter of the bytes, no exact tokens": (splices / "no exact", 16),
+        "a quarter of the bytes, 4 exact tokens, pages of 16": (splices / "exact", 16),
         "a quarter of the bytes, 4 exact tokens, pages of 256": (splices / "exact", 256),
         "a quarter of the bytes, 4 exact tokens, pages of 512": (splices / "exact", 512),
     }
@@ -260,9 +260,10 @@ def run(args: Arguments) -> dict[str, Any]:
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     settings = {
-        "compared": KVSpliceConfig(bytes_per_token=args.bytes_per_token, sink_tokens=args.sink_tokens),
+        "compared": KVSpliceConfig(
+            bytes_per_token=args.bytes_per_token, sink_tokens=args.sink_tokens, allocation="global"
+        ),
         "exact": KVSpliceConfig(bytes_per_token=288 + 4 * 1152 / 4096, sink_tokens=4, allocation="layer"),
-        "no exact": KVSpliceConfig(bytes_per_token=288, sink_tokens=0, allocation="layer"),
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
