@@ -96,7 +96,7 @@ def make_model(folder: Path) -> None:
 def make_splices(model_folder: Path, settings: dict[str, KVSpliceConfig], folder: Path) -> None:
     """Save splices of a model under their names, calibrated on what is random as the model is."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    ids = torch.randint(FIRST_TOKEN, SHAPE["vocab_size"], (36, 64), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(FIRST_TOKEN, SHAPE["vocab_size"], (40, 64), generator=torch.Generator().manual_seed(0))
     for sinks in {config.sink_tokens for config in settings.values()}:
         calibration = KVSpliceCalibrator(model, sink_tokens=sinks).collect(list(ids))
         for name, config in settings.items():
