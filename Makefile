@@ -20,7 +20,7 @@ WORKERS ?= 2
 RELEASES ?=
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo demo-small test test-fast test-slow test-quantised hooks sanitize lint format docs releases newest test-newest constraints clean
+.PHONY: demo demo-small test test-fast test-slow test-quantised test-vllm hooks sanitize lint format docs releases newest test-newest constraints clean
 
 # The build tools come from the constraints as well, instead of an isolated environment with whatever is newest.
 $(VENV)/.ready: setup.cfg pyproject.toml Makefile $(CONSTRAINTS)
@@ -66,6 +66,17 @@ test-quantised:
 	.venv-quantised/bin/pip install --quiet --disable-pip-version-check \
 	    --constraint $(CONSTRAINTS) --constraint constraints-quantised.txt --no-build-isolation --editable ".[quantised]"
 	.venv-quantised/bin/python -m pytest -n $(WORKERS) tests/test_quantised_bases.py tests/test_packed_layers.py
+
+# Engines of vLLM with a splice, on a CPU, in an environment of their own: vLLM wants an older transformers.
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest -o addopts= -q tests/test_vllm.py
+
+.venv-vllm/.ready: setup.cfg Makefile constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
 
 # The linters before each commit.
 hooks: $(VENV)/.ready
@@ -115,4 +126,4 @@ docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-quantised .releases .sanitized site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-newest .venv-quantised .venv-vllm .releases .sanitized site .pytest_cache .mypy_cache .ruff_cache

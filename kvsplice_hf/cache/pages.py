@@ -305,7 +305,7 @@ class PagedRows:
         early: dict[int, list[int]] = {sinks: [] for sinks in self._sinks}
         groups: list[_Group] = []
         # The one transfer to the host per forward pass; the shapes of all that follows depend on it.
-        for requests in _grouped(
+        for requests in grouped(
             kwargs["cu_seq_lens_q"].tolist(), kwargs["cu_seq_lens_k"][upstream.FULL_ATTENTION].tolist()
         ):
             groups.append(_make_group(requests, blocks, offsets))
@@ -319,7 +319,7 @@ class PagedRows:
         return _Batch(kwargs["read_index"], write // self._stride, write % self._stride, exact, groups)
 
 
-class _Request(NamedTuple):
+class Request(NamedTuple):
     """Where one request is in the packed batch: its new tokens, and its stored tokens with the new ones."""
 
     first_query: int
@@ -328,11 +328,11 @@ class _Request(NamedTuple):
     keys: int
 
 
-def _grouped(query_bounds: list[int], key_bounds: list[int]) -> Iterator[list[_Request]]:
+def grouped(query_bounds: list[int], key_bounds: list[int]) -> Iterator[list[Request]]:
     """The requests of a packed batch, those with one new token by similar length: padded to at most twice their own."""
-    decoding: dict[int, list[_Request]] = defaultdict(list)
+    decoding: dict[int, list[Request]] = defaultdict(list)
     for index, (query, key) in enumerate(zip(query_bounds[:-1], key_bounds[:-1], strict=True)):
-        request = _Request(query, query_bounds[index + 1] - query, key, key_bounds[index + 1] - key)
+        request = Request(query, query_bounds[index + 1] - query, key, key_bounds[index + 1] - key)
         if request.queries == 1:
             decoding[request.keys.bit_length()].append(request)
         elif request.queries > 1:
@@ -343,7 +343,7 @@ def _grouped(query_bounds: list[int], key_bounds: list[int]) -> Iterator[list[_R
             yield requests[start : start + count]
 
 
-def _make_group(requests: list[_Request], blocks: torch.Tensor, offsets: torch.Tensor) -> _Group:
+def _make_group(requests: list[Request], blocks: torch.Tensor, offsets: torch.Tensor) -> _Group:
     """Requests with equally many new tokens; `blocks` and `offsets` of all stored tokens of the batch, [all keys]."""
     device = blocks.device
     first_query, _, first_key, keys = torch.tensor(requests, dtype=torch.int64, device=device).unbind(-1)

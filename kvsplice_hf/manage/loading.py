@@ -87,6 +87,25 @@ def _patch(model: nn.Module, directory: Path) -> AttentionSite:
     return chosen[0]
 
 
+def require_fit(model: nn.Module, directory: str | Path) -> list[AttentionSite]:
+    """Check that the splice in a folder fits a model, which may be without weights (meta device).
+
+    Returns:
+        The layers that it is for.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of a newer schema, or for other shapes.
+        NotMLAError: the model has no layer that can be patched.
+    """
+    saved = read_splice_files(Path(directory))
+    chosen = _chosen_sites(model, saved.config)
+    _require_fit(_shapes_after_patch(model, saved, chosen), _of_process(saved, chosen), Path(directory))
+    for site in chosen:
+        for part in site.parts:
+            codec_of(saved, part, Path(directory))
+    return chosen
+
+
 def _of_process(saved: SavedSplices, sites: list[AttentionSite]) -> dict[str, torch.Tensor]:
     """The saved tensors, but for those of heads that tensor parallelism leaves to other processes."""
     elsewhere = tuple(key_of(part, "") for site in sites for part in set(site.all_parts) - set(site.parts))

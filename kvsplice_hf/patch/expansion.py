@@ -150,20 +150,28 @@ def absorbed_weight(
             f"the attention function is {module.config._attn_implementation!r}, which reads keys and values only: load "
             'the model with attn_implementation="sdpa"'
         )
-    if patched.mode == "auto" and not _absorbed_is_cheaper(module, patched, new_tokens, stored):
+    sizes = patched.geometry.kv_lora_rank, patched.geometry.rank, patched.num_heads
+    head_dims = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
+    if patched.mode == "auto" and not absorbed_is_cheaper(*sizes, head_dims, new_tokens, stored):
         return None, f"for {new_tokens} new tokens on {stored} expanding takes fewer products"
     return weight_to_fold(module, patched, dtype)
 
 
-def _absorbed_is_cheaper(module: Any, patched: SitePatch, new_tokens: int, stored: int) -> bool:
+def absorbed_is_cheaper(
+    latent_dim: int, rank: int, heads: int, head_dims: tuple[int, int, int], new_tokens: int, stored: int
+) -> bool:
     """Compare multiplications of the two ways for T queries over S rows.
 
     Expanded: decode S latents, expand them, attend with head sizes N + P and V. Absorbed: take T queries and outputs
     through the latent, attend with head sizes r + P and r, shared by all heads.
+
+    Args:
+        latent_dim, rank, heads: R, r and H.
+        head_dims: N, P and V.
+        new_tokens, stored: T and S.
     """
-    R, r = patched.geometry.kv_lora_rank, patched.geometry.rank
-    N, P, V = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
-    H, T, S = patched.num_heads, new_tokens, stored
+    R, r, H, T, S = latent_dim, rank, heads, new_tokens, stored
+    N, P, V = head_dims
     expanded = S * R * (r + H * (N + V)) + T * S * H * (N + P + V)
     absorbed = T * H * R * (N + V + 2 * r) + T * S * H * (2 * r + P)
     return absorbed < expanded

@@ -1,0 +1,87 @@
+"""The entry point of vLLM (`vllm.general_plugins`): with `KVSPLICE_VLLM` set, an engine keeps the rows of that splice.
+
+vLLM calls `register` in each of its processes. Without the variable nothing happens, and nothing is imported.
+"""
+
+from typing import Any
+
+
+_BACKEND = "kvsplice_hf.vllm.backend.SplicedMLABackend"
+_PATCHED = "check_and_update_config"
+_ROTATION = "-rotary_embedding"
+# Tokens of a page where first tokens are exact, and nobody asks for another size: the room for them is in each page.
+_TOKENS_PER_PAGE = 256
+
+
+def register() -> None:
+    """Have vLLM use our backend for MLA layers, where the environment names a splice. May be called again.
+
+    Raises:
+        CheckpointError: there is no splice in the folder, or it is damaged.
+    """
+    from kvsplice_hf.vllm.start import folder_asked_for, tell_of_release
+
+    folder = folder_asked_for()
+    if folder is None:
+        return
+    import vllm
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    tell_of_release(vllm.__version__)
+    for stock in (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA):
+        register_backend(stock, _BACKEND)
+    if _PATCHED not in vars(current_platform):
+        setattr(current_platform, _PATCHED, _CheckedUpdate(current_platform, folder))
+
+
+def unregister() -> None:
+    """Undo `register` in this process; engines that run are not touched."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    for stock in (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA):
+        stock.clear_override()
+    vars(current_platform).pop(_PATCHED, None)
+
+
+class _CheckedUpdate:
+    """`check_and_update_config` of the platform, and our checks behind it.
+
+    For MLA on a CPU the platform fixes the size of pages, and turns prefix caching and chunked prefill off, because its
+    own backend has neither. Ours has both: what was asked for is put back.
+    """
+
+    def __init__(self, platform: Any, folder: Any) -> None:
+        self._update, self._folder = getattr(platform, _PATCHED), folder
+
+    def __call__(self, vllm_config: Any) -> None:
+        from kvsplice_hf.code.files import read_splice_files
+        from kvsplice_hf.vllm.start import require_servable
+
+        cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+        prefixes, size = cache.enable_prefix_caching, cache.block_size
+        chunked, at_once = scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens
+        self._update(vllm_config)
+        if vllm_config.model_config is None:
+            return
+        cache.enable_prefix_caching = prefixes
+        scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens = chunked, at_once
+        if cache.user_specified_block_size:
+            cache.block_size = size
+        elif read_splice_files(self._folder).config.sink_tokens:
+            cache.block_size = _TOKENS_PER_PAGE
+        _leave_out_rotation_of_cpus(vllm_config)
+        require_servable(vllm_config, self._folder)
+
+
+def _leave_out_rotation_of_cpus(vllm_config: Any) -> None:
+    """Have plain RoPE rotated by PyTorch.
+
+    vLLM 0.32.0 hands its operation for CPUs queries of three dimensions, and it rotates other numbers of them than it
+    should: a model with MLA and plain RoPE then computes something else, without an error (docs/serving.md). RoPE of
+    DeepSeek's own kind (yarn) does not come there.
+    """
+    operations = vllm_config.compilation_config.custom_ops
+    if _ROTATION not in operations:
+        operations.append(_ROTATION)

@@ -1,0 +1,286 @@
+#!/usr/bin/env python
+"""Does vLLM with a splice write what the patched model writes, and how many tokens does its cache hold?
+
+A small random DeepSeek-V3 is calibrated and saved with its splice. transformers and vLLM then continue the same
+prompts greedily, in float32: with prefix caching and without, with prompts read in pieces, and in a cache so small that
+requests are put off and computed again. Perplexity is computed by both. Then engines in bfloat16 say how many tokens
+their cache holds in the same memory, with splices of a quarter of the bytes and without. The last line of stdout is one
+JSON object.
+
+It runs where vLLM is installed (`make test-vllm` makes such an environment):
+
+    python scripts/measure/serving.py
+"""
+
+import gc
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+from kvsplice_hf import (
+    KVSpliceCalibrator,
+    KVSpliceConfig,
+    load_kvsplice,
+    patch_model_with_kvsplice,
+    save_kvsplice,
+    unpatch_model,
+)
+from kvsplice_hf.bench.command_line import (
+    ProgramParser,
+    console,
+    environment,
+    finish,
+    readable_errors,
+    results_folder,
+)
+from kvsplice_hf.vllm import plugin
+from kvsplice_hf.vllm.start import FOLDER_VARIABLE
+
+
+# Ids below are left out: 0 and 1 begin and end a text.
+FIRST_TOKEN = 8
+SHAPE = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 128,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 64,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "initializer_range": 0.08,
+}
+LONGEST = 256
+
+
+@dataclass
+class Arguments:
+    """Tokens, perplexity and cache of vLLM with a splice, beside those of transformers."""
+
+    prompts: int = field(default=32, metadata={"help": "how many, of 3 to 200 tokens; half of them begin alike"})
+    new_tokens: int = field(default=16, metadata={"help": "tokens that each is continued by"})
+    bytes_per_token: float = field(default=288.0, metadata={"help": "of the splice that tokens are compared with"})
+    sink_tokens: int = field(default=4, metadata={"help": "exact first tokens of each sequence of that splice"})
+    block_size: int = field(default=16, metadata={"help": "tokens of a page where tokens are compared"})
+    cache_mb: int = field(default=64, metadata={"help": "memory of the caches whose tokens are counted, MiB"})
+    output: str = field(default="results", metadata={"help": "folder for the results"})
+
+
+def make_model(folder: Path) -> None:
+    torch.manual_seed(0)
+    DeepseekV3ForCausalLM(DeepseekV3Config(**SHAPE)).float().eval().save_pretrained(folder)
+
+
+def make_splices(model_folder: Path, settings: dict[str, KVSpliceConfig], folder: Path) -> None:
+    """Save splices of a model under their names, calibrated on what is random as the model is."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    ids = torch.randint(FIRST_TOKEN, SHAPE["vocab_size"], (40, 64), generator=torch.Generator().manual_seed(0))
+    for sinks in {config.sink_tokens for config in settings.values()}:
+        calibration = KVSpliceCalibrator(model, sink_tokens=sinks).collect(list(ids))
+        for name, config in settings.items():
+            if config.sink_tokens == sinks:
+                save_kvsplice(patch_model_with_kvsplice(model, config, calibration=calibration), folder / name)
+                unpatch_model(model)
+
+
+def make_prompts(count: int) -> list[list[int]]:
+    """Prompts of mixed lengths; every second begins with the same tokens."""
+    random = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 200, (count,), generator=random).tolist()
+    tokens = torch.randint(FIRST_TOKEN, SHAPE["vocab_size"], (count, 200), generator=random).tolist()
+    return [
+        (tokens[0] if index % 2 else row)[: length // 2] + row[length // 2 : length]
+        for index, (row, length) in enumerate(zip(tokens, lengths, strict=True))
+    ]
+
+
+@torch.no_grad()
+def by_transformers(model: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float]:
+    """What the patched model writes, and its mean loss on the prompts, nats per token."""
+    written, loss, count = [], 0.0, 0
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+        written.append(out[0, len(prompt) :].tolist())
+        scores = model(ids).logits[0, :-1].log_softmax(-1)
+        loss -= scores.gather(1, ids[0, 1:, None]).sum().item()
+        count += len(prompt) - 1
+    return written, loss / count
+
+
+@contextmanager
+def engine(model_folder: Path, splice: Path | None, **settings: Any) -> Iterator[Any]:
+    """An engine of vLLM in this process."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    plugin.unregister()
+    os.environ[FOLDER_VARIABLE] = "" if splice is None else str(splice)
+    plugin.register()
+    common = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": LONGEST, "disable_log_stats": False}
+    if splice is None:  # the backend of this release that reads every dtype
+        common["attention_config"] = {"backend": "CPU_MLA"}
+    made = LLM(str(model_folder), **(common | settings))
+    try:
+        yield made
+    finally:
+        made.llm_engine.engine_core.shutdown()
+        del made
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def counted(made: Any, name: str) -> int:
+    """A counter of the engine."""
+    return int(sum(metric.value for metric in made.get_metrics() if metric.name == f"vllm:{name}"))
+
+
+def by_vllm(made: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return [list(out.outputs[0].token_ids) for out in made.generate(given, sampling, use_tqdm=False)]
+
+
+def loss_of_vllm(made: Any, prompts: list[list[int]]) -> float:
+    """Mean loss on the prompts, nats per token."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    loss, count = 0.0, 0
+    for prompt, out in zip(prompts, made.generate(given, sampling, use_tqdm=False), strict=True):
+        for token, found in zip(prompt[1:], out.prompt_logprobs[1:], strict=True):
+            loss -= found[token].logprob
+            count += 1
+    return loss / count
+
+
+def compare(args: Arguments, model_folder: Path, splice: Path) -> list[dict[str, Any]]:
+    """Tokens and loss of engines beside those of transformers."""
+    model = load_kvsplice(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval(), splice)
+    prompts = make_prompts(args.prompts)
+    expected, loss = by_transformers(model, prompts, args.new_tokens)
+    del model
+    size = args.block_size
+    # As many pages as two of the longest prompts take.
+    few = 1 + 2 * math.ceil((200 + args.new_tokens) / size)
+    modes: dict[str, dict[str, Any]] = {
+        "prefix caching, prompts in pieces of 64": {"enable_prefix_caching": True, "max_num_batched_tokens": 64},
+        "no prefix caching": {"enable_prefix_caching": False, "max_num_batched_tokens": 8192},
+        "a cache of few pages": {"enable_prefix_caching": True, "num_gpu_blocks_override": few},
+    }
+    rows = []
+    for name, settings in modes.items():
+        common = {"dtype": "float32", "block_size": size, "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 32}
+        with engine(model_folder, splice, **common, **settings) as made:
+            first = by_vllm(made, prompts, args.new_tokens)
+            again = by_vllm(made, prompts, args.new_tokens)
+            row = {
+                "mode": name,
+                "same": sum(one == other for one, other in zip(first, expected, strict=True)),
+                "same_again": sum(one == other for one, other in zip(again, expected, strict=True)),
+                "prompts": len(prompts),
+                "preemptions": counted(made, "num_preemptions"),
+                "prefix_hits": counted(made, "prefix_cache_hits"),
+                "perplexity": math.exp(loss_of_vllm(made, prompts)),
+                "perplexity_transformers": math.exp(loss),
+            }
+        rows.append(row)
+    return rows
+
+
+def count_tokens(args: Arguments, model_folder: Path, splices: Path) -> list[dict[str, Any]]:
+    """How many tokens fit into the cache of engines."""
+    cases: dict[str, tuple[Path | None, int]] = {
+        "stock": (None, 16),
+        "a quarter of the bytes, 4 exact tokens, pages of 16": (splices / "exact", 16),
+        "a quarter of the bytes, 4 exact tokens, pages of 256": (splices / "exact", 256),
+        "a quarter of the bytes, 4 exact tokens, pages of 512": (splices / "exact", 512),
+    }
+    rows = []
+    for name, (splice, size) in cases.items():
+        settings = {"dtype": "bfloat16", "block_size": size, "kv_cache_memory_bytes": args.cache_mb << 20}
+        with engine(model_folder, splice, **settings) as made:
+            cache = made.llm_engine.vllm_config.cache_config
+            rows.append(
+                {"cache": name, "blocks": cache.num_gpu_blocks, "tokens": cache.num_gpu_blocks * cache.block_size}
+            )
+    for row in rows:
+        row["times_stock"] = row["tokens"] / rows[0]["tokens"]
+    return rows
+
+
+def tables_of(report: dict[str, Any]) -> list[Table]:
+    tokens = Table(
+        "vLLM with",
+        "same as transformers",
+        "asked again",
+        "preempted",
+        "tokens from prefixes",
+        "perplexity",
+        "transformers",
+    )
+    for row in report["tokens"]:
+        same, again = (f"{row[key]} of {row['prompts']}" for key in ("same", "same_again"))
+        perplexities = (f"{row[key]:.4f}" for key in ("perplexity", "perplexity_transformers"))
+        tokens.add_row(row["mode"], same, again, str(row["preemptions"]), str(row["prefix_hits"]), *perplexities)
+    cache = Table("cache", "pages", "tokens", "times stock")
+    for row in report["cache"]:
+        cache.add_row(row["cache"], str(row["blocks"]), f"{row['tokens']:,}", f"{row['times_stock']:.3f}")
+    return [tokens, cache]
+
+
+def run(args: Arguments) -> dict[str, Any]:
+    import vllm
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    settings = {
+        "compared": KVSpliceConfig(
+            bytes_per_token=args.bytes_per_token, sink_tokens=args.sink_tokens, allocation="global"
+        ),
+        "exact": KVSpliceConfig(bytes_per_token=288 + 4 * 1152 / 4096, sink_tokens=4, allocation="layer"),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model")
+        make_splices(folder / "model", settings, folder)
+        report = {"vllm": vllm.__version__, "tokens": compare(args, folder / "model", folder / "compared")}
+        return report | {"cache": count_tokens(args, folder / "model", folder)}
+
+
+def main() -> None:
+    (args,) = ProgramParser(Arguments).parse_args_into_dataclasses()
+    with readable_errors():
+        report = run(args)
+    for table in tables_of(report):
+        console().print(table)
+    finish(report | environment(args), results_folder(args.output, "serving"))
+
+
+if __name__ == "__main__":
+    main()
