@@ -469,6 +469,22 @@ def test_a_damaged_entry_is_told_of_removed_and_made_again(tmp_path: Path, caplo
     assert len(store.entries()) == 1
 
 
+def test_an_entry_that_goes_while_it_is_opened_is_none_and_nothing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ids, store = made(NAME, "packed"), prompt(), PromptCache(tmp_path)
+    store.prepare(model, ids)
+    opens = cache_file.safe_open
+
+    def gone(path: Path, framework: str) -> Any:
+        path.unlink()
+        return opens(path, framework=framework)
+
+    monkeypatch.setattr(cache_file, "safe_open", gone)
+    assert store.find(model, torch.cat([ids, ids], 1)) is None
+    assert "removed" not in caplog.text
+
+
 def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
     model, store = made(NAME, "packed"), PromptCache(tmp_path)
     store.prepare(model, prompt())

@@ -372,7 +372,9 @@ def test_tensors_may_end_where_memory_ends() -> None:
 
 @pytest.mark.skipif("KVSPLICE_TEST_VECTORS" in os.environ, reason="this is the process that it starts")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flags are those of x86-64")
-@pytest.mark.parametrize("flags", ["-march=x86-64", "-march=x86-64-v3", "-mno-avx512vbmi", "-mno-avx512bf16"])
+@pytest.mark.parametrize(
+    "flags", ["-march=x86-64", "-march=x86-64-v3", "-mno-avx512vbmi", "-mno-avx512bf16", "-mno-amx-tile"]
+)
 def test_coded_keys_are_the_same_on_processors_with_fewer_instructions(flags: str) -> None:
     environment = {**os.environ, "CXXFLAGS": flags, "KVSPLICE_TEST_VECTORS": flags, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", "-q", __file__]

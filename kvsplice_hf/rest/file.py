@@ -81,18 +81,32 @@ def open_cache_file(path: Path, *, verify: bool = True) -> CacheFile:
     """
     try:
         hole = _place_of_digest(path)
-        if verify and _digest(path, hole) != _written_digest(path, hole):
-            raise CheckpointError(
-                f"{path} is truncated or was changed: its content does not have the digest that it names. Save the "
-                "cache again."
-            )
-        handle = safe_open(path, framework="pt")
-        metadata = handle.metadata() or {}
+        whole = not verify or _digest(path, hole) == _written_digest(path, hole)
+        handle = _opened(path)
     except OSError as error:
         raise CheckpointError(f"The file of a cache cannot be read: {error}.") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged: {error}. Save the cache again.") from error
+    if not whole:
+        raise CheckpointError(
+            f"{path} is truncated or was changed: its content does not have the digest that it names. Save the cache "
+            "again."
+        )
+    metadata = handle.metadata() or {}
     return CacheFile(path, _description(path, metadata), frozenset(handle.keys()), _reader(path, handle))
+
+
+def _opened(path: Path) -> Any:
+    """The file as safetensors maps it.
+
+    Raises:
+        OSError: it cannot be opened. (torch, which maps it, says so with a RuntimeError.)
+        SafetensorError: its header is damaged.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def _reader(path: Path, handle: Any) -> Callable[[str], torch.Tensor]:

@@ -200,7 +200,8 @@ class PromptCache:
         try:
             cache = load_cache(model, path, input_ids=input_ids)
         except CheckpointError as error:
-            if path.exists():  # or else another process has made room
+            # What cannot be opened is no damage: another process has made room, or made it anew just now.
+            if not isinstance(error.__cause__, OSError):
                 logger.warning("A stored prompt cannot be read, and is removed: %s", error)
                 path.unlink(missing_ok=True)
             return None

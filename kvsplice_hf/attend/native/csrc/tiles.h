@@ -44,7 +44,7 @@ class Tiles {
   Tiles(const Tiles&) = delete;
 
   // sums[vector][number][row] of 16 numbers and the 64 rows of a strip.
-  // weights: [16, stride] pairs; columns: [units, kStrip] pairs.
+  // weights: [16, stride] pairs; columns: [units, kStrip] pairs. Written out, because tiles are named by literals.
   void multiply(const uint32_t* weights, int64_t stride, const Bfloat16* columns, float* sums) const {
     constexpr int kVector = 2 * kTile16, kLine = 4 * kStrip;
     barrier();
