@@ -51,9 +51,11 @@ def work(folder: str, seed: int, seconds: float, max_bytes: int | None = None) -
     chance = random.Random(seed)
     store = PromptCache(folder, max_bytes=max_bytes)
     done = {"written": 0, "read": 0, "wrong": 0}
+    # Those that may be killed write all the time, and so have prompts of their own.
+    first = seed * _PROMPTS if max_bytes is None else 0
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        ids = prompt(chance.randrange(_PROMPTS))
+        ids = prompt(first + chance.randrange(_PROMPTS))
         found = store.find(model, ids)
         if found is None:
             store.prepare(model, ids)
