@@ -79,7 +79,9 @@ def _hqq_in_4_bits(model: PreTrainedModel) -> None:
     hqq = importlib.import_module("hqq.core.quantize")
     head = model.get_output_embeddings()
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and is_plain(layer) and layer is not head:
+        # It packs two groups of 64 weights together, and fails where one is left over.
+        whole = isinstance(layer, nn.Linear) and layer.weight.numel() % 128 == 0
+        if isinstance(layer, nn.Linear) and whole and is_plain(layer) and layer is not head:
             parent, _, own = name.rpartition(".")
             settings = hqq.BaseQuantizeConfig(nbits=4, group_size=64)
             packed = hqq.HQQLinear(layer, settings, compute_dtype=model.dtype, device=str(model.device))

@@ -44,20 +44,33 @@ def gradients_of_packed(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         model: in evaluation mode: some libraries run other kernels in training.
         dtype: of its activations.
     """
-    hooks = [
-        layer.register_forward_hook(_with_gradient) for layer in packed_layers(model) if not _has_gradient(layer, dtype)
-    ]
+    with contextlib.ExitStack() as stack:
+        for layer in packed_layers(model):
+            if not _has_gradient(layer, dtype):
+                stack.enter_context(_with_gradient(layer))
+        yield
+
+
+@contextlib.contextmanager
+def _with_gradient(layer: nn.Module) -> Iterator[None]:
+    """Within this context, a layer runs without gradients of its own, which may fail, and has that of its matrix."""
+    before, forward = vars(layer).get("forward"), layer.forward
+
+    def as_matrix(inputs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or not inputs.requires_grad:
+            return forward(inputs, *args, **kwargs)
+        with torch.no_grad():
+            output = forward(inputs.detach(), *args, **kwargs)
+        return _AsMatrix.apply(inputs, output, layer)
+
+    layer.forward = as_matrix
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _with_gradient(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    if not torch.is_grad_enabled() or not args or not args[0].requires_grad:
-        return None
-    return _AsMatrix.apply(args[0], output.detach(), layer)
+        if before is None:
+            del layer.forward
+        else:  # accelerate keeps one of its own there
+            layer.forward = before
 
 
 @torch.enable_grad()
