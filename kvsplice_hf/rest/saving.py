@@ -327,7 +327,7 @@ def _empty_cache(model: nn.Module, description: Mapping[str, Any]) -> Cache:
 def _crop(cache: Cache, count: int, file: CacheFile) -> None:
     try:
         cache.crop(-count)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:  # early releases have no crop
         raise CacheMismatchError(
             f"Of {file.path} no part can be loaded, only all {file.description['length']} tokens: {error}"
         ) from error
