@@ -141,7 +141,7 @@ def _require_replaceable(stock: Any, layer_idx: int) -> None:
 
 
 def _spliced_like(stock: Any, geometry: RowGeometry, splice: LearnedKVSplice) -> SplicedLayerMixin:
-    kind = next(kind for kind in _SPLICED_TYPES if type(stock) in (kind, _SPLICED_TYPES[kind]))
+    kind = stock_type_of(stock)
     arguments: dict[str, Any] = {}
     if isinstance(stock, StaticLayer):
         arguments["max_cache_len"] = stock.max_cache_len

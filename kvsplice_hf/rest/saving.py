@@ -18,13 +18,11 @@ from kvsplice_hf import upstream
 from kvsplice_hf.cache.layers import splice_cache_layer
 from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
-from kvsplice_hf.calibration.fingerprint import tokenizer_fingerprint
 from kvsplice_hf.errors import CacheMismatchError, ConfigError, UnsupportedError
 from kvsplice_hf.patch.state import is_patched, patched_sites
 from kvsplice_hf.rest.file import CacheFile, open_cache_file, write_cache_file
 from kvsplice_hf.rest.state import Packed, Unpacked, empty_like
-from kvsplice_hf.rest.whose import WORDS, model_identity
-from kvsplice_hf.text import tokenizer_of
+from kvsplice_hf.rest.whose import WORDS, model_identity, text_identity
 from kvsplice_hf.version import __version__
 
 
@@ -108,7 +106,7 @@ def save_cache(
         packed.tensors["input_ids"] = ids.to(torch.int64)
     description = {
         "model": model_identity(model),
-        "tokenizer": "" if tokenizer is None else tokenizer_fingerprint(tokenizer_of(tokenizer)),
+        "tokenizer": text_identity(tokenizer),
         "length": length,
         "lengths": lengths,
         "static": isinstance(found, StaticCache),
@@ -261,7 +259,7 @@ def _require_same_model(file: CacheFile, model: Mapping[str, Any]) -> None:
 
 def _require_same_tokenizer(file: CacheFile, tokenizer: Any) -> None:
     saved = file.description["tokenizer"]
-    if tokenizer is not None and saved and tokenizer_fingerprint(tokenizer_of(tokenizer)) != saved:
+    if tokenizer is not None and saved and text_identity(tokenizer) != saved:
         raise CacheMismatchError(
             f"{file.path} stands for text that another tokenizer made into tokens. Compute the cache again with this "
             "one."

@@ -23,13 +23,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from kvsplice_hf import upstream
-from kvsplice_hf.calibration.fingerprint import tokenizer_fingerprint
 from kvsplice_hf.errors import CheckpointError, ConfigError
 from kvsplice_hf.patch.state import is_patched, patched_sites
 from kvsplice_hf.rest.file import NEWEST_VERSION
 from kvsplice_hf.rest.saving import load_cache, save_cache
-from kvsplice_hf.rest.whose import model_identity
-from kvsplice_hf.text import tokenizer_of
+from kvsplice_hf.rest.whose import model_identity, text_identity
 
 
 logger = logging.getLogger(__name__)
@@ -233,7 +231,7 @@ class PromptCache:
     def _folder_of(self, model: nn.Module, tokenizer: Any) -> Path:
         """Where entries of a model are: another splice, other weights or another tokenizer have another folder."""
         splices = [patched.splice.identity for _, patched in patched_sites(model)] if is_patched(model) else []
-        text = "" if tokenizer is None else tokenizer_fingerprint(tokenizer_of(tokenizer))
+        text = text_identity(tokenizer)
         # Caches of other releases hold other things.
         whose = json.dumps([model_identity(model), splices, text, upstream.INSTALLED, NEWEST_VERSION], sort_keys=True)
         return self.folder / hashlib.sha256(whose.encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Which model a cache was computed by: its weights, its settings, its adapters and its dtype."""
+"""Which model a cache was computed by (its weights, settings, adapters and dtype), and whose tokens it stands for."""
 
 import hashlib
 import json
@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from kvsplice_hf.calibration.fingerprint import tokenizer_fingerprint
 from kvsplice_hf.errors import UnsupportedError
 from kvsplice_hf.patch.base import stamp_of_weights
 from kvsplice_hf.patch.state import is_patched, patched_sites
+from kvsplice_hf.text import tokenizer_of
 from kvsplice_hf.weights.adapters import adapter_states
 from kvsplice_hf.weights.fingerprint import decoder_around, digest, modules_of_splices
 from kvsplice_hf.weights.packed import decompress
@@ -53,6 +55,15 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
         "adapters": adapter_states(inner),
         "dtype": str(getattr(inner, "dtype", "")).removeprefix("torch."),
     }
+
+
+def text_identity(tokenizer: Any) -> str:
+    """What tokens stand for; empty without a tokenizer.
+
+    Raises:
+        ConfigError: a tokenizer was given that is none, and has none.
+    """
+    return "" if tokenizer is None else tokenizer_fingerprint(tokenizer_of(tokenizer))
 
 
 def _decoder(model: nn.Module) -> nn.Module:
