@@ -94,10 +94,10 @@ class KVSpliceConfig:
             decoder, or none, is found by itself.
         use_layernorm: apply LayerNorm to the code. Full rank is then no longer exact.
         transform: of each number before the projection: "affine" is a scale and a shift, "spline" a monotone
-            piecewise-linear function, behind which the principal components are kept, as the research does it
+            piecewise-linear function, behind which principal components are kept, as in the research
             (docs/geometry.md). It is fitted to vectors, needs `compression_ratio` or `rank`, and cannot be absorbed:
-            each step decodes. Of ordinary attention it codes the values of each key head as so many numbers in bf16,
-            and stores keys as they come, in bf16.
+            each step decodes. Of ordinary attention it codes the values of each key head, as so many numbers in bf16.
+        key_rank: with splines, so many numbers of each key of ordinary attention, before its rotation; None: all.
         knots: of each spline, 2 or more. Only read where `transform="spline"`, as are the next two.
         spline_epochs: passes over the vectors that a spline is fitted to; 0: principal components alone.
         spline_learning_rate: of the splines, above 0.
@@ -135,6 +135,7 @@ class KVSpliceConfig:
     layer_pattern: str | None = None
     use_layernorm: bool = False
     transform: str = TRANSFORMS[0]
+    key_rank: int | None = None
     knots: int = 7
     spline_epochs: int = 8
     spline_learning_rate: float = 2e-3
@@ -186,7 +187,12 @@ class KVSpliceConfig:
         rate = self.spline_learning_rate
         if not (_is_number(rate) and 0 < rate < math.inf):
             raise ConfigError(f"`spline_learning_rate` is {rate!r}; it must be a number above 0.")
+        size = self.key_rank
+        if size is not None and not (_is_int(size) and size > 0):
+            raise ConfigError(f"`key_rank` is {size!r}; it must be an integer of 1 or more, or None.")
         if self.transform != "spline":
+            if size is not None:
+                raise ConfigError('`key_rank` is for `transform="spline"`. Leave it out.')
             return
         refused = {
             "packed rows: give `compression_ratio` or `rank`": self.is_packed,
@@ -346,7 +352,13 @@ class KVSpliceConfig:
             del values["codec"]
         # Files say it by what they hold, and releases that do not know of these go on reading them.
         defaults: dict[str, Any] = {"keys": KEYS[0], "values": VALUES[0], "compression": None, "key_block": None}
-        defaults |= {"transform": TRANSFORMS[0], "knots": 7, "spline_epochs": 8, "spline_learning_rate": 2e-3}
+        defaults |= {
+            "transform": TRANSFORMS[0],
+            "key_rank": None,
+            "knots": 7,
+            "spline_epochs": 8,
+            "spline_learning_rate": 2e-3,
+        }
         for name, default in {**defaults, "materialise_weights": True}.items():
             if values[name] == default:
                 del values[name]

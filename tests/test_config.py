@@ -121,7 +121,7 @@ def test_a_config_is_equal_after_a_trip_through_json(config: KVSpliceConfig, tmp
 def test_json_names_every_field_in_order_and_lists_layers() -> None:
     values = EVERY_FIELD.to_dict()
     of_other_kinds = {"codec", "keys", "key_block", "values", "compression"}
-    of_other_kinds |= {"transform", "knots", "spline_epochs", "spline_learning_rate"}
+    of_other_kinds |= {"transform", "key_rank", "knots", "spline_epochs", "spline_learning_rate"}
     assert list(values) == sorted({field.name for field in dataclasses.fields(KVSpliceConfig)} - of_other_kinds)
     assert values["layers"] == [3, 1]
     assert values["schema_version"] == SCHEMA_VERSION

@@ -31,18 +31,23 @@ from kvsplice_hf import (
 from kvsplice_hf.bench.through_geometry import through_geometries
 from kvsplice_hf.calibration.fit import fit_geometry as fit_of_geometry
 from kvsplice_hf.calibration.geometries import ModelGeometry, fit_geometry
+from kvsplice_hf.calibration.key_geometries import KeyGeometry, SampledKeys, fit_key_geometries, pairing_of
+from kvsplice_hf.calibration.vectors import collect_samples
 from kvsplice_hf.code.bent import SplineSplice
 from kvsplice_hf.code.heads import HeadKey
-from kvsplice_hf.errors import CalibrationError, CheckpointError, ConfigError
+from kvsplice_hf.errors import CalibrationError, CheckpointError, ConfigError, UnsupportedError
 from kvsplice_hf.geometry import FixedSpline, SplinePCA
 from kvsplice_hf.gpt2_mla import GPT2MLAConfig
 from kvsplice_hf.patch.state import patched_sites, splice_parts_of
 from kvsplice_hf.upstream import CACHE_NAME
 
 
-# Latents, values of grouped queries, and values that GPT-2's c_attn makes together with queries and keys.
+# Latents, values of grouped queries, and values that GPT-2's c_attn makes together with queries and keys. And keys,
+# whose numbers are rotated with those of the other half, with their neighbours, or in part.
 MODELS = {"latents": "deepseek_v3", "grouped": "llama", "c_attn": "gpt2"}
-RANK = 3
+WITH_KEYS = {"keys in halves": "llama", "keys as neighbours": "helium", "keys in part": "stablelm"}
+MODELS |= WITH_KEYS
+RANK, KEY_RANK = 3, 5
 
 
 def model_of(kind: str) -> PreTrainedModel:
@@ -60,7 +65,8 @@ CALIBRATION = tokens(8, 40, seed=0)
 def patched(kind: str, **settings: Any) -> PreTrainedModel:
     """A patched model whose splines are bent at random: text as random as this leaves nothing to straighten."""
     model = model_of(kind)
-    config = KVSpliceConfig(**{"transform": "spline", "rank": RANK, "spline_epochs": 1} | settings)
+    of_keys = {"key_rank": KEY_RANK} if kind in WITH_KEYS else {}
+    config = KVSpliceConfig(**{"transform": "spline", "rank": RANK, "spline_epochs": 1} | of_keys | settings)
     patch_model_with_kvsplice(model, config, calibration=CALIBRATION)
     for splice in splice_parts_of(model).values():
         bend(splice)
@@ -70,8 +76,9 @@ def patched(kind: str, **settings: Any) -> PreTrainedModel:
 def bend(splice: Any) -> None:
     assert isinstance(splice, SplineSplice)
     generator = torch.Generator().manual_seed(2)
-    slopes = torch.exp(torch.randn(splice.bending.slopes.shape, generator=generator) / 2)
-    splice.bending.set_to(splice.bending.knots.clone(), slopes)
+    for bending in [splice.bending, *([] if splice.keys is None else [splice.keys.bending])]:
+        slopes = torch.exp(torch.randn(bending.slopes.shape, generator=generator) / 2)
+        bending.set_to(bending.knots.clone(), slopes)
 
 
 @torch.no_grad()
@@ -131,8 +138,10 @@ def test_the_cache_holds_so_many_numbers_and_no_more(kind: str) -> None:
     model, ids = patched(kind, sink_tokens=0), tokens()
     site, state = patched_sites(model)[0]
     held = cache_nbytes(in_steps(model, ids)[1]) / ids.numel() / len(patched_sites(model))
-    numbers = max(site.kv_heads, 1) * (RANK + site.qk_rope_head_dim)
-    assert held == state.geometry.nbytes(site.dtype) == numbers * (2 if site.kv_heads else site.dtype.itemsize)
+    numbers = max(site.kv_heads, 1) * (RANK + (KEY_RANK if kind in WITH_KEYS else site.qk_rope_head_dim))
+    expected = numbers * (2 if site.kv_heads else site.dtype.itemsize)
+    assert state.geometry.nbytes(site.dtype) == expected
+    assert expected <= held <= expected + (site.qk_rope_head_dim if kind in WITH_KEYS else 0)  # angles of the tokens
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -271,6 +280,92 @@ def test_geometries_that_do_not_fit_the_settings_are_refused() -> None:
         ModelGeometry({}, "")
 
 
+@pytest.mark.parametrize("kind", WITH_KEYS)
+@pytest.mark.parametrize("source", ["geometry", "its file", "statistics"])
+def test_keys_go_through_splines_of_their_own(kind: str, source: str, tmp_path: Path) -> None:
+    model, path = model_of(kind), tmp_path / "geometry.safetensors"
+    if source == "statistics":
+        found: Any = KVSpliceCalibrator(model, metric="pca").collect(CALIBRATION, progress=False)
+        samples = {part: SampledKeys.of(layer) for part, layer in found.statistics.items()}
+        geometries, _ = fit_key_geometries(samples, KEY_RANK, epochs=1, progress=False)
+    else:
+        found = fit_geometry(model, CALIBRATION, RANK, key_k=KEY_RANK, epochs=1, progress=False)
+        found.save(path)
+        geometries = found.keys_of
+    config = KVSpliceConfig(transform="spline", rank=RANK, key_rank=KEY_RANK, spline_epochs=1)
+    patch_model_with_kvsplice(model, config, calibration=path if source == "its file" else found)
+    for part, splice in splice_parts_of(model).items():
+        geometry, pairs = geometries[part]
+        assert torch.equal(splice.keys.pairs, pairs)
+        keys = torch.randn(20, len(geometry.mean), generator=torch.Generator().manual_seed(0))
+        turns = torch.zeros(20, len(keys[0]) // 2, dtype=torch.uint8)
+        assert torch.allclose(splice.keys.decode(splice.keys.encode(keys, turns), turns), geometry(keys), atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "pairing"), [("keys in halves", 1), ("keys as neighbours", 2)])
+def test_rotations_are_undone_as_the_model_pairs_its_numbers(kind: str, pairing: int) -> None:
+    model = model_of(kind)
+    with torch.no_grad():  # keys of few directions before their rotation, as those of trained models are
+        for layer in model.model.layers:
+            weight = layer.self_attn.k_proj.weight
+            weight.copy_(torch.outer(torch.randn(len(weight)), weight[0]) + 0.01 * weight)
+    drawn = collect_samples(model, list(CALIBRATION.split(1)), with_keys=True, progress=False)
+    assert pairing_of({part: sample.keys for part, sample in drawn.items()}, 2) == pairing
+
+
+def test_a_damaged_file_of_key_geometries_is_refused(tmp_path: Path) -> None:
+    model, path = model_of("keys in halves"), tmp_path / "geometry.safetensors"
+    geometry = fit_geometry(model, CALIBRATION, RANK, key_k=KEY_RANK, epochs=0, progress=False)
+    for damage in ("pairs", "lost"):
+        keys = {part: KeyGeometry(found.geometry, found.pairs.clone()) for part, found in geometry.keys_of.items()}
+        if damage == "pairs":
+            keys[HeadKey(0, 1)].pairs[0, 0] = 1
+            ModelGeometry(dict(geometry), "", keys=keys).save(path)
+            with pytest.raises(CheckpointError, match="its pairs are not those"):
+                ModelGeometry.load(path)
+        else:
+            del keys[HeadKey(0, 1)]
+            with pytest.raises(ConfigError, match="for all key heads or for none"):
+                ModelGeometry(dict(geometry), "", keys=keys)
+
+
+KEYS_REFUSED: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
+    "a latent": ("latents", {}, ConfigError, "`key_rank` is for ordinary attention"),
+    "no rotation": ("c_attn", {}, UnsupportedError, "not rotated by angles that the model hands to its layers"),
+    "too many": ("grouped", {"key_rank": 99}, ConfigError, "`key_rank` is 99, but the keys of"),
+    "no geometry of keys": ("grouped", {"geometry": None}, ConfigError, "the geometry holds none of keys"),
+    "another size": ("grouped", {"geometry": 4}, ConfigError, "the geometry holds keys of 4 numbers"),
+}
+
+
+@pytest.mark.parametrize("case", KEYS_REFUSED)
+def test_keys_that_cannot_go_through_splines_are_named(case: str) -> None:
+    kind, settings, error, message = KEYS_REFUSED[case]
+    model, calibration = model_of(kind), CALIBRATION
+    stock = in_one_go(model, tokens())
+    if "geometry" in settings:
+        calibration = fit_geometry(model, CALIBRATION, RANK, key_k=settings["geometry"], epochs=0, progress=False)
+    config = KVSpliceConfig(transform="spline", rank=RANK, key_rank=settings.get("key_rank", KEY_RANK))
+    with pytest.raises(error, match=message):
+        patch_model_with_kvsplice(model, config, calibration=calibration)
+    assert torch.equal(in_one_go(model, tokens()), stock)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("latents", {"key_k": 2}, "`key_k` is for ordinary attention"),
+        ("grouped", {"key_k": 2, "of": "layers"}, '`key_k` goes with of="heads"'),
+        ("grouped", {"key_k": 99}, "`key_k` is 99; the keys of"),
+    ],
+)
+def test_geometries_of_keys_that_cannot_be_are_named_before_the_model_runs(
+    kind: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit_geometry(model_of(kind), CALIBRATION, RANK, epochs=0, progress=False, **settings)
+
+
 def test_the_values_of_c_attn_are_collected_by_head_or_by_layer() -> None:
     model = model_of("c_attn")
     width, heads = model.config.n_embd, model.config.n_head
@@ -289,6 +384,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "absorbed": ({"attention": "absorbed"}, "a spline does not fold into the weights"),
     "layernorm": ({"use_layernorm": True}, "does not go with `use_layernorm`"),
     "another transform": ({"transform": "softplus"}, "`transform` is 'softplus'"),
+    "no splines for keys": ({"transform": "affine", "key_rank": 4}, '`key_rank` is for `transform="spline"`'),
+    "no key": ({"key_rank": 0}, "`key_rank` is 0"),
     "one knot": ({"knots": 1}, "`knots` is 1; a spline needs at least 2"),
     "epochs": ({"spline_epochs": -1}, "`spline_epochs` is -1"),
     "rate": ({"spline_learning_rate": 0}, "`spline_learning_rate` is 0"),

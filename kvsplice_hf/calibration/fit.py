@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from kvsplice_hf.calibration.allocate import Allocation, fit_scales, sigmas_of, standardised
+from kvsplice_hf.calibration.key_geometries import KeyGeometry
 from kvsplice_hf.calibration.solve import LayerSolution
 from kvsplice_hf.calibration.statistics import LayerStatistics
-from kvsplice_hf.code.bent import SplineSplice
+from kvsplice_hf.code.bent import BentKeyProjection, SplineSplice
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.keys import KeyProjection
@@ -145,21 +146,37 @@ def fit_codec(
     return _layer_fit(statistics, solution, everything, codec, keys, float(loss))
 
 
-def fit_geometry(geometry: SplinePCA, key_dim: int | None) -> LayerFit:
+def fit_geometry(geometry: SplinePCA, key_dim: int | None, keys: KeyGeometry | None = None) -> LayerFit:
     """A spline and principal components, as numbers; of a key head packed with its key, all in bf16.
 
     Args:
         geometry: fitted.
         key_dim: numbers of the key of a key head; None for a latent.
+        keys: of the key head, where its keys go through a geometry as well.
     """
     spline, mean, basis = geometry.fitted()
     ones = torch.ones_like(mean)
-    codec = None
+    codec, projection = None, None if keys is None else _bent_keys(keys)
     if key_dim is not None:
-        row = torch.ones(geometry.k + key_dim, dtype=torch.float32, device="cpu")
+        stored = key_dim if projection is None else projection.rank
+        row = torch.ones(geometry.k + stored, dtype=torch.float32, device="cpu")
         codec = RowCodec(widths=16 * row.int(), scales=row, centres=0 * row, sigmas=row[:0])
     bending = spline.knots, spline.slopes.detach()
-    return LayerFit(ones, -mean, basis.T, basis, codec, None, float("nan"), bending=bending)
+    return LayerFit(ones, -mean, basis.T, basis, codec, projection, float("nan"), bending=bending)
+
+
+def _bent_keys(keys: KeyGeometry) -> BentKeyProjection:
+    spline, mean, basis = keys.geometry.fitted()
+    rope_dim, rank = basis.shape
+    with torch.random.fork_rng(devices=[]):  # the constructor draws random numbers
+        made = BentKeyProjection(rope_dim, rank, knots=keys.geometry.knots, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        made.mean.copy_(mean)
+        made.compress.weight.copy_(basis.T)
+        made.expand.weight.copy_(basis)
+        made.pairs.copy_(keys.pairs)
+        made.bending.set_to(spline.knots, spline.slopes.detach())
+    return made
 
 
 def _layer_fit(

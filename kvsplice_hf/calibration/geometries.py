@@ -5,7 +5,7 @@ fitted to each kind of them.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,22 @@ from tqdm import tqdm
 
 from kvsplice_hf.calibration.data import WINDOW, as_batches
 from kvsplice_hf.calibration.fingerprint import model_fingerprint, same_model
+from kvsplice_hf.calibration.key_geometries import KeyGeometry, fit_key_geometries
 from kvsplice_hf.calibration.media import Media
 from kvsplice_hf.calibration.statistics import part_of_name, written_part
-from kvsplice_hf.calibration.vectors import collect_vectors
+from kvsplice_hf.calibration.vectors import collect_samples, collect_vectors
 from kvsplice_hf.code.heads import PartKey
 from kvsplice_hf.errors import CheckpointError, ConfigError
 from kvsplice_hf.geometry import SplinePCA
 from kvsplice_hf.geometry.files import is_geometry_file, read_geometry_file, write_geometry_file
 from kvsplice_hf.geometry.spline_pca import Fitted
+from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
 
 
 _FORMAT = "kvsplice-model-geometry"
+# What stands ahead of the names of tensors of keys, and what those hold beside the tensors of a geometry.
+_OF_KEYS, _PAIRS = "key.", "pairs"
 MAX_SAMPLES = 120_000
 
 
@@ -36,22 +40,39 @@ class ModelGeometry(Mapping[PartKey, SplinePCA]):
     Args:
         geometries: fitted, all of one `k` and one number of knots.
         fingerprint: of the model.
+        reports: see below.
+        keys: geometries of the keys of each key head as well, all of one `k`.
 
     Attributes:
         reports: what each fit found; empty where they were loaded.
+        keys_of: those of keys; empty where there are none.
+        key_k: numbers of their codes, or None.
 
     Raises:
-        ConfigError: there are none, or they differ in `k` or knots.
+        ConfigError: there are none, they differ in `k` or knots, or some parts have geometries of keys and others none.
     """
 
     def __init__(
-        self, geometries: Mapping[PartKey, SplinePCA], fingerprint: str, reports: Mapping[PartKey, Fitted] | None = None
+        self,
+        geometries: Mapping[PartKey, SplinePCA],
+        fingerprint: str,
+        reports: Mapping[PartKey, Fitted] | None = None,
+        keys: Mapping[PartKey, KeyGeometry] | None = None,
     ) -> None:
         sizes = {(geometry.k, geometry.knots) for geometry in geometries.values()}
         if len(sizes) != 1:
             raise ConfigError(f"Geometries of one model have one `k` and one number of knots; got {sorted(sizes)}.")
         self._geometries, self.fingerprint, self.reports = dict(geometries), fingerprint, dict(reports or {})
         ((self.k, self.knots),) = sizes
+        self.keys_of = dict(keys or {})
+        of_keys = {(found.geometry.k, found.geometry.knots) for found in self.keys_of.values()}
+        if self.keys_of and (
+            len(of_keys) != 1 or set(self.keys_of) != set(self) or {n for _, n in of_keys} != {self.knots}
+        ):
+            raise ConfigError(
+                "Geometries of keys are there for all key heads or for none, with one `k` and the same knots."
+            )
+        self.key_k = next((size for size, _ in of_keys), None)
 
     def __getitem__(self, part: PartKey) -> SplinePCA:
         return self._geometries[part]
@@ -73,8 +94,11 @@ class ModelGeometry(Mapping[PartKey, SplinePCA]):
         epochs: int = 8,
         learning_rate: float = 2e-3,
         progress: bool = True,
+        keys: Mapping[PartKey, KeyGeometry] | None = None,
     ) -> "ModelGeometry":
         """Fit a geometry to the vectors [M, n] of each part; arguments as of `SplinePCA` and `SplinePCA.fit`.
+
+        `keys` are geometries of the keys of each part that were fitted before.
 
         Raises:
             CalibrationError, ConfigError: as `SplinePCA.fit`.
@@ -85,7 +109,7 @@ class ModelGeometry(Mapping[PartKey, SplinePCA]):
             reports[part] = geometry.fit(rows, epochs=epochs, learning_rate=learning_rate, progress=False)
             geometry.fitted_on = fingerprint
             geometries[part] = geometry
-        return cls(geometries, fingerprint, reports)
+        return cls(geometries, fingerprint, reports, keys)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all.
@@ -98,7 +122,10 @@ class ModelGeometry(Mapping[PartKey, SplinePCA]):
             for part, geometry in self.items()
             for name, tensor in geometry.tensors().items()
         }
-        about = {"k": self.k, "knots": self.knots, "fitted_on": self.fingerprint}
+        for part, found in self.keys_of.items():
+            own = {**found.geometry.tensors(), _PAIRS: found.pairs.contiguous()}
+            tensors |= {f"{written_part(part)}.{_OF_KEYS}{name}": tensor for name, tensor in own.items()}
+        about = {"k": self.k, "knots": self.knots, "fitted_on": self.fingerprint, "key_k": self.key_k}
         write_geometry_file(path, _FORMAT, about, tensors)
 
     @classmethod
@@ -115,16 +142,19 @@ class ModelGeometry(Mapping[PartKey, SplinePCA]):
         """
         about, tensors = read_geometry_file(path, _FORMAT)
         by_part: dict[PartKey, dict[str, torch.Tensor]] = {}
+        of_keys: dict[PartKey, dict[str, torch.Tensor]] = {}
         try:
             for name, tensor in tensors.items():
                 part, _, own = name.partition(".")
-                by_part.setdefault(part_of_name(part), {})[own] = tensor
+                place = of_keys if own.startswith(_OF_KEYS) else by_part
+                place.setdefault(part_of_name(part), {})[own.removeprefix(_OF_KEYS)] = tensor
             k, knots = int(about["k"]), int(about["knots"])
             found = {part: SplinePCA.of_tensors(k, knots, by_part[part]) for part in by_part}
-            geometry = cls(found, str(about["fitted_on"]))
+            keys = {part: _key_geometry(int(about["key_k"]), knots, own) for part, own in of_keys.items()}
+            geometry = cls(found, str(about["fitted_on"]), keys=keys)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}. Fit and save the geometry again.") from error
-        for one in found.values():
+        for one in (*found.values(), *(found_keys.geometry for found_keys in keys.values())):
             one.fitted_on = geometry.fingerprint
         if model is not None:
             geometry.require_model(model)
@@ -144,6 +174,20 @@ class ModelGeometry(Mapping[PartKey, SplinePCA]):
             )
 
 
+def _key_geometry(k: int, knots: int, tensors: dict[str, torch.Tensor]) -> KeyGeometry:
+    """What `ModelGeometry.save` wrote of the keys of a part.
+
+    Raises:
+        KeyError, TypeError, ValueError, RuntimeError: it is damaged.
+    """
+    pairs = tensors.pop(_PAIRS)
+    geometry = SplinePCA.of_tensors(k, knots, tensors)
+    numbers, (_, mean, _) = pairs[:2].flatten().sort().values, geometry.fitted()
+    if pairs.dtype != torch.int64 or pairs.shape[0] != 3 or numbers.tolist() != list(range(len(mean))):
+        raise ValueError("its pairs are not those of the numbers of a key")
+    return KeyGeometry(geometry, pairs)
+
+
 def fit_geometry(
     model: nn.Module,
     data: Any,
@@ -158,6 +202,7 @@ def fit_geometry(
     epochs: int = 8,
     learning_rate: float = 2e-3,
     of: str = "heads",
+    key_k: int | None = None,
     sink_tokens: int = 4,
     progress: bool = True,
 ) -> ModelGeometry:
@@ -178,6 +223,7 @@ def fit_geometry(
         window: tokens per sequence of texts.
         epochs, learning_rate: as of `SplinePCA.fit`.
         of: "heads", a geometry for the values of each key head, or "layers", one for all values of a layer.
+        key_k: numbers of a code of keys, of each key head before their rotation; None: keys have no geometry.
         sink_tokens: the first tokens of each sequence, which are left out.
         progress: show bars.
 
@@ -198,16 +244,41 @@ def fit_geometry(
     if k > min(sizes):
         raise ConfigError(f"`k` is {k}, above the {min(sizes)} numbers of a vector.")
     SplinePCA(k, knots)  # refuses what cannot be before the model runs
+    _require_keys(sites, key_k, of)
     batches = as_batches(data, tokenizer, max_batches * batch_size * window, window, Media.of(model))
     if all(len(batch["input_ids"]) == 1 and len(batch) == 1 for batch in batches):
         batches = _together([batch["input_ids"] for batch in batches], batch_size)
     fingerprint = model_fingerprint(model, sites)
-    vectors = collect_vectors(
-        model, batches, max_samples=samples, max_batches=max_batches, sink_tokens=sink_tokens, of=of, progress=progress
-    )
-    return ModelGeometry.fit(
-        vectors, k, fingerprint, knots=knots, epochs=epochs, learning_rate=learning_rate, progress=progress
-    )
+    drawing: dict[str, Any] = {
+        "max_samples": samples,
+        "max_batches": max_batches,
+        "sink_tokens": sink_tokens,
+        "progress": progress,
+    }
+    fitting: dict[str, Any] = {"knots": knots, "epochs": epochs, "learning_rate": learning_rate, "progress": progress}
+    if key_k is None:
+        return ModelGeometry.fit(collect_vectors(model, batches, of=of, **drawing), k, fingerprint, **fitting)
+    drawn = collect_samples(model, batches, with_keys=True, **drawing)
+    sampled_keys = {part: sample.keys for part, sample in drawn.items() if sample.keys is not None}
+    of_keys, _ = fit_key_geometries(sampled_keys, key_k, **fitting)
+    vectors = {part: sample.vectors for part, sample in drawn.items()}
+    return ModelGeometry.fit(vectors, k, fingerprint, keys=of_keys, **fitting)
+
+
+def _require_keys(sites: Sequence[AttentionSite], key_k: int | None, of: str) -> None:
+    """Refuse geometries of keys that cannot be, before the model runs."""
+    if key_k is None:
+        return
+    latent = next((site for site in sites if not site.kv_heads), None)
+    if latent is not None:
+        raise ConfigError(
+            f"`key_k` is for ordinary attention, and {latent.name} ({type(latent.module).__name__}) stores a latent."
+        )
+    if of != "heads":
+        raise ConfigError(f'`key_k` goes with of="heads"; `of` is {of!r}.')
+    small = min(sites, key=lambda site: site.qk_rope_head_dim)
+    if not 1 <= key_k <= small.qk_rope_head_dim:
+        raise ConfigError(f"`key_k` is {key_k}; the keys of {small.name} have {small.qk_rope_head_dim} numbers.")
 
 
 def _together(rows: list[torch.Tensor], batch_size: int) -> list[dict[str, torch.Tensor]]:

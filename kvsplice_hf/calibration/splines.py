@@ -1,7 +1,7 @@
 """What a splice with `transform="spline"` is made of: geometries, given, or fitted to vectors of the model."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from kvsplice_hf.calibration.collect import Batch
 from kvsplice_hf.calibration.data import WINDOW, as_batches
 from kvsplice_hf.calibration.fit import LayerFit, fit_geometry
 from kvsplice_hf.calibration.geometries import MAX_SAMPLES, ModelGeometry, is_model_geometry
+from kvsplice_hf.calibration.key_geometries import KeyGeometry, SampledKeys, fit_key_geometries
 from kvsplice_hf.calibration.media import Media
-from kvsplice_hf.calibration.vectors import collect_vectors
+from kvsplice_hf.calibration.vectors import Sample, collect_samples
 from kvsplice_hf.code.heads import PartKey
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError, UnsupportedError
@@ -33,7 +34,9 @@ def spline_fits(
     tokenizer: Any,
     own_text: Callable[[], list[Batch]],
 ) -> dict[PartKey, LayerFit]:
-    """A spline and principal components for each layer that stores a latent, and for the values of each key head.
+    """A spline and principal components for each layer that stores a latent, and for each key head.
+
+    Of key heads for their values, and with `key_rank` for their keys as well.
 
     Args:
         model: unpatched.
@@ -57,17 +60,36 @@ def spline_fits(
             "splice before the model is spread, or use the affine transform."
         )
     stores = [site for site in sites if site.stores_latent]
+    _require_key_heads(stores, config)
     ranks = {part: config.rank_for(site.kv_lora_rank, site.name) for site in stores for part in site.parts}
     if isinstance(calibration, (str, Path)) and str(calibration).endswith(".safetensors"):
         from_geometry = is_model_geometry(calibration)
         calibration = ModelGeometry.load(calibration) if from_geometry else KVSpliceCalibrator.load(calibration)
     if isinstance(calibration, ModelGeometry):
-        geometries = _given(calibration, model, config, ranks)
+        geometries, keys = _given(calibration, model, config, ranks)
     else:
-        vectors = _vectors(model, stores, config, calibration, tokenizer, own_text)
-        geometries = {part: _fitted(vectors[part], rank, config) for part, rank in _progress(ranks)}
+        samples = _samples(model, stores, config, calibration, tokenizer, own_text)
+        keys = _fitted_keys(samples, config)
+        geometries = {part: _fitted(samples[part].vectors, rank, config) for part, rank in _progress(ranks)}
     key_dims = {part: site.qk_rope_head_dim if site.kv_heads else None for site in stores for part in site.parts}
-    return {part: fit_geometry(geometry, key_dims[part]) for part, geometry in geometries.items()}
+    return {part: fit_geometry(geometry, key_dims[part], keys.get(part)) for part, geometry in geometries.items()}
+
+
+def _require_key_heads(stores: list[AttentionSite], config: KVSpliceConfig) -> None:
+    """Refuse `key_rank` where a layer has no keys of that size of its own, before the model runs."""
+    if config.key_rank is None:
+        return
+    latent = next((site for site in stores if not site.kv_heads), None)
+    if latent is not None:
+        raise ConfigError(
+            f"`key_rank` is for ordinary attention, and {latent.name} ({type(latent.module).__name__}) stores a latent "
+            "with one rotated key beside it, which is stored as it comes. Leave `key_rank` out."
+        )
+    small = next((site for site in stores if site.qk_rope_head_dim < config.key_rank), None)
+    if small is not None:
+        raise ConfigError(
+            f"`key_rank` is {config.key_rank}, but the keys of {small.name} have {small.qk_rope_head_dim} numbers."
+        )
 
 
 def _progress(ranks: dict[PartKey, int]) -> Any:
@@ -80,9 +102,23 @@ def _fitted(vectors: torch.Tensor, rank: int, config: KVSpliceConfig) -> SplineP
     return geometry
 
 
+def _fitted_keys(samples: Mapping[PartKey, Sample], config: KVSpliceConfig) -> dict[PartKey, KeyGeometry]:
+    if config.key_rank is None:
+        return {}
+    keys = {part: sample.keys for part, sample in samples.items() if sample.keys is not None}
+    return fit_key_geometries(
+        keys,
+        config.key_rank,
+        knots=config.knots,
+        epochs=config.spline_epochs,
+        learning_rate=config.spline_learning_rate,
+        progress=len(keys) >= 8,
+    )[0]
+
+
 def _given(
     geometry: ModelGeometry, model: nn.Module, config: KVSpliceConfig, ranks: dict[PartKey, int]
-) -> dict[PartKey, SplinePCA]:
+) -> tuple[dict[PartKey, SplinePCA], dict[PartKey, KeyGeometry]]:
     """Geometries that were fitted before, checked against the model and the settings."""
     geometry.require_model(model, config.layer_pattern)
     missing = [str(part) for part in ranks if part not in geometry]
@@ -98,22 +134,34 @@ def _given(
             f"for rank {', '.join(map(str, wrong)) or geometry.k} and `knots` {config.knots}. Give rank={geometry.k} "
             f"and knots={geometry.knots}, or fit another geometry."
         )
-    return {part: geometry[part] for part in ranks}
+    if config.key_rank is None:
+        return {part: geometry[part] for part in ranks}, {}
+    if geometry.key_k != config.key_rank:
+        held = "none of keys" if geometry.key_k is None else f"keys of {geometry.key_k} numbers"
+        raise ConfigError(
+            f"`key_rank` is {config.key_rank}, and the geometry holds {held}. Fit it with key_k={config.key_rank}, or "
+            "change `key_rank`."
+        )
+    return {part: geometry[part] for part in ranks}, {part: geometry.keys_of[part] for part in ranks}
 
 
-def _vectors(
+def _samples(
     model: nn.Module,
     stores: list[AttentionSite],
     config: KVSpliceConfig,
     calibration: Any,
     tokenizer: Any,
     own_text: Callable[[], list[Batch]],
-) -> dict[PartKey, torch.Tensor]:
-    """Vectors [M, n] of each part."""
+) -> dict[PartKey, Sample]:
+    """Latents or values of each part, and keys where they are coded."""
     if isinstance(calibration, KVSpliceCalibrator):
         calibration.require_model(stores, model)
         held = calibration.statistics
-        return {part: held[part].rows[:, : site.kv_lora_rank] for site in stores for part in site.parts}
+        return {
+            part: Sample(held[part].rows[:, : site.kv_lora_rank], SampledKeys.of(held[part]))
+            for site in stores
+            for part in site.parts
+        }
     if calibration is None or (isinstance(calibration, str) and calibration == "auto"):
         calibration = "varied" if tokenizer is not None else None
     positions = getattr(stores[0].module.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -122,11 +170,12 @@ def _vectors(
         batches = own_text()
     else:
         batches = as_batches(calibration, tokenizer, tokens, window, Media.of(model))
-    return collect_vectors(
+    return collect_samples(
         model,
         batches,
         max_samples=MAX_SAMPLES,
         max_batches=len(batches),
         sink_tokens=config.sink_tokens,
         layer_pattern=config.layer_pattern,
+        with_keys=config.key_rank is not None,
     )

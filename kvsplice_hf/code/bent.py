@@ -1,18 +1,48 @@
 """`SplineSplice`: a splice that bends each number of a latent by a monotone spline before it projects.
 
+`BentKeyProjection` does the same with keys before their rotation.
+
 That is the geometry of `kvsplice_hf.geometry` as a transform of the splice: `z = B^T (spline(c) - mean)`, and
 `c_hat = spline^-1(B z + mean)`. A spline does not fold into the weights around it, so that attention cannot run on such
 codes: each step decodes them.
 
-Legend: `R` kv_lora_rank, or numbers of a value; `r` spliced rank, `n` knots.
+Legend: `R` kv_lora_rank, or numbers of a value; `r` spliced rank, `n` knots, `P` numbers of a key, `p` of its code.
 """
+
+from typing import Any
 
 import torch
 
+from kvsplice_hf.code.keys import KeyProjection
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import UnsupportedError
 from kvsplice_hf.geometry import FixedSpline
+
+
+class BentKeyProjection(KeyProjection):
+    """As `KeyProjection`, of keys that went through a spline once their rotation was undone.
+
+    Args:
+        rope_dim: P, even.
+        rank: p.
+        knots: n, of the spline of each number.
+
+    Attributes:
+        bending: the spline; see `SplineSplice`.
+    """
+
+    def __init__(self, rope_dim: int, rank: int, *, knots: int, **factory: Any) -> None:
+        super().__init__(rope_dim, rank, **factory)
+        self.bending = FixedSpline(rope_dim, knots, self.mean.device)
+
+    def from_key(self, key: torch.Tensor) -> torch.Tensor:
+        """See `KeyProjection.from_key`."""
+        return super().from_key(self.bending(key))
+
+    def to_key(self, codes: torch.Tensor) -> torch.Tensor:
+        """See `KeyProjection.to_key`."""
+        return self.bending.inverse(super().to_key(codes))
 
 
 class SplineSplice(LearnedKVSplice):
@@ -51,7 +81,11 @@ class SplineSplice(LearnedKVSplice):
         self.bending = FixedSpline(latent_dim, knots, device)
 
     def _meaning(self) -> list[torch.Tensor]:
-        return [*super()._meaning(), self.bending.knots, self.bending.slopes]
+        return [*super()._meaning(), *(tensor for one in self._bendings() for tensor in (one.knots, one.slopes))]
+
+    def _bendings(self) -> list[FixedSpline]:
+        """Those of latents, and of keys where they have some."""
+        return [self.bending, *([self.keys.bending] if isinstance(self.keys, BentKeyProjection) else [])]
 
     def encode(self, latent: torch.Tensor, key_code: torch.Tensor | None = None) -> torch.Tensor:
         """See `LearnedKVSplice.encode`. The spline computes in float32."""
@@ -68,7 +102,7 @@ class SplineSplice(LearnedKVSplice):
             UnsupportedError: accelerate offloads buffers, and with them these.
         """
         super().require_codec_here()
-        if self.bending.knots.is_meta:
+        if any(bending.knots.is_meta for bending in self._bendings()):
             raise UnsupportedError(
                 "The knots of the splines are on the meta device: accelerate offloads buffers. Dispatch the model with "
                 "offload_buffers=False; they are a few kilobytes per layer."

@@ -195,17 +195,23 @@ class KeyProjection(nn.Module):
 
     def encode(self, k_rot: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         """Codes [..., p] of rotated keys [..., P], float32."""
-        key = undo_turns(k_rot, turns, Pairs(*self.pairs))
+        return self.from_key(undo_turns(k_rot, turns, Pairs(*self.pairs)))
+
+    def decode(self, codes: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """Rotated keys [..., P] of codes [..., p], float32."""
+        return redo_turns(self.to_key(codes), turns, Pairs(*self.pairs))
+
+    def from_key(self, key: torch.Tensor) -> torch.Tensor:
+        """Codes [..., p] of keys before their rotation [..., P], float32."""
         weight = read_parameter(self.compress, "weight").float()
         with torch.autocast(key.device.type, enabled=False):
             return (key - read_parameter(self, "mean").float()) @ weight.T
 
-    def decode(self, codes: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """Rotated keys [..., P] of codes [..., p], float32."""
+    def to_key(self, codes: torch.Tensor) -> torch.Tensor:
+        """Keys before their rotation [..., P] of codes [..., p], float32."""
         weight = read_parameter(self.expand, "weight").float()
         with torch.autocast(codes.device.type, enabled=False):
-            key = codes.float() @ weight.T + read_parameter(self, "mean").float()
-        return redo_turns(key, turns, Pairs(*self.pairs))
+            return codes.float() @ weight.T + read_parameter(self, "mean").float()
 
     def weights(self) -> KeyWeights:
         """What coding multiplies by, as it is held."""

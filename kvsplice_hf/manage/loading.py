@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from kvsplice_hf.code.bent import new_splice
+from kvsplice_hf.code.bent import BentKeyProjection, new_splice
 from kvsplice_hf.code.codecs import Codec, codec_class
 from kvsplice_hf.code.files import CONFIG_NAME, SavedSplices, codec_of, key_of, read_splice_files
 from kvsplice_hf.code.heads import HeadKey, PartKey, joined
@@ -276,7 +276,11 @@ def _empty_keys(
     weight = saved.tensors.get(key_of(part, "keys.compress.weight"))
     if weight is None or weight.dim() != 2:
         return None
-    return KeyProjection(weight.shape[1] if rope_dim is None else rope_dim, len(weight), dtype=dtype, device=device)
+    size = weight.shape[1] if rope_dim is None else rope_dim
+    knots = saved.tensors.get(key_of(part, "keys.bending.knots"))
+    if knots is None:
+        return KeyProjection(size, len(weight), dtype=dtype, device=device)
+    return BentKeyProjection(size, len(weight), knots=saved.config.knots, dtype=dtype, device=device)
 
 
 def _shapes_after_patch(model: nn.Module, saved: SavedSplices, chosen: list[AttentionSite]) -> dict[str, torch.Size]:

@@ -1,19 +1,21 @@
 #!/usr/bin/env python
 """Does bending each number by a spline before principal components help? Squared errors, and perplexity.
 
-Latents of MLA, or values of each key head, of the calibration text are fitted to; those of the evaluation text are
-measured on, and the model reads through both geometries. Errors are means over layers and heads of the squared error
-over the variance: on vectors that each fit held out of its own text, and on those of the other texts. The table says
-how many geometries kept a spline, and how many are worse than components alone on the other texts, by more than
-rounding. The last line of stdout is one JSON object.
+Latents of MLA, or values (or keys before their rotation) of each key head, of the calibration text are fitted to; those
+of the evaluation text are measured on, and the model reads through both geometries. Errors are means over layers and
+heads of the squared error over the variance: on vectors that each fit held out of its own text, and on those of the
+other texts. The table says how many geometries kept a spline, and how many are worse than components alone on the other
+texts, by more than rounding. The last line of stdout is one JSON object.
 
     python scripts/research/spline_geometry.py --model smollm2 --components 8 16 32 64
     python scripts/research/spline_geometry.py --time_size 64 --components 16
 """
 
+import contextlib
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from rich.table import Table
 from tqdm import tqdm
 
+from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, unpatch_model
 from kvsplice_hf.bench.command_line import (
     DEMO,
     ProgramParser,
@@ -35,15 +38,20 @@ from kvsplice_hf.bench.comparison import Comparison, Row, loss_text
 from kvsplice_hf.bench.tables import number
 from kvsplice_hf.bench.texts import spread_windows
 from kvsplice_hf.bench.through_geometry import through_geometries
+from kvsplice_hf.calibration.fingerprint import model_fingerprint
 from kvsplice_hf.calibration.geometries import ModelGeometry
-from kvsplice_hf.calibration.vectors import collect_vectors
-from kvsplice_hf.code.heads import PartKey
+from kvsplice_hf.calibration.key_geometries import KeyGeometry, fit_key_geometries, pairing_of
+from kvsplice_hf.calibration.vectors import Sample, collect_samples, collect_vectors
+from kvsplice_hf.code.heads import PartKey, layer_of
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.geometry import SplinePCA
+from kvsplice_hf.geometry.spline_pca import Fitted
+from kvsplice_hf.patch.sites import find_sites
 
 
 # Geometries that kept no spline are those of components alone; what differs by less is rounding.
 _WORSE = 1 + 1e-5
+Fit = tuple[Mapping[PartKey, SplinePCA], Mapping[PartKey, Fitted], contextlib.AbstractContextManager[None]]
 
 
 @dataclass
@@ -67,7 +75,7 @@ class Arguments:
     max_samples: int = field(default=120_000, metadata={"help": "vectors of each layer or head"})
     vectors: str = field(
         default="heads",
-        metadata={"help": "of ordinary attention: values of each key head (heads), or of a layer (layers)"},
+        metadata={"help": "of ordinary attention: values by key head (heads) or by layer (layers), or keys (keys)"},
     )
     layers: list[int] = field(default_factory=list, metadata={"help": "cache layer indices; none: all"})
     time_size: int = field(
@@ -81,6 +89,8 @@ class Arguments:
     def __post_init__(self) -> None:
         if not self.components or min(self.components) < 1:
             raise ConfigError(f"--components is {self.components}; it takes numbers of 1 or more.")
+        if self.vectors not in ("heads", "layers", "keys"):
+            raise ConfigError(f"--vectors is {self.vectors!r}; it takes heads, layers or keys.")
 
 
 def relative_error(geometry: SplinePCA, vectors: torch.Tensor) -> float:
@@ -113,19 +123,25 @@ class Trial(Comparison):
         ]
         return self.vectors(torch.cat(texts))
 
+    def fitted(self, training: Any, k: int, epochs: int) -> Fit:
+        """Geometries, what their fits found, and a context in which the model reads through them."""
+        settings = {"knots": self.args.knots, "learning_rate": self.args.learning_rate}
+        found = ModelGeometry.fit(training, k, "", epochs=epochs, **settings)
+        return found, found.reports, through_geometries(self.model, found)
+
     def measured(self, name: str, k: int, epochs: int, training: Any, held_out: Any) -> Row:
         """One row of the table."""
-        start, settings = time.perf_counter(), {"knots": self.args.knots, "learning_rate": self.args.learning_rate}
-        geometries = ModelGeometry.fit(training, k, "", epochs=epochs, **settings)
+        start = time.perf_counter()
+        geometries, reports, through = self.fitted(training, k, epochs)
         seconds = (time.perf_counter() - start) / len(geometries)
         errors = {str(part): relative_error(geometries[part], rows) for part, rows in held_out.items()}
         row = {"name": name, "k": k, "error": statistics.fmean(errors.values()), "errors": errors, "fit_s": seconds}
         variances = {part: float(rows.var(dim=0, correction=0).mean()) for part, rows in training.items()}
-        fits = [report.spline / variances[part] for part, report in geometries.reports.items()]
+        fits = [report.spline / variances[part] for part, report in reports.items()]
         row |= {"error_of_fit": statistics.fmean(fits), "texts": None}
-        row |= {"parts": len(fits), "bent": sum(report.epoch > 0 for report in geometries.reports.values())}
+        row |= {"parts": len(fits), "bent": sum(report.epoch > 0 for report in reports.values())}
         if self.args.perplexity and not self.args.layers:
-            with torch.no_grad(), through_geometries(self.model, geometries):
+            with torch.no_grad(), through:
                 row["texts"] = self.texts(self.plain, f"{name}, k = {k}")
         errors = f"squared error {row['error_of_fit']:.5f} held out of the fit, {row['error']:.5f} on other texts"
         tqdm.write(f"{name}, k = {k}: {errors}", file=sys.stderr)
@@ -144,6 +160,47 @@ class Trial(Comparison):
         for alone, bent in zip(rows[::2], rows[1::2], strict=True):
             bent["worse"] = sum(error > _WORSE * alone["errors"][part] for part, error in bent["errors"].items())
         return rows
+
+
+class KeyTrial(Trial):
+    """The same of keys before their rotation, read through a patch that keeps values whole, in bf16."""
+
+    def __init__(self, *args: Any) -> None:
+        self.samples: dict[PartKey, Sample] = {}
+        self.pairing = 0
+        super().__init__(*args)
+
+    def vectors(self, windows: torch.Tensor) -> dict[PartKey, torch.Tensor]:
+        """See `Trial.vectors`. The first ones say how the model pairs the numbers of its keys."""
+        settings = {"max_samples": self.args.max_samples, "max_batches": 1024}
+        found = collect_samples(self.model, list(windows.split(1)), with_keys=True, **settings)
+        keys = {part: sample.keys for part, sample in found.items() if sample.keys is not None}
+        if not self.samples:
+            self.samples, self.pairing = found, pairing_of(keys, min(self.args.components))
+        layers = self.args.layers
+        chosen = {part: sample for part, sample in keys.items() if not layers or layer_of(part) in layers}
+        return {part: sample.before_rotation(self.pairing) for part, sample in chosen.items()}
+
+    def fitted(self, training: Any, k: int, epochs: int) -> Fit:
+        """See `Trial.fitted`."""
+        settings = {"knots": self.args.knots, "learning_rate": self.args.learning_rate}
+        keys = {part: self.samples[part].keys for part in training}
+        found, reports = fit_key_geometries(keys, k, epochs=epochs, **settings)
+        return {part: key.geometry for part, key in found.items()}, reports, self.through(found, k)
+
+    @contextlib.contextmanager
+    def through(self, keys: dict[PartKey, KeyGeometry], k: int) -> Iterator[None]:
+        """A patched model, unpatched afterwards."""
+        values = {part: sample.vectors for part, sample in self.samples.items()}
+        size = next(iter(values.values())).shape[1]
+        fingerprint = model_fingerprint(self.model, find_sites(self.model))
+        whole = ModelGeometry.fit(values, size, fingerprint, knots=self.args.knots, epochs=0, progress=False, keys=keys)
+        config = KVSpliceConfig(transform="spline", rank=size, key_rank=k, knots=self.args.knots)
+        patch_model_with_kvsplice(self.model, config, calibration=whole)
+        try:
+            yield
+        finally:
+            unpatch_model(self.model)
 
 
 def table_of(rows: list[Row], texts: list[str]) -> Table:
@@ -179,7 +236,7 @@ def run(args: Arguments) -> list[Row]:
         console().print(table)
         return rows
     model, tokenizer = load_model(args.model, args.dtype)
-    rows = Trial(model, tokenizer, args).run()
+    rows = (KeyTrial if args.vectors == "keys" else Trial)(model, tokenizer, args).run()
     console().print(table_of(rows, list(dict.fromkeys(args.evaluation))))
     return rows
 
