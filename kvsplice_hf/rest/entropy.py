@@ -91,10 +91,15 @@ def coded_lines(values: torch.Tensor, bits: Sequence[int]) -> tuple[bytes, list[
         bits: of each line.
     """
     parts = []
-    for width, lines in _groups(bits):
+    for content in dense_groups(values, bits):
         coder = zlib.compressobj(_LEVEL, zlib.DEFLATED, _RAW, _MOST_MEMORY, zlib.Z_HUFFMAN_ONLY)
-        parts.append(coder.compress(_dense(values[lines], width).numpy().tobytes()) + coder.flush())
+        parts.append(coder.compress(content) + coder.flush())
     return b"".join(parts), [len(part) for part in parts]
+
+
+def dense_groups(values: torch.Tensor, bits: Sequence[int]) -> list[bytes]:
+    """What `coded_lines` codes: of each group of lines of the same bits the symbols, several to a byte."""
+    return [_dense(values[lines], width).numpy().tobytes() for width, lines in _groups(bits)]
 
 
 def decoded_lines(content: bytes, sizes: Sequence[int], bits: Sequence[int], count: int) -> torch.Tensor:
@@ -113,10 +118,11 @@ def decoded_lines(content: bytes, sizes: Sequence[int], bits: Sequence[int], cou
     start = 0
     for (width, lines), size in zip(_groups(bits), sizes, strict=True):
         needed = len(lines) * -(-count // _per_byte(width))
-        dense = zlib.decompress(content[start : start + size], _RAW, max(needed, 1))
+        decoder = zlib.decompressobj(_RAW)
+        dense = decoder.decompress(content[start : start + size], needed + 1)  # no more, whatever a stream promises
         start += size
-        if len(dense) != needed:
-            raise ValueError(f"{len(dense)} bytes where {needed} were coded")
+        if len(dense) != needed or not decoder.eof:
+            raise ValueError(f"a stream holds other than the {needed} bytes that were coded")
         if needed:
             found = torch.frombuffer(bytearray(dense), dtype=torch.uint8).view(len(lines), -1)
             values[lines] = _spread(found, width, count)
