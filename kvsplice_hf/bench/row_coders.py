@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from kvsplice_hf.code.codecs import Codec
@@ -90,7 +89,7 @@ def of_this_package(layer: Layer) -> Coded:
     """`compress="entropy"`, from symbols to symbols."""
     return timed(
         lambda: entropy.coded_lines(layer.lines, layer.bits),
-        lambda stored: entropy.decoded_lines(*stored, layer.bits, layer.lines.shape[1]),
+        lambda stored: entropy.decoded_lines(stored[0], stored[1], layer.bits, layer.lines.shape[1]),
         lambda stored: len(stored[0]),
     )
 
@@ -133,61 +132,62 @@ def arithmetic(layer: Layer) -> Coded | None:
     if constriction is None:
         return None
     coders, kind = constriction.stream.queue, constriction.stream.model.Categorical
-    lines = layer.lines.numpy()
 
-    def model_of(counts: np.ndarray) -> Any:
-        return kind(
-            (counts + _PRIOR).astype(np.float32) / np.float32(counts.sum() + _PRIOR * len(counts)), perfect=False
-        )
+    def model_of(counts: torch.Tensor) -> Any:
+        return kind(_shares(counts).float().numpy(), perfect=False)
 
-    def encode() -> tuple[Any, list[np.ndarray]]:
+    def encode() -> tuple[Any, list[torch.Tensor]]:
         coder, tables = coders.RangeEncoder(), []
-        for line, bits in zip(lines, layer.bits, strict=True):
-            tables.append(np.bincount(line, minlength=2**bits))
-            coder.encode(line.astype(np.int32), model_of(tables[-1]))
+        for line, bits in zip(layer.lines, layer.bits, strict=True):
+            tables.append(_counts(line, bits))
+            coder.encode(line.int().numpy(), model_of(tables[-1]))
         return coder.get_compressed(), tables
 
-    def decode(stored: tuple[Any, list[np.ndarray]]) -> list[np.ndarray]:
-        decoder = coders.RangeDecoder(stored[0])
-        found = [decoder.decode(model_of(counts), lines.shape[1]).astype(np.uint8) for counts in stored[1]]
-        assert all(map(np.array_equal, found, lines))
-        return found
+    def decode(stored: tuple[Any, list[torch.Tensor]]) -> list[torch.Tensor]:
+        decoder, count = coders.RangeDecoder(stored[0]), layer.lines.shape[1]
+        return [torch.from_numpy(decoder.decode(model_of(counts), count)).to(torch.uint8) for counts in stored[1]]
 
     return timed(encode, decode, lambda stored: stored[0].nbytes + _table_bytes(layer.bits))
 
 
 def entropy_of_own_tables(layer: Layer) -> Coded:
     """What an ideal coder needs that knows how often each symbol of a coordinate comes; the tables are not counted."""
-    return Coded(_ideal(layer, lambda line, bits: np.bincount(line, minlength=2**bits), layer.lines))
+    return Coded(_ideal(layer, layer.lines))
 
 
 def entropy_of_tables_of_another_text(layer: Layer) -> Coded:
     """The same with tables of another text, which need not be in the file."""
-    return Coded(_ideal(layer, lambda line, bits: np.bincount(line, minlength=2**bits), layer.other))
+    return Coded(_ideal(layer, layer.other))
 
 
 def entropy_of_adaptive_tables(layer: Layer) -> Coded:
     """The same with the tables of the tokens before, counted anew every `_BLOCK` tokens; nothing is kept."""
     total = 0.0
-    for line, bits in zip(layer.lines.numpy(), layer.bits, strict=True):
-        counts = np.zeros(2**bits)
-        for start in range(0, len(line), _BLOCK):
-            block = line[start : start + _BLOCK]
-            total += _bits_of(block, counts)
-            counts += np.bincount(block, minlength=2**bits)
+    for line, bits in zip(layer.lines, layer.bits, strict=True):
+        counts = torch.zeros(2**bits, dtype=torch.int64, device=line.device)
+        for block in line.split(_BLOCK):
+            new = _counts(block, bits)
+            total += _bits_of(new, counts)
+            counts += new
     return Coded(total / 8)
 
 
-def _ideal(layer: Layer, count: Callable[[np.ndarray, int], np.ndarray], tables: torch.Tensor) -> float:
-    total = 0.0
-    for line, table, bits in zip(layer.lines.numpy(), tables.numpy(), layer.bits, strict=True):
-        total += _bits_of(line, count(table, bits))
-    return total / 8
+def _ideal(layer: Layer, tables: torch.Tensor) -> float:
+    parts = zip(layer.lines, tables, layer.bits, strict=True)
+    return sum(_bits_of(_counts(line, bits), _counts(table, bits)) for line, table, bits in parts) / 8
 
 
-def _bits_of(line: np.ndarray, counts: np.ndarray) -> float:
-    shares = (counts + _PRIOR) / (counts.sum() + _PRIOR * len(counts))
-    return float(-np.log2(shares)[line].sum())
+def _counts(line: torch.Tensor, bits: int) -> torch.Tensor:
+    return torch.bincount(line, minlength=2**bits)
+
+
+def _shares(counts: torch.Tensor) -> torch.Tensor:
+    return (counts.double() + _PRIOR) / (counts.sum() + _PRIOR * len(counts))
+
+
+def _bits_of(counts: torch.Tensor, table: torch.Tensor) -> float:
+    """What symbols that come so often need by such a table."""
+    return -float((counts * _shares(table).log2()).sum())
 
 
 def _table_bytes(bits: Sequence[int]) -> int:

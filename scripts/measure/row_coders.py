@@ -76,7 +76,7 @@ def layers_of(args: Arguments) -> list[Layer]:
     model, tokenizer = load_model(args.model, args.dtype)
     splice(model, tokenizer, args)
     codecs = [codecs_of(patched.splice) for _, patched in patched_sites(model)]
-    if any(codec is None for layer in codecs for codec in layer):
+    if not all(codecs):
         raise ConfigError("Rows are numbers with this budget. Give --bytes_per_token, --bits or --compression.")
     device = next(model.parameters()).device
     rows = []
