@@ -198,6 +198,19 @@ def test_a_compression_that_is_not_known_is_refused(tmp_path: Path, monkeypatch:
         load_cache(model, tmp_path / "cache")
 
 
+def test_a_cache_without_packed_rows_is_saved_as_it_is_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = made(NAME, "stock")
+    cache = filled(model)[0]
+    save_cache(cache, tmp_path / "cache", model)
+    assert "no packed rows" not in caplog.text
+    save_cache(cache, tmp_path / "cache", model, compress="entropy")
+    assert "no packed rows in this cache" in caplog.text
+    loaded = load_cache(model, tmp_path / "cache")
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(loaded.layers, cache.layers, strict=True))
+
+
 def test_rows_that_a_decoder_gets_wrong_are_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(NAME, "packed")
     save_cache(filled(model)[0], tmp_path / "cache", model, compress="entropy")
