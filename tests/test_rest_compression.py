@@ -97,6 +97,9 @@ class Splice(torch.nn.Module):
         super().__init__()
         self.codec = codec
 
+    def require_codec_here(self) -> None:
+        """It always is."""
+
 
 def stored(codec: Codec, rows: torch.Tensor) -> tuple[dict[str, torch.Tensor], Any, torch.Tensor]:
     """The tensors and the record of a file with these rows, and what is read of them."""

@@ -12,11 +12,12 @@ of column i, as in `trellis`,
     symbol_i = (level number of i >> 1) ^ (beside_i ? all ones : 0)
     u_i = lowest bit of symbol_i ^ u_(i-1) ^ u_(i-2) ^ u_(i-4) ^ u_(i-6)
 
-The last line is how the way back finds the codes, a column after the other.
+The last line is how the way back finds the codes: it is linear, so each bit is a sum of bits of symbols.
 
 Legend: `S` rows, `m` symbols of a row.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def bits_of(codec: Codec) -> tuple[int, ...]:
 
 
 def symbols_of(codec: Codec, packed: torch.Tensor) -> Symbols:
-    """The symbols of packed rows uint8 [S, row_bytes].
+    """The symbols of packed rows uint8 [S, row_bytes], on the CPU.
 
     Raises:
         ConfigError: the bytes are not those of one row of this codec.
@@ -63,7 +64,7 @@ def symbols_of(codec: Codec, packed: torch.Tensor) -> Symbols:
     assert isinstance(codec, RowCodec)
     codes = codec.code_lines(packed)
     if isinstance(codec, TrellisCodec):
-        for chain in (codec.in_chain[part] for part in codec.chains):
+        for chain in _chains(codec):
             codes[chain] = _counted(codes[chain], _halves(codec, chain))
     return Symbols(torch.cat([packed[:, : _plain_bytes(codec)].T, codes]), bits)
 
@@ -77,7 +78,7 @@ def rows_of(codec: Codec, values: torch.Tensor) -> torch.Tensor:
     codes = values[plain:]
     if isinstance(codec, TrellisCodec):
         codes = codes.clone()
-        for chain in (codec.in_chain[part] for part in codec.chains):
+        for chain in _chains(codec):
             codes[chain] = _uncounted(codes[chain], _halves(codec, chain))
     return codec.join_lines(values[:plain].T, codes)
 
@@ -87,9 +88,20 @@ def _plain_bytes(codec: RowCodec) -> int:
     return codec.row_bytes - codec.coded_bytes
 
 
-def _halves(codec: RowCodec, columns: torch.Tensor) -> torch.Tensor:
+def _chains(codec: TrellisCodec) -> list[torch.Tensor | slice]:
+    """The columns of each trellis of a row. Where rows at rest are, on the CPU, wherever the codec is."""
+    found: list[torch.Tensor | slice] = []
+    for columns in (codec.in_chain[part].cpu() for part in codec.chains):
+        first, count = int(columns[0]) if len(columns) else 0, len(columns)
+        beside = torch.arange(first, first + count, dtype=columns.dtype, device=columns.device)
+        # Neighbours are read in place.
+        found.append(slice(first, first + count) if torch.equal(columns, beside) else columns)
+    return found
+
+
+def _halves(codec: RowCodec, columns: torch.Tensor | slice) -> torch.Tensor:
     """The largest value of all but the lowest bit of the codes of columns, uint8 [c, 1]."""
-    widths = codec.widths[codec.column_index[columns]].long()
+    widths = codec.widths.cpu()[codec.column_index.cpu()[columns]].long()
     return (2 ** (widths - 1) - 1).to(torch.uint8)[:, None]
 
 
@@ -115,10 +127,21 @@ def _counted(codes: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
 
 def _uncounted(symbols: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
     """Codes of symbols along a trellis, uint8 [c, S]."""
-    lowest = symbols & 1
-    lines = list(lowest)
-    for index, line in enumerate(lines):
-        for lag in (*BESIDE, *OPPOSITE):
-            if lag <= index:
-                line ^= lines[index - lag]  # noqa: PLW2901  in place: these are the lines of `lowest`
+    sums = _terms(len(symbols)) @ (symbols & 1).float()  # of less than 2^24 ones, so exact
+    lowest = (sums.to(torch.int32) & 1).to(torch.uint8)
     return (((symbols >> 1) ^ (_beside(lowest) * halves)) << 1) | lowest
+
+
+@functools.cache
+def _terms(count: int) -> torch.Tensor:
+    """Of each u the lowest bits of symbols whose sum it is, modulo 2: 0 or 1, float32 [c, c].
+
+    The recurrence of the bits, solved: one product instead of steps from column to column.
+    """
+    with torch.inference_mode(False):
+        terms = torch.eye(count, dtype=torch.uint8, device="cpu")
+        for index in range(count):
+            for lag in (*BESIDE, *OPPOSITE):
+                if lag <= index:
+                    terms[index] ^= terms[index - lag]
+        return terms.float()

@@ -78,7 +78,12 @@ def unpack_rows(
 
 
 def codecs_of(splice: Any) -> list[Codec]:
-    """Of the parts of a packed row: of each key head, or of the one latent. None where rows are not packed."""
+    """Of the parts of a packed row: of each key head, or of the one latent. None where rows are not packed.
+
+    Raises:
+        UnsupportedError: accelerate offloads buffers, and with them the tables of the codecs.
+    """
+    splice.require_codec_here()
     parts = splice if isinstance(splice, HeadSplices) else [splice]
     return [part.codec for part in parts if part.codec is not None]
 
