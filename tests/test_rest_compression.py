@@ -134,9 +134,10 @@ def test_bits_that_no_field_has_come_back_as_they_were() -> None:
     assert torch.equal(read, rows)
 
 
+@pytest.mark.parametrize("widths", ["every width", "nothing stored"])
 @pytest.mark.parametrize("shape", [(2, 1, 0), (0, 1, 3), (1, 1, 1)])
-def test_few_rows_or_none_come_back(shape: tuple[int, ...]) -> None:
-    codec = codec_of("trellis")
+def test_few_rows_or_none_or_of_no_bytes_come_back(shape: tuple[int, ...], widths: str) -> None:
+    codec = codec_of("trellis", widths, "no gain")
     rows = torch.zeros(*shape, codec.row_bytes, dtype=torch.uint8)
     assert torch.equal(stored(codec, rows)[2], rows)
 

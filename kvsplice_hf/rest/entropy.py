@@ -51,7 +51,7 @@ def pack_rows(
     for name, splice in tqdm(splices.items(), "coding rows", disable=total < _LONG):
         rows = tensors[name].contiguous()
         content, how = _coded(rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1]), codecs_of(splice))
-        kept[name] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        kept[name] = _as_tensor(content)
         streams[name] = {"shape": list(rows.shape), "crc32": _checksum(rows), **how}
     return kept, {"streams": streams}
 
@@ -129,7 +129,7 @@ def decoded_lines(content: bytes, sizes: Sequence[int], bits: Sequence[int], cou
         if len(dense) != needed or not decoder.eof:
             raise ValueError(f"a stream holds other than the {needed} bytes that were coded")
         if needed:
-            found = torch.frombuffer(bytearray(dense), dtype=torch.uint8).view(len(lines), -1)
+            found = _as_tensor(dense).view(len(lines), -1)
             values[lines] = _spread(found, width, count)
     return values
 
@@ -167,6 +167,12 @@ def _rows_of_stream(name: str, stream: torch.Tensor, known: Mapping[str, Any], s
             "Save the cache again."
         )
     return rows.view(shape)
+
+
+def _as_tensor(content: bytes) -> torch.Tensor:
+    if not content:  # which frombuffer refuses
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 def _checksum(rows: torch.Tensor) -> int:
