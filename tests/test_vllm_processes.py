@@ -62,8 +62,10 @@ CASES = {
 
 
 def experts_model() -> Any:
-    """A tiny model whose second layer has experts, of the sizes that vLLM's code for CPUs takes."""
+    """A tiny model whose second layer has experts, of sizes that vLLM's code for CPUs takes."""
     tiny = build("deepseek_v3", torch.float32)
+    # How transformers chooses experts in any case, and vLLM where the settings say so, as those of published models do.
+    tiny.config.topk_method, tiny.config.scoring_func = "noaux_tc", "sigmoid"
     model = type(tiny)(tiny.config).float().eval()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -112,6 +114,8 @@ def test_an_engine_in_processes_writes_what_the_patched_model_writes(
     given |= {"settings": {"block_size": PAGES_OF_ENGINE} | case.settings}
     paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": paths, "KVSPLICE_VLLM": str(folder / f"{case.model}-splice")}
+    # What is compiled is compiled here, and not found from an earlier run.
+    environment |= {"VLLM_CACHE_ROOT": str(folder / "cache"), "VLLM_CPU_CI_ENV": "0"}
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     program = str(TESTS / "engines_in_processes.py")
     code, output, errors = ended([sys.executable, program, json.dumps(given)], environment | case.environment)
