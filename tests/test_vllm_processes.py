@@ -46,8 +46,7 @@ class Case:
 
 
 CASES = {
-    "one worker": Case(),
-    "experts": Case("experts"),
+    "one worker, experts": Case("experts"),
     "two workers with half of the heads each": Case(
         settings={"tensor_parallel_size": 2}, environment=TWO_CORES, layers=((0, 1), (0, 1))
     ),

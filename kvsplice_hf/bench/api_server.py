@@ -30,8 +30,8 @@ _TAIL = 30
 
 
 def vllm_command(*words: str) -> list[str]:
-    """A command of vLLM in the environment of this Python."""
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", *words]
+    """The command `vllm ...` in the environment of this Python."""
+    return [sys.executable, "-m", "kvsplice_hf.vllm.commands", *words]
 
 
 def environment_of(splice: Path | None) -> dict[str, str]:
