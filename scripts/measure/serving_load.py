@@ -47,6 +47,8 @@ TIMES = {
     "token_median_ms": "median_tpot_ms",
     "token_p99_ms": "p99_tpot_ms",
 }
+# What it says nothing to divide.
+_NO_RATIO = ("page", "cache_used_most", "preemptions")
 # vLLM's rotation on CPUs is wrong for plain RoPE (docs/serving.md); both servers leave it out.
 _COMPILATION = json.dumps({"custom_ops": ["-rotary_embedding"]})
 
@@ -62,7 +64,7 @@ class Arguments:
     layers: int = field(default=3, metadata={"help": "of the small random model"})
     bytes_per_token: float = field(default=STOCK_ROW_BYTES / 4, metadata={"help": "of its splice, per layer"})
     sink_tokens: int = field(default=4, metadata={"help": "exact first tokens of its splice"})
-    requests: int = field(default=64, metadata={"help": "how many are sent, all at once"})
+    requests: int = field(default=96, metadata={"help": "how many are sent, all at once"})
     input_tokens: int = field(default=768, metadata={"help": "of a request, in the mean"})
     output_tokens: int = field(default=96, metadata={"help": "of a request, in the mean"})
     spread: float = field(default=0.25, metadata={"help": "how far lengths lie from the mean, as a part of it"})
@@ -165,7 +167,7 @@ def table_of(rows: dict[str, dict[str, Any]]) -> Table:
         ("each further token, median, ms", "token_median_ms", ".1f"),
         ("each further token, p99, ms", "token_p99_ms", ".1f"),
     ):
-        times = ratio(spliced[key], stock[key], ".3f") if stock[key] and spliced[key] else ""
+        times = "" if key in _NO_RATIO else ratio(spliced[key], stock[key], ".3f")
         table.add_row(label, number(stock[key], form), number(spliced[key], form), times)
     return table
 
