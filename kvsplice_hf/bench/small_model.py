@@ -42,11 +42,14 @@ _SHAPE: dict[str, Any] = {
 
 def save_word_tokenizer(folder: Path, vocabulary: int) -> None:
     """Save a tokenizer whose words are `t3 t4 t5 ...`, one for each id of a vocabulary, separated by spaces."""
-    words = Tokenizer(models.WordLevel({f"t{index}": index for index in range(vocabulary)}, unk_token="t2"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="t0", eos_token="t1", unk_token="t2", clean_up_tokenization_spaces=False
+    # Special tokens are looked for inside words as well, so none may be the beginning of one.
+    special = {"bos_token": "<begin>", "eos_token": "<end>", "unk_token": "<unknown>"}
+    names = [*special.values(), *(f"t{index}" for index in range(FIRST_WORD, vocabulary))]
+    words = Tokenizer(
+        models.WordLevel({name: index for index, name in enumerate(names)}, unk_token=special["unk_token"])
     )
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, clean_up_tokenization_spaces=False, **special)
     tokenizer.save_pretrained(folder)
 
 
