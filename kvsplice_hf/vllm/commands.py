@@ -5,8 +5,6 @@ is a package of another name, so each of its commands ends with a `PackageNotFou
 vLLM's.
 """
 
-import sys
-
 
 def main() -> None:
     """Run the command of the command line.
@@ -33,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
