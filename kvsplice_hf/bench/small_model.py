@@ -82,8 +82,9 @@ def save_small_splice(model_folder: Path, folder: Path, bytes_per_token: float, 
         Bytes of a row of a layer.
     """
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(FIRST_WORD, _SHAPE["vocab_size"], (40, 64), generator=random)
+    random = torch.Generator("cpu").manual_seed(0)
+    words = FIRST_WORD, _SHAPE["vocab_size"]
+    ids = torch.randint(*words, (40, 64), generator=random, dtype=torch.int64, device="cpu")
     calibration = KVSpliceCalibrator(model, sink_tokens=sink_tokens).collect(list(ids))
     config = KVSpliceConfig(bytes_per_token=bytes_per_token, sink_tokens=sink_tokens, allocation="layer")
     patch_model_with_kvsplice(model, config, calibration=calibration)
