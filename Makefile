@@ -69,7 +69,7 @@ test-quantised:
 
 # Engines of vLLM with a splice, on a CPU, in an environment of their own: vLLM wants an older transformers.
 test-vllm: .venv-vllm/.ready
-	.venv-vllm/bin/python -m pytest -o addopts= -q tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -o addopts= -q $(wildcard tests/test_vllm*.py) tests/test_serving_programs.py
 
 .venv-vllm/.ready: setup.cfg Makefile constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm

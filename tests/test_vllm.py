@@ -182,7 +182,8 @@ def test_angles_are_the_same_after_vllm_has_renamed_the_kind_of_rotation(tmp_pat
 def engine_config(model: Any, **settings: Any) -> Any:
     """What of `VllmConfig` is looked at, as it is where nothing special was asked for."""
     given = {"cache_dtype": "auto", "block_size": 16, "speculative": None, "connector": None, "lora": None}
-    given |= {"decode_context": 1, "device": "cpu", "use_mla": True, "folder": ""} | settings
+    given |= {"decode_context": 1, "device": "cpu", "use_mla": True, "folder": "", "stages": 1, "mode": "NONE"}
+    given |= settings
     return SimpleNamespace(
         model_config=SimpleNamespace(
             hf_text_config=model.config, use_mla=given["use_mla"], model=given["folder"], revision=None
@@ -192,8 +193,11 @@ def engine_config(model: Any, **settings: Any) -> Any:
         kv_transfer_config=given["connector"],
         lora_config=given["lora"],
         parallel_config=SimpleNamespace(
-            decode_context_parallel_size=given["decode_context"], prefill_context_parallel_size=1
+            decode_context_parallel_size=given["decode_context"],
+            prefill_context_parallel_size=1,
+            pipeline_parallel_size=given["stages"],
         ),
+        compilation_config=SimpleNamespace(mode=SimpleNamespace(name=given["mode"])),
         device_config=SimpleNamespace(device_type=given["device"]),
     )
 
@@ -219,6 +223,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "connector": ({"connector": object()}, UnsupportedError, "does not serve a KV connector"),
     "adapters": ({"lora": object()}, UnsupportedError, "does not serve LoRA"),
     "context parallelism": ({"decode_context": 2}, UnsupportedError, "does not serve context parallelism"),
+    "stages that are not compiled": ({"stages": 2}, UnsupportedError, "does not run layers in 2 stages without"),
     "GPU": ({"device": "cuda"}, UnsupportedError, "does not serve device 'cuda'"),
     "no MLA": ({"use_mla": False}, UnsupportedError, "does not serve VLLM_MLA_DISABLE"),
     "pages that are too small": ({"block_size": 1}, ConfigError, "Blocks of 1 tokens cannot hold"),

@@ -72,6 +72,7 @@ def require_servable(engine: Any, folder: Path) -> None:
     config = engine.model_config.hf_text_config
     require_known_model(config)
     _require_supported(engine)
+    _require_pipeline_that_starts(engine)
     saved = read_splice_files(folder).config
     if engine.cache_config.block_size < saved.sink_tokens:
         raise ConfigError(
@@ -106,6 +107,20 @@ def _require_supported(engine: Any) -> None:
         raise UnsupportedError(
             f"vLLM with a splice does not serve {', '.join(found)}. Leave that out, or unset {FOLDER_VARIABLE} to "
             "serve the model without its splice (docs/serving.md)."
+        )
+
+
+def _require_pipeline_that_starts(engine: Any) -> None:
+    """Refuse stages of layers where vLLM would fail at its first request, with or without a splice.
+
+    Its workers on CPUs make the tensors that a stage receives in when they warm up, and do so only to compile.
+    """
+    stages = engine.parallel_config.pipeline_parallel_size
+    is_eager = engine.compilation_config.mode.name == "NONE"
+    if stages > 1 and (is_eager or os.environ.get("VLLM_CPU_CI_ENV", "0") not in ("", "0")):
+        raise UnsupportedError(
+            f"vLLM {TESTED_VLLM} on a CPU does not run layers in {stages} stages without compiling them, with a splice "
+            "or without. Leave out enforce_eager and VLLM_CPU_CI_ENV, or pipeline_parallel_size (docs/serving.md)."
         )
 
 

@@ -1,0 +1,61 @@
+"""An engine of vLLM with workers in processes of their own, for `test_vllm_processes`.
+
+What was asked for is JSON on the command line. The last line of stdout is a JSON object: what the engine wrote when it
+was asked and asked again, and which rows each of its workers held in between. vLLM adds `EngineRows` to its workers,
+which find this module on their path.
+"""
+
+import hashlib
+import json
+import sys
+from typing import Any
+
+
+class EngineRows:
+    """Methods of a worker of vLLM, in its process (`worker_extension_cls`)."""
+
+    def _layers(self) -> dict[str, Any]:
+        layers = self.model_runner.compilation_config.static_forward_context  # type: ignore[attr-defined]
+        return {name: layer for name, layer in layers.items() if hasattr(layer, "impl")}
+
+    def digests_of_rows(self) -> dict[str, str]:
+        """By layer a digest of the rows in its pages, without those of page 0, which belongs to nobody."""
+        caches = {name: layer.kv_cache[1:].numpy() for name, layer in self._layers().items()}
+        return {name: hashlib.sha256(cache.tobytes()).hexdigest() for name, cache in caches.items()}
+
+    def backends(self) -> list[str]:
+        """Names of the classes that compute attention."""
+        return sorted({type(layer.impl).__name__ for layer in self._layers().values()})
+
+
+def written(engine: Any, asked: dict[str, Any]) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True, detokenize=False)
+    given: Any = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
+    return [list(out.outputs[0].token_ids) for out in engine.generate(given, sampling, use_tqdm=False)]
+
+
+def main() -> None:
+    from vllm import LLM
+
+    asked = json.loads(sys.argv[1])
+    engine = LLM(
+        asked["base"],
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=8,
+        kv_cache_memory_bytes=1 << 22,
+        worker_extension_cls="engines_in_processes.EngineRows",
+        **({"enforce_eager": True} | asked["settings"]),
+    )
+    found: dict[str, Any] = {"first": written(engine, asked), "rows": engine.collective_rpc("digests_of_rows")}
+    found |= {"again": written(engine, asked), "backends": engine.collective_rpc("backends")}
+    found["mode"] = engine.llm_engine.vllm_config.compilation_config.mode.name
+    engine.llm_engine.engine_core.shutdown()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
