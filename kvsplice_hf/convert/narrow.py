@@ -4,8 +4,10 @@ RMSNorm divides a latent by its own size, so a latent of fewer channels is divid
 was. Here that is made up for without a bias, which engines do not take. The vector u that is to be narrowed has a norm
 of its own that hardly varies: hidden states behind their norm, or a latent behind its norm. A latent with orthonormal
 rows has the size of the part of u that it holds, so what it holds beside the directions that are read is chosen to make
-up most of the rest: channels that are stored and never read. How many of the channels are given to that is what costs
-least on the sample, the loss of directions and the unsteadiness of the norm counted together.
+up most of the rest. How many of the channels are given to that is what costs least on the sample, the loss of
+directions and the unsteadiness of the norm counted together. Two ways to hold m directions are compared: the numbers
+that say most of what is read of u, which are one thing, and the space in which what they bring back lies, which is
+another and holds more of the length of u.
 
 Legend: `n` numbers of u, `T` sampled tokens, `k` directions of u that anything reads, `m` channels that are read.
 """
@@ -21,8 +23,10 @@ _UNREAD = 1e-12
 SCALE = 32.0
 # Of the second moments of channels, added to them where the reading is fitted.
 RIDGE = 0.01
+# A cost at which no other latent is looked for.
+_NOTHING = 1e-7
 # Shares of the channels that are tried for keeping the norm steady.
-_SHARES = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
+_SHARES = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
 
 @dataclass(frozen=True)
@@ -109,30 +113,38 @@ def narrow(vectors: torch.Tensor, share: torch.Tensor, metric: torch.Tensor, ran
     counts = sorted({max(1, min(most, rank - round(portion * rank))) for portion in _SHARES}, reverse=True)
     found = []
     for count in counts:
-        rows, reads = _rows(second, encode[:count], decode[:, :count], rank)
+        if found and found[-1].cost < _NOTHING:
+            break
+        rows, turned = _orthonormal(encode[:count], second)
+        rows, reads = _filled(rows, second, rank), decode[:, :count] @ turned
         # Where all directions are held, channels that hold the norm have nothing to tell.
         found.append(_fitted(sample, rows, reads, refit=count < len(encode)))
+        if count < len(encode):
+            rows, _ = _orthonormal(encode[:count] @ second, second)
+            held = (rows @ second * rows).sum(-1).clamp(min=1e-12 * second.diagonal().sum())
+            found.append(_fitted(sample, _filled(rows, second, rank), second @ rows.T / held, refit=True))
     return min(found, key=lambda narrowing: narrowing.cost)
 
 
-def _rows(
-    second: torch.Tensor, encode: torch.Tensor, decode: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal rows [rank, n] that hold `encode` [m, n], and what reads the first m of them back as `decode` did.
+def _orthonormal(vectors: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal rows [m, n] that span `vectors`, [m, n], and what brings these back: vectors = turned rows.
 
-    The others hold most of what is left of u.
+    Channels have no correlation: what rounding leaves of each is then small beside what is read of it.
     """
-    rows, mix = torch.linalg.qr(encode.T)  # encode = mix^T rows^T
-    # Channels without correlation: what rounding leaves of each is then small beside what is read of it.
+    rows, mix = torch.linalg.qr(vectors.T)  # vectors = mix^T rows^T
     turn = torch.linalg.eigh(rows.T @ second @ rows).eigenvectors.flip(-1)
-    rows, decode = (rows @ turn).T, decode @ mix.T @ turn
+    return (rows @ turn).T, mix.T @ turn
+
+
+def _filled(rows: torch.Tensor, second: torch.Tensor, rank: int) -> torch.Tensor:
+    """Orthonormal rows, [rank, n]: those given, [m, n], and others that hold most of what is left of u."""
     if rank == len(rows):
-        return rows, decode
+        return rows
     rest = second - rows.T @ (rows @ second)
     rest = rest - (rest @ rows.T) @ rows
     spare = torch.linalg.eigh((rest + rest.T) / 2).eigenvectors.flip(-1)[:, : rank - len(rows)].T
     spare = spare - (spare @ rows.T) @ rows
-    return torch.cat([rows, torch.linalg.qr(spare.T)[0].T]), decode
+    return torch.cat([rows, torch.linalg.qr(spare.T)[0].T])
 
 
 def _fitted(sample: Sample, rows: torch.Tensor, decode: torch.Tensor, refit: bool) -> Narrowing:

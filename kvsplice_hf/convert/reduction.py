@@ -87,7 +87,7 @@ def reduce_rank(
     """
     sites = _require_reducible(model)
     _require_rank(sites, rank)
-    _require_tokens(tokens, rank)
+    _require_tokens(tokens, rank, model.config.vocab_size)
     if calibration is None:
         with torch.enable_grad():
             calibration = KVSpliceCalibrator(model).collect(tokens, max_tokens=tokens.numel(), window=tokens.shape[1])
@@ -144,7 +144,7 @@ def _require_rank(sites: list[AttentionSite], rank: int) -> None:
         )
 
 
-def _require_tokens(tokens: Any, rank: int) -> None:
+def _require_tokens(tokens: Any, rank: int, vocabulary: int) -> None:
     if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
         found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
         raise CalibrationError(f"`tokens` are {found}; a rank is reduced on token ids, int64 [B, T].")
@@ -152,6 +152,11 @@ def _require_tokens(tokens: Any, rank: int) -> None:
         raise CalibrationError(
             f"`tokens` are {tokens.numel()}, and a latent of {rank} channels is fitted to {_TOKENS_PER_CHANNEL * rank} "
             "tokens at least. Give more text."
+        )
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise CalibrationError(
+            f"`tokens` are from {int(tokens.min())} to {int(tokens.max())}, outside the vocabulary of {vocabulary}. "
+            "Use the tokenizer of this model, and leave padding out."
         )
 
 

@@ -82,6 +82,7 @@ def heal(
                     save_strategy="no",
                     report_to="none",
                     logging_steps=10,
+                    dataloader_pin_memory=torch.cuda.is_available(),
                     seed=seed,
                 ),
                 train_dataset=[{"input_ids": window} for window in windows],
