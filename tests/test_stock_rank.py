@@ -18,10 +18,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvsplice
-from kvsplice_hf.convert import REDUCED_MODULES, reduce_rank
+from kvsplice_hf.convert import reduce_rank
+from kvsplice_hf.convert.reduction import REDUCED_MODULES
 from kvsplice_hf.errors import CalibrationError, ConfigError, PatchStateError, TrainingError, UnsupportedError
 from kvsplice_hf.patch.sites import find_sites
-from kvsplice_hf.training.healing import heal
+from kvsplice_hf.training import heal
 from kvsplice_hf.upstream import cache_argument
 
 

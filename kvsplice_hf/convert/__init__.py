@@ -17,7 +17,7 @@ rotates is one complex number.
 """
 
 from kvsplice_hf.convert.conversion import convert_to_mla
-from kvsplice_hf.convert.reduction import REDUCED_MODULES, ReducedLayer, reduce_rank
+from kvsplice_hf.convert.reduction import ReducedLayer, reduce_rank
 
 
-__all__ = ["REDUCED_MODULES", "ReducedLayer", "convert_to_mla", "reduce_rank"]
+__all__ = ["ReducedLayer", "convert_to_mla", "reduce_rank"]

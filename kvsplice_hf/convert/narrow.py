@@ -24,9 +24,9 @@ SCALE = 32.0
 # Of the second moments of channels, added to them where the reading is fitted.
 RIDGE = 0.01
 # A cost at which no other latent is looked for.
-_NOTHING = 1e-7
+_NOTHING = 1e-4
 # Shares of the channels that are tried for keeping the norm steady.
-_SHARES = (0.0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+_SHARES = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 
 
 @dataclass(frozen=True)
@@ -111,19 +111,24 @@ def narrow(vectors: torch.Tensor, share: torch.Tensor, metric: torch.Tensor, ran
     encode, decode = axes.T @ sample.root.T, inverse @ axes
     most = min(len(encode), rank)
     counts = sorted({max(1, min(most, rank - round(portion * rank))) for portion in _SHARES}, reverse=True)
-    found = []
+    best: Narrowing | None = None
     for count in counts:
-        if found and found[-1].cost < _NOTHING:
-            break
         rows, turned = _orthonormal(encode[:count], second)
         rows, reads = _filled(rows, second, rank), decode[:, :count] @ turned
         # Where all directions are held, channels that hold the norm have nothing to tell.
-        found.append(_fitted(sample, rows, reads, refit=count < len(encode)))
+        found = _fitted(sample, rows, reads, refit=count < len(encode))
         if count < len(encode):
             rows, _ = _orthonormal(encode[:count] @ second, second)
             held = (rows @ second * rows).sum(-1).clamp(min=1e-12 * second.diagonal().sum())
-            found.append(_fitted(sample, _filled(rows, second, rank), second @ rows.T / held, refit=True))
-    return min(found, key=lambda narrowing: narrowing.cost)
+            other = _fitted(sample, _filled(rows, second, rank), second @ rows.T / held, refit=True)
+            found = min(found, other, key=lambda narrowing: narrowing.cost)
+        if best is not None and found.cost >= best.cost:
+            break  # the more channels hold the norm, the fewer hold what is read
+        best = found
+        if best.cost < _NOTHING:
+            break
+    assert best is not None
+    return best
 
 
 def _orthonormal(vectors: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,7 +33,7 @@ from kvsplice_hf.bench.conversion import compare
 from kvsplice_hf.bench.tables import with_error
 from kvsplice_hf.bench.texts import spread_windows
 from kvsplice_hf.convert import ReducedLayer, reduce_rank
-from kvsplice_hf.training.healing import heal
+from kvsplice_hf.training import heal
 
 
 @dataclass
