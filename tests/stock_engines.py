@@ -33,10 +33,9 @@ def asked_of(engine: dict[str, Any], prompts: list[list[int]], new_tokens: int) 
         dtype="float32",
         max_model_len=128,
         max_num_seqs=8,
-        block_size=16,
         kv_cache_memory_bytes=1 << 24,
         disable_log_stats=True,
-        **engine["settings"],
+        **({"block_size": 16} | engine["settings"]),
     )
     given: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
