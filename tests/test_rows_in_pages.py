@@ -11,7 +11,7 @@ from kvsplice_hf.attend import choice
 from kvsplice_hf.attend.backend import Paging, Step
 from kvsplice_hf.attend.native import calls, library
 from kvsplice_hf.errors import ConfigError
-from kvsplice_hf.patch.absorbed import absorbed_attention, step_of
+from kvsplice_hf.patch.absorbed import step_of
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.vllm import pages as pages_module
 from kvsplice_hf.vllm.pages import Pages, ServedLayer, attend_pages, batch_of, pages_of, store
