@@ -244,6 +244,7 @@ NEVER_MISSING = {
     "research/study_tuning.py",
     "run/demo.py",
     "run/finetune_kvsplice.py",
+    "run/reduce_rank.py",
     "run/train_gpt2_mla.py",
 }
 

@@ -18,7 +18,7 @@ from kvsplice_hf import (
     TrainingError,
     patch_model_with_kvsplice,
 )
-from kvsplice_hf.calibration.solve import SHRINKAGE, _latent_metric
+from kvsplice_hf.calibration.solve import SHRINKAGE, latent_metric
 from kvsplice_hf.patch.state import find_patch
 from kvsplice_hf.training import KVSpliceTrainer, freeze_all_but_kvsplice
 from kvsplice_hf.training.calibrated_steps import CalibratedSteps
@@ -58,7 +58,7 @@ def test_a_step_of_one_number_costs_at_most_half_its_square(name: str, recipe: s
     for layer_idx, splice in splices_of(model).items():
         statistics = known.statistics[layer_idx]
         scale = F.softplus(splice.transform_scale.detach()).double()
-        metric = _latent_metric(statistics, "fisher", SHRINKAGE)
+        metric = latent_metric(statistics, "fisher", SHRINKAGE)
         # A step of one entry (i, j) changes what is decoded by column i of this, times number j of a code.
         written = coordinates[splice.expand.weight].left.double() / scale[:, None]
         assert_about_one_at_most(written.T @ metric @ written)

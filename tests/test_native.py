@@ -32,7 +32,7 @@ from kvsplice_hf.attend.native import library as native_library
 from kvsplice_hf.cache.exact import UNFILLED, ExactTokens
 from kvsplice_hf.cache.rows import CompressedLatent
 from kvsplice_hf.errors import ConfigError, UnsupportedError
-from kvsplice_hf.patch.absorbed import _step, absorbed_attention
+from kvsplice_hf.patch.absorbed import absorbed_attention, step_of
 
 
 COMPILER = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
@@ -256,7 +256,7 @@ def test_a_step_from_query_to_output_is_that_of_pytorch(
     *most, logits = arguments(torch.float32)
     monkeypatch.setattr(dispatch, "_WITHOUT_KERNELS", True)
     expected, _ = absorbed_attention(*most, learned_sinks=logits)
-    found = native.decode(_step(*arguments(dtype)))
+    found = native.decode(step_of(*arguments(dtype)))
     assert found.shape == (batch, 1, heads, value_dim)
     tolerance = 1e-4 if dtype == torch.float32 else 0.02  # where products are taken in bf16
     torch.testing.assert_close(found, expected, atol=tolerance * float(expected.abs().max()), rtol=0)
@@ -373,7 +373,7 @@ def test_a_step_of_tensors_that_do_not_fit_is_refused() -> None:
     splice = LearnedKVSplice(8, 5)
     rows, exact = torch.zeros(2, 1, 7, 7), ExactTokens(torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.long))
     latent = CompressedLatent(rows, splice, exact, 1, 6)
-    step = _step(torch.zeros(2, 4, 1, 6), latent, torch.zeros(28, 8), 3, None, 1.0, torch.zeros(4))
+    step = step_of(torch.zeros(2, 4, 1, 6), latent, torch.zeros(28, 8), 3, None, 1.0, torch.zeros(4))
     with torch.no_grad():
         assert native.decode(step).shape == (2, 1, 4, 3)
     for change in (

@@ -81,6 +81,18 @@ class HeadRows(NamedTuple):
     keys: CodedKeys | None
 
 
+class Paging(NamedTuple):
+    """Which rows are whose, where those of all sequences lie in pages.
+
+    Attributes:
+        table: pages of each sequence, int64 [B, n], n being enough for the longest.
+        lengths: rows of each sequence, int64 [B], 1 or more.
+    """
+
+    table: torch.Tensor
+    lengths: torch.Tensor
+
+
 class Step(NamedTuple):
     """A decode step of one layer: one new query per sequence and head, and what it attends to.
 
@@ -97,6 +109,8 @@ class Step(NamedTuple):
         bias: added to the scores, float32 [B or 1, 1, S]; or None.
         sinks: one logit per head, [H], that carries no value; or None.
         scaling: factor on the scores.
+        paging: where each sequence has its rows, if `rows` are packed and those of all pages, [pages, tokens of a page,
+            row_bytes]. Sequences may be of different lengths then, and there is no bias. None otherwise.
     """
 
     query: torch.Tensor
@@ -111,6 +125,7 @@ class Step(NamedTuple):
     sinks: torch.Tensor | None
     scaling: float
     keys: CodedKeys | None = None
+    paging: Paging | None = None
 
     @property
     def numbers(self) -> list[torch.Tensor]:

@@ -128,6 +128,7 @@ def decode(step: Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
     if backend is None:
         return by_torch()
     given = (step.codec is None, step.bias is None, step.exact is None, step.query.dtype, step.rows.dtype)
+    given += (step.paging is None,)
     kind = ("decode", *given, coded(step.keys is not None), along(step.codec), backend.name)
     return either(kind, lambda: backend.decode(step).to(step.query.dtype), by_torch, numbers_alike)
 

@@ -143,7 +143,7 @@ def solve_together(
 def _solve(
     statistics: LayerStatistics, metric: str, shrinkage: float, rows: KindOfRows, form: "KeyForm"
 ) -> LayerSolution:
-    matrix = _latent_metric(statistics, metric, shrinkage)
+    matrix = latent_metric(statistics, metric, shrinkage)
     pairing, pairs, keys = form
     key_mean = statistics.rot_sum[pairing] / statistics.count
     key_codes = (statistics.sampled_keys(pairing) - key_mean) @ keys.encode.T
@@ -285,8 +285,8 @@ def _own_basis(covariance: torch.Tensor, metric: torch.Tensor) -> Basis:
     return Basis(torch.diag(weight.sqrt()), torch.diag(1 / weight.sqrt()), covariance.diagonal().clamp(min=0) * weight)
 
 
-def _latent_metric(statistics: LayerStatistics, metric: str, shrinkage: float) -> torch.Tensor:
-    """M [R, R], positive definite."""
+def latent_metric(statistics: LayerStatistics, metric: str, shrinkage: float = SHRINKAGE) -> torch.Tensor:
+    """M [R, R], positive definite: an error e of a latent costs e^T M e / 2 nats (for the Fisher metric)."""
     if metric == "pca":
         # k_rot is scored against as it is, a latent through weights of unit size more or less: count them alike.
         return torch.eye(statistics.latent_dim, dtype=torch.float64, device="cpu")

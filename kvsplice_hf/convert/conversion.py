@@ -7,6 +7,7 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from kvsplice_hf.convert.lowrank import compress, latent_statistics
+from kvsplice_hf.convert.plain import build_plain_model, narrowing_of, plain_slots, require_plain
 from kvsplice_hf.convert.rotation import LayerRotation, Slot, choose_slots, every_pair, fit_queries, virtual_heads
 from kvsplice_hf.convert.sampling import LayerActivations, activations, capture_inputs
 from kvsplice_hf.convert.source import SourceModel, read_source
@@ -24,6 +25,7 @@ def convert_to_mla(
     rope_dim: int | str = 64,
     kv_lora_rank: int | None = None,
     calibration: torch.Tensor | Iterable[torch.Tensor] | None = None,
+    plain: bool = False,
 ) -> DeepseekV3ForCausalLM:
     """Turn a RoPE model with grouped-query or multi-head attention into a stock MLA model, in closed form.
 
@@ -37,12 +39,15 @@ def convert_to_mla(
             2 (G d/2 - P/2) + G d + 1.
         calibration: token ids without padding, [B, T], or several such batches. A few thousand tokens, in sequences as
             long as those that matter. Not needed where nothing is approximated.
+        plain: whether the result is to have no biases and the default RoPE, as engines need it that serve DeepSeek
+            (vLLM). It loses more. P then divides the head size, and R is the hidden size unless it is given; engines
+            are made for P = 64 and R = 512.
 
     Returns:
         The new model.
 
     Raises:
-        UnsupportedError: the model cannot be converted; the message names every obstacle.
+        UnsupportedError: the model cannot be converted, or not to the plain form; the message names every obstacle.
         ConfigError: a size is out of its range, or calibration text is missing or cannot be used.
 
     Examples:
@@ -51,34 +56,47 @@ def convert_to_mla(
         >>> mla.save_pretrained("my-model-mla")
     """
     source = read_source(model)
+    if plain:
+        require_plain(source, rope_dim, kv_lora_rank)
     count = _slot_count(source, rope_dim)
-    _check_rank(source, count, kv_lora_rank)
+    if not plain:
+        _check_rank(source, count, kv_lora_rank)
     sequences = _sequences(source, calibration)
     exact = count == _pair_count(source)
-    if not sequences and not (exact and kv_lora_rank is None):
+    if not sequences and (plain or not (exact and kv_lora_rank is None)):
         raise ConfigError(
-            f"rope_dim={rope_dim!r} with kv_lora_rank={kv_lora_rank} is an approximation, which is fitted to text, and "
-            "`calibration` is None. Pass token ids [B, T] of a few thousand tokens; only rope_dim='all' without "
-            "kv_lora_rank needs none."
+            f"rope_dim={rope_dim!r} with kv_lora_rank={kv_lora_rank} and plain={plain} is an approximation, which is "
+            "fitted to text, and `calibration` is None. Pass token ids [B, T] of a few thousand tokens; only "
+            "rope_dim='all' without kv_lora_rank and plain needs none."
         )
     inputs = _inputs(source, sequences) if sequences else [[] for _ in source.layers]
     generator = torch.Generator().manual_seed(_SEED)
-    slots, rotations = _rotations(source, inputs, count, generator)
-    layers = []
+    slots, rotations = _rotations(source, inputs, count, generator, plain_slots(source, 2 * count) if plain else None)
+    layers, narrowings = [], []
     for layer, hidden, rotation in zip(tqdm(source.layers, desc="converting layers"), inputs, rotations, strict=True):
         weights = layer_weights(source, layer, rotation, slots)
-        if kv_lora_rank is not None and kv_lora_rank - 1 < len(weights.latent):
+        if plain:
+            statistics = latent_statistics(source, layer, activations(source, layer, hidden), weights, generator)
+            rank = source.config.hidden_size if kv_lora_rank is None else kv_lora_rank
+            narrowings.append(narrowing_of(source, layer, hidden, weights, statistics, rank))
+        elif kv_lora_rank is not None and kv_lora_rank - 1 < len(weights.latent):
             sample = activations(source, layer, hidden)
             statistics = latent_statistics(source, layer, sample, weights, generator)
             weights = compress(layer, weights, statistics, kv_lora_rank - 1)
         layers.append(weights)
+    if plain:
+        return build_plain_model(source, layers, narrowings, slots)
     return build_model(source, layers, slots)
 
 
 def _rotations(
-    source: SourceModel, inputs: Sequence[list[torch.Tensor]], count: int, generator: torch.Generator
+    source: SourceModel,
+    inputs: Sequence[list[torch.Tensor]],
+    count: int,
+    generator: torch.Generator,
+    given: list[Slot] | None,
 ) -> tuple[list[Slot], list[LayerRotation]]:
-    """The pairs that go on rotating, and how the heads of each layer read them and the others."""
+    """The pairs that go on rotating, `given` or chosen, and how the heads of each layer read them and the others."""
     if count == _pair_count(source):
         slots, rotation = every_pair(source)
         return slots, [rotation] * len(source.layers)
@@ -88,7 +106,7 @@ def _rotations(
             yield activations(source, layer, hidden)
 
     virtual = [virtual_heads(source, sample, generator) for sample in samples("virtual heads")]
-    slots = choose_slots([layer.cost for layer in virtual], count)
+    slots = given if given is not None else choose_slots([layer.cost for layer in virtual], count)
     rotations = [
         fit_queries(source, sample, layer, slots, generator)
         for layer, sample in zip(virtual, samples("fitting queries"), strict=True)

@@ -29,11 +29,13 @@ class LatentStatistics:
         mean: [L], under the attention weights.
         covariance: S, [L, L].
         readers: M, [L, L].
+        share: of all attention, what each token gets; [tokens], sums to 1.
     """
 
     mean: torch.Tensor
     covariance: torch.Tensor
     readers: torch.Tensor
+    share: torch.Tensor
 
 
 @torch.no_grad()
@@ -66,7 +68,7 @@ def latent_statistics(
         moment = queries @ query_moments[head] @ queries.T
         readers += values.T @ values
         readers += spread * weights.expand_key[head].T @ moment @ weights.expand_key[head]
-    return LatentStatistics(mean, covariance, readers)
+    return LatentStatistics(mean, covariance, readers, share)
 
 
 def compress(layer: Any, weights: LayerWeights, statistics: LatentStatistics, rank: int) -> LayerWeights:

@@ -137,11 +137,21 @@ def build_model(source: SourceModel, layers: Sequence[LayerWeights], slots: Sequ
     """The new model, in the dtype and on the device of the source; it shares no memory with it."""
     with_query_bias = any(has_bias(layer.self_attn.q_proj) for layer in source.layers)
     config = _config(source, layers[0], slots, with_query_bias)
+    states = [
+        _attention_state(source, layer, weights, with_query_bias)
+        for layer, weights in zip(source.layers, layers, strict=True)
+    ]
+    return assemble(source, config, states)
+
+
+def assemble(
+    source: SourceModel, config: DeepseekV3Config, attentions: Sequence[dict[str, torch.Tensor]]
+) -> DeepseekV3ForCausalLM:
+    """The model of a configuration, with the parameters of its attention modules; all else is of the source."""
     state = _kept_state(source)
-    for index, (layer, weights) in enumerate(zip(source.layers, layers, strict=True)):
-        attention = _attention_state(source, layer, weights, with_query_bias)
+    for index, (layer, attention) in enumerate(zip(source.layers, attentions, strict=True)):
+        like = layer.self_attn.q_proj.weight
         for name, tensor in attention.items():
-            like = layer.self_attn.q_proj.weight
             state[f"model.layers.{index}.self_attn.{name}"] = tensor.to(like.device, like.dtype)
     with torch.device("meta"):
         model = DeepseekV3ForCausalLM(config)
@@ -242,19 +252,25 @@ def _constant_norm(weight: torch.Tensor, bias: torch.Tensor, power: torch.Tensor
 def _config(
     source: SourceModel, weights: LayerWeights, slots: Sequence[Slot], with_query_bias: bool
 ) -> DeepseekV3Config:
-    config, heads = source.config, source.num_heads
-    rotating = 2 * len(slots)
-    settings = {name: getattr(config, name) for name in _KEPT_SETTINGS}
-    settings |= {
-        "num_key_value_heads": heads,
-        "q_lora_rank": heads * source.head_dim + 1 if with_query_bias else None,
+    settings = {
+        "q_lora_rank": source.num_heads * source.head_dim + 1 if with_query_bias else None,
         "kv_lora_rank": len(weights.latent) + 1,
-        "qk_rope_head_dim": rotating,
-        "qk_nope_head_dim": weights.query.shape[1] - rotating,
-        "v_head_dim": source.head_dim,
         "attention_bias": True,
         "rope_parameters": _rope_parameters(source, slots),
         "rope_interleave": False,
+    }
+    return config_of(source, weights, 2 * len(slots), settings)
+
+
+def config_of(source: SourceModel, weights: LayerWeights, rotating: int, settings: dict[str, Any]) -> DeepseekV3Config:
+    """The configuration of a model without experts; `settings` are those that its form decides."""
+    config = source.config
+    kept = {name: getattr(config, name) for name in _KEPT_SETTINGS}
+    sizes = {
+        "num_key_value_heads": source.num_heads,
+        "qk_rope_head_dim": rotating,
+        "qk_nope_head_dim": weights.query.shape[1] - rotating,
+        "v_head_dim": source.head_dim,
         "dtype": source.model.dtype,
         "attn_implementation": config._attn_implementation,
         "first_k_dense_replace": config.num_hidden_layers,
@@ -266,7 +282,7 @@ def _config(
         "moe_intermediate_size": config.intermediate_size,
         "num_nextn_predict_layers": 0,
     }
-    return DeepseekV3Config(**settings)
+    return DeepseekV3Config(**(kept | sizes | settings))
 
 
 def _rope_parameters(source: SourceModel, slots: Sequence[Slot]) -> dict[str, Any]:

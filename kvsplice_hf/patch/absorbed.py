@@ -117,10 +117,10 @@ def absorbed_attention(
     one_call = query.shape[2] == 1 and query.device.type == "cpu" and indices is None
     if not one_call or dropout or return_weights:
         return in_torch()
-    return decode(_step(query, latent, weight, v_dim, mask, scaling, learned_sinks), lambda: in_torch()[0]), None
+    return decode(step_of(query, latent, weight, v_dim, mask, scaling, learned_sinks), lambda: in_torch()[0]), None
 
 
-def _step(
+def step_of(
     query: torch.Tensor,
     latent: CompressedLatent,
     weight: torch.Tensor,
@@ -129,6 +129,7 @@ def _step(
     scaling: float,
     learned_sinks: torch.Tensor | None,
 ) -> Step:
+    """A decode step, arguments as of `absorbed_attention`; the mask is of four dimensions."""
     return Step(
         query=query,
         rows=latent.rows,

@@ -19,14 +19,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kvsplice_hf.attend.choice import encode
+from kvsplice_hf.attend.backend import Paging
+from kvsplice_hf.attend.choice import decode, encode
 from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.heads import exact_states
 from kvsplice_hf.cache.pages import Request, grouped, token_bytes
 from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
 from kvsplice_hf.cache.turns import SLOT_DTYPE, Turns
 from kvsplice_hf.code.projection import LearnedKVSplice
-from kvsplice_hf.patch.absorbed import absorbed_attention
+from kvsplice_hf.patch.absorbed import absorbed_attention, step_of
 from kvsplice_hf.patch.expansion import absorbed_is_cheaper
 
 
@@ -76,12 +77,14 @@ class Group(NamedTuple):
         queries: index of the new tokens among those of all sequences, [B, T].
         pages, offsets: where the stored tokens are, [B, S].
         mask: added to the scores, [B, 1, T, S]; None where all see all that was stored before them.
+        paging: the same as pages and lengths.
     """
 
     queries: torch.Tensor
     pages: torch.Tensor
     offsets: torch.Tensor
     mask: torch.Tensor | None
+    paging: Paging
 
 
 class Batch(NamedTuple):
@@ -148,11 +151,15 @@ def _group(requests: list[Request], tables: torch.Tensor, page_size: int) -> Gro
         hidden = column >= keys[:, None]
         nothing = torch.zeros(hidden.shape, dtype=torch.float32, device=device)
         mask = nothing.masked_fill_(hidden, torch.finfo(torch.float32).min)[:, None, None]
+    # What a table holds behind the pages of a sequence means nothing.
+    last = (keys[:, None] - 1) // page_size
+    used = torch.arange(int(last.max()) + 1, dtype=torch.int64, device=device).minimum(last)
     return Group(
         queries=first[:, None] + torch.arange(count, dtype=torch.int64, device=device),
         pages=tables.long().gather(1, places // page_size),
         offsets=places % page_size,
         mask=mask,
+        paging=Paging(tables.long().gather(1, used), keys),
     )
 
 
@@ -219,31 +226,58 @@ def attend_pages(
     head_dims = nope_dim, len(layer.order), value_dim
     for group in groups:
         new = query[group.queries].transpose(1, 2)
-        states = _states(pages, layer, group)
         new_tokens, stored = new.shape[2], group.pages.shape[1]
-        if absorbed_is_cheaper(latent_dim, rank, heads, head_dims, new_tokens, stored):
-            found, _ = absorbed_attention(new, states, weight, value_dim, group.mask, scaling)
+        if not absorbed_is_cheaper(latent_dim, rank, heads, head_dims, new_tokens, stored):
+            found = _expanded(new, _gathered(pages, layer, group), weight, value_dim, group.mask, scaling)
+        elif new_tokens == 1 and new.device.type == "cpu" and layer.splice.codec is not None:
+            found = _decoded(pages, layer, group, new, weight, value_dim, scaling)
         else:
-            found = _expanded(new, states, weight, value_dim, group.mask, scaling)
+            found, _ = absorbed_attention(new, _gathered(pages, layer, group), weight, value_dim, group.mask, scaling)
         output[group.queries] = found
     return output
 
 
-def _states(pages: Pages, layer: ServedLayer, group: Group) -> CompressedLatent:
+def _decoded(
+    pages: Pages,
+    layer: ServedLayer,
+    group: Group,
+    query: torch.Tensor,
+    weight: torch.Tensor,
+    value_dim: int,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention [B, 1, H, V] of one new token of each sequence, on packed rows in their pages where C++ reads them."""
+
+    def gathered() -> torch.Tensor:
+        states = _gathered(pages, layer, group)
+        return absorbed_attention(query, states, weight, value_dim, group.mask, scaling)[0]
+
+    step = step_of(query, _states(pages, layer, group, pages.rows), weight, value_dim, None, scaling, None)
+    return decode(step._replace(paging=group.paging), gathered)
+
+
+def _gathered(pages: Pages, layer: ServedLayer, group: Group) -> CompressedLatent:
+    """What is stored of the sequences, their rows copied out of their pages."""
     rows = pages.rows[group.pages, group.offsets].view(layer.geometry.row_dtype(layer.dtype))
+    return _states(pages, layer, group, rows[:, None])
+
+
+def _states(pages: Pages, layer: ServedLayer, group: Group, rows: torch.Tensor) -> CompressedLatent:
     exact, turns = None, None
     if layer.geometry.sink_tokens:
-        # Slots behind the end of a short sequence need no care: they hold no position that is read.
         latents = pages.exact[group.pages[:, 0]].view(layer.dtype)
         count = torch.arange(latents.shape[1], dtype=torch.int64, device=rows.device)
+        # Slots behind the end of a short sequence hold no position that is read, but anything else: also what is no
+        # number, and nothing times that is not nothing.
+        latents = latents.masked_fill((count >= group.paging.lengths[:, None])[..., None], 0)
         exact = ExactTokens(latents, count.expand(latents.shape[0], -1))
     if layer.turns is not None:
         batch, stored = group.pages.shape
         slots = torch.arange(stored, dtype=SLOT_DTYPE, device=rows.device).expand(batch, -1)
         turns = Turns(layer.turns[:stored].T.contiguous(), slots.contiguous())
     new_tokens = group.queries.shape[1]
-    first = rows.shape[1] - new_tokens
-    return CompressedLatent(rows[:, None], layer.splice, exact, new_tokens, first, layer.dtype, turns=turns)
+    first = group.pages.shape[1] - new_tokens
+    return CompressedLatent(rows, layer.splice, exact, new_tokens, first, layer.dtype, turns=turns)
 
 
 def _expanded(

@@ -7,14 +7,19 @@ requests are put off and computed again. Perplexity is computed by both. Then en
 their cache holds in the same memory, with splices of a quarter of the bytes and without. The last line of stdout is one
 JSON object.
 
+With `--model`, the same of a real model, on prompts of real text; and of engines without a splice beside the model
+without one, with vLLM's own settings and with the one that goes around its fault (docs/serving.md).
+
 It runs where vLLM is installed (`make test-vllm` makes such an environment):
 
     python scripts/measure/serving.py
+    python scripts/measure/serving.py --model smollm2-plain --statistics smollm2-plain.safetensors
 """
 
 import gc
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +29,8 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from kvsplice_hf import (
     KVSpliceCalibrator,
@@ -40,8 +46,10 @@ from kvsplice_hf.bench.command_line import (
     environment,
     finish,
     readable_errors,
+    require_folder,
     results_folder,
 )
+from kvsplice_hf.text import load_texts, token_ids
 from kvsplice_hf.vllm import plugin
 from kvsplice_hf.vllm.start import FOLDER_VARIABLE
 
@@ -73,17 +81,26 @@ SHAPE = {
     "initializer_range": 0.08,
 }
 LONGEST = 256
+LONGEST_PROMPT = 200
+# What goes around vLLM's fault with plain RoPE on CPUs.
+REMEDY = {"custom_ops": ["-rotary_embedding"]}
+# Latent and key of the only rows that vLLM's own backend for CPUs decodes.
+STOCK_ROW = (512, 64)
 
 
 @dataclass
 class Arguments:
     """Tokens, perplexity and cache of vLLM with a splice, beside those of transformers."""
 
+    model: str | None = field(default=None, metadata={"help": "folder of an MLA model and its tokenizer; none: random"})
+    statistics: str | None = field(default=None, metadata={"help": "calibration statistics of it, kept or to be kept"})
+    calibration_tokens: int = field(default=8192, metadata={"help": "tokens of text that it is calibrated on"})
     prompts: int = field(default=32, metadata={"help": "how many, of 3 to 200 tokens; half of them begin alike"})
     new_tokens: int = field(default=16, metadata={"help": "tokens that each is continued by"})
     bytes_per_token: float = field(default=288.0, metadata={"help": "of the splice that tokens are compared with"})
     sink_tokens: int = field(default=4, metadata={"help": "exact first tokens of each sequence of that splice"})
     block_size: int = field(default=16, metadata={"help": "tokens of a page where tokens are compared"})
+    engine_mb: int = field(default=512, metadata={"help": "memory of the caches where tokens are compared, MiB"})
     cache_mb: int = field(default=64, metadata={"help": "memory of the caches whose tokens are counted, MiB"})
     output: str = field(default="results", metadata={"help": "folder for the results"})
 
@@ -93,23 +110,42 @@ def make_model(folder: Path) -> None:
     DeepseekV3ForCausalLM(DeepseekV3Config(**SHAPE)).float().eval().save_pretrained(folder)
 
 
-def make_splices(model_folder: Path, settings: dict[str, KVSpliceConfig], folder: Path) -> None:
-    """Save splices of a model under their names, calibrated on what is random as the model is."""
+def calibrated(args: Arguments, model: Any, sinks: int) -> KVSpliceCalibrator:
+    """Statistics of the model: on text, or on what is random as the model is."""
+    if args.model is None:
+        ids = torch.randint(FIRST_TOKEN, SHAPE["vocab_size"], (40, 64), generator=torch.Generator().manual_seed(0))
+        return KVSpliceCalibrator(model, sink_tokens=sinks).collect(list(ids))
+    if args.statistics is not None and Path(args.statistics).exists():
+        return KVSpliceCalibrator.load(args.statistics, model)
+    calibration = KVSpliceCalibrator(model, sink_tokens=sinks)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    calibration.collect("varied", tokenizer=tokenizer, max_tokens=args.calibration_tokens)
+    if args.statistics is not None:
+        calibration.save(args.statistics)
+    return calibration
+
+
+def make_splices(args: Arguments, model_folder: Path, settings: dict[str, KVSpliceConfig], folder: Path) -> None:
+    """Save splices of a model under their names."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    ids = torch.randint(FIRST_TOKEN, SHAPE["vocab_size"], (40, 64), generator=torch.Generator().manual_seed(0))
     for sinks in {config.sink_tokens for config in settings.values()}:
-        calibration = KVSpliceCalibrator(model, sink_tokens=sinks).collect(list(ids))
+        calibration = calibrated(args, model, sinks)
         for name, config in settings.items():
             if config.sink_tokens == sinks:
                 save_kvsplice(patch_model_with_kvsplice(model, config, calibration=calibration), folder / name)
                 unpatch_model(model)
 
 
-def make_prompts(count: int) -> list[list[int]]:
-    """Prompts of mixed lengths; every second begins with the same tokens."""
-    random = torch.Generator().manual_seed(1)
-    lengths = torch.randint(3, 200, (count,), generator=random).tolist()
-    tokens = torch.randint(FIRST_TOKEN, SHAPE["vocab_size"], (count, 200), generator=random).tolist()
+def make_prompts(args: Arguments) -> list[list[int]]:
+    """Prompts of mixed lengths, random or of text; every second begins with the same tokens."""
+    random, count = torch.Generator().manual_seed(1), args.prompts
+    lengths = torch.randint(3, LONGEST_PROMPT, (count,), generator=random).tolist()
+    if args.model is None:
+        tokens = torch.randint(FIRST_TOKEN, SHAPE["vocab_size"], (count, LONGEST_PROMPT), generator=random).tolist()
+    else:
+        ids = token_ids(AutoTokenizer.from_pretrained(args.model), load_texts("varied", "evaluation"))
+        step = (len(ids) - LONGEST_PROMPT) // count
+        tokens = [ids[index * step :][:LONGEST_PROMPT].tolist() for index in range(count)]
     return [
         (tokens[0] if index % 2 else row)[: length // 2] + row[length // 2 : length]
         for index, (row, length) in enumerate(zip(tokens, lengths, strict=True))
@@ -120,9 +156,10 @@ def make_prompts(count: int) -> list[list[int]]:
 def by_transformers(model: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float]:
     """What the patched model writes, and its mean loss on the prompts, nats per token."""
     written, loss, count = [], 0.0, 0
-    for prompt in prompts:
+    model.generation_config.eos_token_id = None  # all go on to the end, as those of the engine do
+    for prompt in tqdm(prompts, desc="transformers", file=sys.stderr):
         ids = torch.tensor([prompt])
-        out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+        out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
         written.append(out[0, len(prompt) :].tolist())
         scores = model(ids).logits[0, :-1].log_softmax(-1)
         loss -= scores.gather(1, ids[0, 1:, None]).sum().item()
@@ -180,34 +217,53 @@ def loss_of_vllm(made: Any, prompts: list[list[int]]) -> float:
     return loss / count
 
 
-def compare(args: Arguments, model_folder: Path, splice: Path) -> list[dict[str, Any]]:
-    """Tokens and loss of engines beside those of transformers."""
-    model = load_kvsplice(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval(), splice)
-    prompts = make_prompts(args.prompts)
-    expected, loss = by_transformers(model, prompts, args.new_tokens)
-    del model
+def modes_of(args: Arguments, config: Any) -> dict[str, tuple[bool, dict[str, Any]]]:
+    """Engines that are compared: whether with the splice, and their settings."""
     size = args.block_size
     # As many pages as two of the longest prompts take.
-    few = 1 + 2 * math.ceil((200 + args.new_tokens) / size)
-    modes: dict[str, dict[str, Any]] = {
-        "prefix caching, prompts in pieces of 64": {"enable_prefix_caching": True, "max_num_batched_tokens": 64},
-        "no prefix caching": {"enable_prefix_caching": False, "max_num_batched_tokens": 8192},
-        "a cache of few pages": {"enable_prefix_caching": True, "num_gpu_blocks_override": few},
+    few = {"num_gpu_blocks_override": 1 + 2 * math.ceil((LONGEST_PROMPT + args.new_tokens) / size)}
+    pieces = {"enable_prefix_caching": True, "max_num_batched_tokens": 64}
+    found: dict[str, tuple[bool, dict[str, Any]]] = {
+        "prefix caching, prompts in pieces of 64": (True, pieces),
+        "no prefix caching": (True, {"enable_prefix_caching": False, "max_num_batched_tokens": 8192}),
+        "a cache of few pages": (True, {"enable_prefix_caching": True} | few),
     }
+    if args.model is not None and (config.kv_lora_rank, config.qk_rope_head_dim) == STOCK_ROW:
+        remedy = {"compilation_config": REMEDY, "block_size": 16}
+        found |= {
+            "no splice": (False, remedy),
+            "no splice, a cache of few pages": (False, remedy | few),
+            "no splice, without the remedy for plain RoPE": (False, {"block_size": 16}),
+        }
+    return found
+
+
+def compare(args: Arguments, model_folder: Path, splice: Path) -> list[dict[str, Any]]:
+    """Tokens and loss of engines beside those of transformers."""
+    prompts, config = make_prompts(args), AutoConfig.from_pretrained(model_folder)
+    modes = modes_of(args, config)
+    expected = {}
+    for spliced in {spliced for spliced, _ in modes.values()}:
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+        model = load_kvsplice(model, splice) if spliced else model
+        expected[spliced] = by_transformers(model, prompts, args.new_tokens)
+        del model
     rows = []
-    for name, settings in modes.items():
-        common = {"dtype": "float32", "block_size": size, "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 32}
-        with engine(model_folder, splice, **common, **settings) as made:
+    for name, (spliced, settings) in modes.items():
+        common = {"dtype": "float32", "block_size": args.block_size, "max_num_seqs": 32}
+        common |= {"kv_cache_memory_bytes": args.engine_mb << 20}
+        with engine(model_folder, splice if spliced else None, **(common | settings)) as made:
             first = by_vllm(made, prompts, args.new_tokens)
             again = by_vllm(made, prompts, args.new_tokens)
+            (written, loss), found = expected[spliced], math.exp(loss_of_vllm(made, prompts))
             row = {
                 "mode": name,
-                "same": sum(one == other for one, other in zip(first, expected, strict=True)),
-                "same_again": sum(one == other for one, other in zip(again, expected, strict=True)),
+                "same": sum(one == other for one, other in zip(first, written, strict=True)),
+                "same_again": sum(one == other for one, other in zip(again, written, strict=True)),
                 "prompts": len(prompts),
                 "preemptions": counted(made, "num_preemptions"),
                 "prefix_hits": counted(made, "prefix_cache_hits"),
-                "perplexity": math.exp(loss_of_vllm(made, prompts)),
+                "perplexity": found,
                 "perplexity_transformers": math.exp(loss),
             }
         rows.append(row)
@@ -265,12 +321,16 @@ def run(args: Arguments) -> dict[str, Any]:
         ),
         "exact": KVSpliceConfig(bytes_per_token=288 + 4 * 1152 / 4096, sink_tokens=4, allocation="layer"),
     }
+    if args.model is not None:
+        require_folder("model", args.model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_model(folder / "model")
-        make_splices(folder / "model", settings, folder)
-        report = {"vllm": vllm.__version__, "tokens": compare(args, folder / "model", folder / "compared")}
-        return report | {"cache": count_tokens(args, folder / "model", folder)}
+        model = folder / "model" if args.model is None else Path(args.model)
+        if args.model is None:
+            make_model(model)
+        make_splices(args, model, settings, folder)
+        report = {"vllm": vllm.__version__, "tokens": compare(args, model, folder / "compared")}
+        return report | {"cache": count_tokens(args, model, folder)}
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ of stdout is one JSON object.
     python scripts/run/convert_to_mla.py --model SmolLM2-135M-Instruct.Q4_1.gguf --output smollm2-mla --rope-dim 64
     python scripts/run/convert_to_mla.py --model my-llama --output my-llama-mla --rope-dim all
     python scripts/run/convert_to_mla.py --model my-llama --output my-mla --kv-lora-rank 256 --calibration notes.txt
+    python scripts/run/convert_to_mla.py --model demo --output smollm2-plain --plain --kv-lora-rank 512  # for vLLM
 """
 
 import json
@@ -40,6 +41,7 @@ class Arguments:
     output: str = field(metadata={"help": "folder for the result; must not exist, or be empty"})
     rope_dim: str = field(default="64", metadata={"help": "numbers per token that go on rotating, or 'all' (exact)"})
     kv_lora_rank: int | None = field(default=None, metadata={"help": "width of the latent; by default nothing is cut"})
+    plain: bool = field(default=False, metadata={"help": "no biases and the default RoPE, as engines (vLLM) need it"})
     calibration: str = field(default="pydoc", metadata={"help": "'pydoc' (comes with Python), or a text file"})
     calibration_tokens: int = field(default=4096, metadata={"help": "how many tokens to calibrate on"})
     evaluation: str = field(default="pydoc", metadata={"help": "'pydoc', or a text file; its second half is used"})
@@ -69,12 +71,14 @@ def run(args: Arguments) -> dict[str, Any]:
     original, tokenizer = load_original(args.model, args.dtype)
     rope_dim = args.rope_dim if args.rope_dim == "all" else int(args.rope_dim)
     calibration = None
-    if rope_dim != "all" or args.kv_lora_rank is not None:
+    if rope_dim != "all" or args.kv_lora_rank is not None or args.plain:
         calibration = spread_windows(
             tokenizer, args.calibration, "calibration", args.calibration_window, args.calibration_tokens
         )
     start, cpu_start = time.perf_counter(), time.process_time()
-    converted = convert_to_mla(original, rope_dim=rope_dim, kv_lora_rank=args.kv_lora_rank, calibration=calibration)
+    converted = convert_to_mla(
+        original, rope_dim=rope_dim, kv_lora_rank=args.kv_lora_rank, calibration=calibration, plain=args.plain
+    )
     report: dict[str, Any] = {
         "conversion_s": time.perf_counter() - start,
         "conversion_cpu_s": time.process_time() - cpu_start,

@@ -135,6 +135,7 @@ def decode(step: Step) -> torch.Tensor:
         in_bf16=step.query.dtype is torch.bfloat16,
         keys=keys,
         hidden=positions,
+        paging=step.paging,
         other_products=batch * weight.numel(),
     )
     given = types.Decoding(

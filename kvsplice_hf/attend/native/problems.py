@@ -5,7 +5,7 @@ Legend: as in `attend.backend`.
 
 import torch
 
-from kvsplice_hf.attend.backend import CodedKeys
+from kvsplice_hf.attend.backend import CodedKeys, Paging
 from kvsplice_hf.attend.native import types
 from kvsplice_hf.attend.native.keys import columns_of, keys_of
 from kvsplice_hf.attend.native.tables import codec_of
@@ -34,16 +34,17 @@ def problem_of(
     in_bf16: bool,
     keys: CodedKeys | None = None,
     hidden: torch.Tensor | None = None,
+    paging: Paging | None = None,
     other_products: int = 0,
     query: int = 0,
     output: int = 0,
     sizes: int = 0,
 ) -> types.Problem:
-    """Rows are [B, S, n] or [B, 1, S, n]; `other_products` are worth threads as well."""
-    count = rows.shape[-2]
+    """Rows are [B, S, n] or [B, 1, S, n], or those of all pages; `other_products` are worth threads as well."""
+    count = rows.shape[-2] if paging is None else _longest(paging, rows, bias, batch)
     one_head = rows.dim() == 3 or (rows.dim() == 4 and rows.shape[1] == 1)
     side_by_side = rows.stride(-1) == 1 or rows.shape[-1] == 1
-    if not (one_head and side_by_side and rows.is_cpu and rows.shape[0] == batch):
+    if not (one_head and side_by_side and rows.is_cpu and (paging is not None or rows.shape[0] == batch)):
         raise ConfigError(
             f"Got rows {list(rows.shape)} on {rows.device} with strides {rows.stride()} for {batch} sequences of "
             "queries; the library reads rows of numbers side by side in the memory of the CPU."
@@ -61,6 +62,11 @@ def problem_of(
         data=rows.data_ptr(),
         batch_stride=rows.stride(0) * rows.itemsize,
         row_stride=rows.stride(-2) * rows.itemsize,
+        table=0 if paging is None else paging.table.data_ptr(),
+        table_stride=0 if paging is None else paging.table.stride(0),
+        page_rows=rows.shape[-2],
+        page_stride=rows.stride(0) * rows.itemsize,
+        lengths=0 if paging is None else paging.lengths.data_ptr(),
         query=query,
         query_stride=queries * dim,
         unscored=0,
@@ -81,6 +87,32 @@ def problem_of(
         output=output,
         sizes=sizes,
     )
+
+
+def _longest(paging: Paging, rows: torch.Tensor, bias: torch.Tensor | None, batch: int) -> int:
+    """How many rows the longest sequence has.
+
+    Raises:
+        ConfigError: a sequence has pages that are not there, or tensors are of other kinds.
+    """
+    table, lengths = paging
+    fits = table.dim() == 2 and lengths.shape == table.shape[:1] == (batch,) and table.shape[1] > 0
+    fits = fits and table.dtype is lengths.dtype is torch.int64 and table.is_cpu and lengths.is_cpu
+    fits = fits and lengths.is_contiguous() and table.stride(1) == 1 and rows.dim() == 3 and bias is None
+    if not (fits and rows.dtype is torch.uint8):
+        raise ConfigError(
+            f"Got pages {list(rows.shape)}, {rows.dtype}, with a table {list(table.shape)}, {table.dtype}, and lengths "
+            f"{list(lengths.shape)}, {lengths.dtype}, for {batch} sequences; the library reads packed rows, by int64 "
+            "tables in the memory of the CPU, and takes no bias with them."
+        )
+    shortest, longest = (int(end) for end in lengths.aminmax())
+    first, last = (int(end) for end in table.aminmax())
+    if shortest < 1 or longest > table.shape[1] * rows.shape[1] or first < 0 or last >= rows.shape[0]:
+        raise ConfigError(
+            f"Got sequences of {shortest} to {longest} rows on pages {first} to {last}; there are {rows.shape[0]}, "
+            f"each of {rows.shape[1]} rows, and the table has {table.shape[1]} of them for each sequence."
+        )
+    return longest
 
 
 def threads_for(products: int) -> int:

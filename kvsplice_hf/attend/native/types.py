@@ -79,6 +79,11 @@ class Problem(NamedTuple):
     data: int
     batch_stride: int
     row_stride: int
+    table: int
+    table_stride: int
+    page_rows: int
+    page_stride: int
+    lengths: int
     query: int
     query_stride: int
     unscored: int

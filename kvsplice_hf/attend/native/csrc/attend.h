@@ -113,8 +113,13 @@ inline void hide(const Problem& problem, const Tile& tile, float* scores) {
 template <class Rows>
 void attend_tile(const Problem& problem, const Tile& tile, const Partial& partial, float* memory) {
   Ahead ahead;
-  ahead.next = rows_of(problem, tile) + tile.count * problem.row_stride;
-  ahead.end = rows_of(problem, tile) + smaller(2 * tile.count, problem.rows - tile.first) * problem.row_stride;
+  const int64_t behind = tile.first + tile.count, rows_left = rows_of_sequence(problem, tile.sequence) - behind;
+  if (rows_left > 0) {  // of rows in pages, those in the page of the first one
+    int64_t count = smaller(tile.count, rows_left);
+    if (problem.table) count = smaller(count, problem.page_rows - behind % problem.page_rows);
+    ahead.next = row_of(problem, tile.sequence, behind);
+    ahead.end = ahead.next + count * problem.row_stride;
+  }
   const Rows rows(problem, tile, memory, turned_of(problem, tile.sequence));
   rows.read();
   for (int64_t start = 0; start < problem.queries; start += kMostQueries) {
@@ -144,7 +149,7 @@ inline void begin_part(const Problem& problem, int64_t sequence, int64_t split) 
 template <class Rows, class Take>
 void each_tile(const Problem& problem, int64_t sequence, int64_t split, Take&& take) {
   const int64_t each = round_up(blocks_of(problem.rows, problem.splits), kStrip);
-  const int64_t last = smaller((split + 1) * each, problem.rows);
+  const int64_t last = smaller((split + 1) * each, rows_of_sequence(problem, sequence));
   for (int64_t first = split * each; first < last; first += Rows::kTile) {
     const Tile tile = {sequence, first, smaller(Rows::kTile, last - first)};
     if (!is_hidden(problem, sequence, tile.first, tile.count)) take(tile);

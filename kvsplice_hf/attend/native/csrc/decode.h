@@ -88,7 +88,7 @@ inline void compress_queries(const Decoding& given, const DecodingRoom& room, in
 inline float exact_score(const Decoding& given, const DecodingRoom& room, int64_t flat, int64_t index) {
   const Problem& rows = given.rows;
   const int64_t sequence = flat / rows.queries, position = rows.hidden[sequence * rows.hidden_count + index];
-  if (position < 0 || position >= rows.rows) return kLowest;
+  if (position < 0 || position >= rows_of_sequence(rows, sequence)) return kLowest;
   const float *latent = room.latents + flat * room.latent,
               *rotated = given.query + flat * (given.nope + given.rotated) + given.nope;
   const int64_t width = given.latent + (rows.kind == kPacked ? given.rotated : 0);
@@ -104,8 +104,7 @@ inline float exact_score(const Decoding& given, const DecodingRoom& room, int64_
     }
   });
   if (rows.kind != kPacked) {  // whose rows hold the rotated numbers as they are
-    const Numbers stored = {rows.data + sequence * rows.batch_stride + position * rows.row_stride,
-                            rows.kind == kBfloat16};
+    const Numbers stored = {row_of(rows, sequence, position), rows.kind == kBfloat16};
     with_type(stored, [&](const auto* row) {
       for (int64_t column = 0; column < given.rotated; ++column)
         sum += rotated[column] * number_of(row + given.rank + column);

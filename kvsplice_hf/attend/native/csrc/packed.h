@@ -62,15 +62,15 @@ constexpr int row_at(int place) {
 }
 
 // The bytes of up to `kStrip` rows as one line per byte of a row, [bytes up to a multiple of kLinesAtOnce, kStrip].
-// Lines of missing rows repeat the last one.
+// Lines of missing rows repeat the last one. `start(row)` is where a row begins.
 constexpr int kLinesAtOnce = 16;
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-template <class Number>
-void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
-  int64_t starts[kStrip];
-  for (int place = 0; place < kStrip; ++place) starts[place] = smaller(row_at<Number>(place), count - 1) * stride;
+template <class Number, class Start>
+void bytes_to_lines(Start&& start, int64_t count, int64_t row_bytes, uint8_t* lines) {
+  const uint8_t* starts[kStrip];
+  for (int place = 0; place < kStrip; ++place) starts[place] = start(smaller(row_at<Number>(place), count - 1));
   const auto transpose = [&](int64_t byte, auto read) {
-    const auto at = [&](int place) { return read(rows + starts[place] + byte); };
+    const auto at = [&](int place) { return read(starts[place] + byte); };
     // Blocks of sixteen by sixteen bytes, four side by side.
     __m512i block[16];
     for (int place = 0; place < 16; ++place) {
@@ -105,15 +105,17 @@ inline void exchange(Words& low, Words& high, int shift, uint64_t mask) {
   low ^= differing << shift;
 }
 
-template <class Number>
-void bytes_to_lines(const uint8_t* rows, int64_t stride, int64_t count, int64_t row_bytes, uint8_t* lines) {
+template <class Number, class Start>
+void bytes_to_lines(Start&& start, int64_t count, int64_t row_bytes, uint8_t* lines) {
   alignas(64) uint64_t words[8][8];
+  const uint8_t* starts[kStrip];
+  for (int64_t row = 0; row < kStrip; ++row) starts[row] = start(smaller(row, count - 1));
   for (int64_t byte = 0; byte < row_bytes; byte += 8) {
     const int64_t present = smaller(8, row_bytes - byte);
     for (int64_t row = 0; row < kStrip; ++row) {
       // Blocks of eight by eight bytes: lane `row / 8` of vector `row % 8`.
       uint64_t word = 0;
-      const uint8_t* from = rows + smaller(row, count - 1) * stride + byte;
+      const uint8_t* from = starts[row] + byte;
       if (present == 8) {
         std::memcpy(&word, from, 8);
       } else {

@@ -25,6 +25,11 @@ struct Problem {
   int64_t in_bf16;  // whether products may be taken of bf16 numbers, sums being float32
   const uint8_t* data;
   int64_t batch_stride, row_stride;
+  // Of packed rows in pages, which are those of each sequence, [B, table_stride], where `data` is the first of all
+  // pages; or null. A page has `page_rows` rows side by side. And how many rows each sequence has, [B].
+  const int64_t* table;
+  int64_t table_stride, page_rows, page_stride;
+  const int64_t* lengths;
   const float* query;    // [B, M, n], without the first `unscored` numbers
   int64_t query_stride;  // from one sequence to the next
   int64_t unscored;      // numbers of a row, from the first, that no query meets: none or all values
@@ -64,8 +69,14 @@ struct Tile {
   int64_t sequence, first, count;  // rows
 };
 
-inline const uint8_t* rows_of(const Problem& problem, const Tile& tile) {
-  return problem.data + tile.sequence * problem.batch_stride + tile.first * problem.row_stride;
+inline const uint8_t* row_of(const Problem& problem, int64_t sequence, int64_t row) {
+  if (problem.table == nullptr) return problem.data + sequence * problem.batch_stride + row * problem.row_stride;
+  const int64_t page = problem.table[sequence * problem.table_stride + row / problem.page_rows];
+  return problem.data + page * problem.page_stride + row % problem.page_rows * problem.row_stride;
+}
+
+inline int64_t rows_of_sequence(const Problem& problem, int64_t sequence) {
+  return problem.table == nullptr ? problem.rows : problem.lengths[sequence];
 }
 
 constexpr int kMostQueries = 128;  // that pass over a tile together: their weights should stay in the cache
@@ -151,7 +162,7 @@ class NumberRows {
   // Filled up with 0 to whole vectors.
   static int64_t width_of(const Problem& problem) { return round_up(problem.dim, In::kNumbers); }
   const Number* at(int64_t row) const {
-    return reinterpret_cast<const Number*>(rows_of(problem_, tile_) + row * problem_.row_stride);
+    return reinterpret_cast<const Number*>(row_of(problem_, tile_.sequence, tile_.first + row));
   }
 
   const Problem& problem_;
@@ -229,8 +240,8 @@ class PackedRows {
     if (has_keys) keys.prepare(tile_.sequence, tile_.first, tile_.count);
     for (int64_t row = 0; row < tile_.count; row += kStrip) {
       Query* columns = columns_ + row / kStrip * strip_of(problem_);
-      bytes_to_lines<Query>(rows_of(problem_, tile_) + row * problem_.row_stride, problem_.row_stride,
-                            smaller(kStrip, tile_.count - row), codec.row_bytes, lines_);
+      const auto start = [&](int64_t index) { return row_of(problem_, tile_.sequence, tile_.first + row + index); };
+      bytes_to_lines<Query>(start, smaller(kStrip, tile_.count - row), codec.row_bytes, lines_);
       coded_columns<Query>(codec, lines_, 0, coded, [&](int64_t column) { return columns + column * kStrip; });
       raw_columns<Query>(codec, lines_, 0, raw, [&](int64_t column) { return columns + (coded + column) * kStrip; });
       if (has_keys) keys.read(lines_, row / kStrip, apart ? nullptr : columns, columns + (coded + raw) * kStrip);
