@@ -295,8 +295,9 @@ def test_afterwards_the_model_is_as_it_was(name: str, mode: str, policy: str) ->
     before = {key: dict(vars(module)) for key, module in model.named_modules()}
     hooks = {key: (list(m._forward_pre_hooks), list(m._forward_hooks)) for key, m in model.named_modules()}
     implementation, expected = model.config._attn_implementation, in_calls(model, ids, sizes=(PROMPT,))[0]
-    with pytest.raises(RuntimeError, match="of the caller"), of(policy)(model):
+    with of(policy)(model):
         in_calls(model, ids, sizes=(PROMPT,))
+    with pytest.raises(RuntimeError, match="of the caller"), of(policy)(model):
         raise RuntimeError("of the caller")
     assert model.config._attn_implementation is implementation
     assert {key: set(vars(module)) for key, module in model.named_modules()} == {k: set(v) for k, v in before.items()}
@@ -313,7 +314,7 @@ def test_memory_falls_behind_the_prompt_and_stays_while_decoding(name: str, mode
     model, ids = model_of(name, mode), tokens(2, 60)
     _, full = in_calls(model, ids[:, :40], sizes=(40,))
     with of(policy, keep=10)(model):
-        _, cache = in_calls(model, ids[:, :40], sizes=(40,))
+        _, cache = in_calls(model, ids[:, :40], sizes=(39,))
         sizes = [cache_nbytes(cache)]
         for at in range(40, 60):
             in_calls(model, ids[:, at : at + 1], cache=cache)
@@ -331,20 +332,16 @@ def test_the_formula_counts_the_rows_that_are_kept(name: str, mode: str, policy:
     model, ids = model_of(name, mode), tokens(2, length)
     stock = get_kv_cache_size(model, length, 2)
     with of(policy, keep=10)(model):
-        _, cache = in_calls(model, ids, sizes=(length,))
+        _, cache = in_calls(model, ids, sizes=(length - 1,))
         size = get_kv_cache_size(model, length, 2)
     found = cache_nbytes(cache)
-    table = sum(
-        layer.table.nbytes for layer in cache.layers[:1] if isinstance(getattr(layer, "table", None), TurnTable)
-    )
+    turned = isinstance(getattr(cache.layers[0], "table", None), TurnTable)
+    # Angles, 4 of a token here, may be held of tokens that have no row any more.
+    assert abs(found - size.compressed_bytes) <= (4 * length if turned else 0)
     assert size.original_bytes == stock.original_bytes
-    assert (
-        0 <= found - size.compressed_bytes <= table or policy == "attention" and found <= size.compressed_bytes + table
-    )
     if length < 10:
-        assert size.compressed_bytes == stock.compressed_bytes + (
-            4 * length * 2 * len(layers_of(cache)) * (policy == "attention")
-        )
+        scores = 4 * length * 2 * len(layers_of(cache)) if policy == "attention" else 0
+        assert size.compressed_bytes == stock.compressed_bytes + scores
 
 
 def test_each_layer_keeps_tokens_of_its_own_and_always_first_and_recent_ones() -> None:
@@ -530,15 +527,11 @@ def test_generate_runs_in_its_modes(name: str, mode: str, policy: str, generatio
     if generation == "prompt lookup" and name in ("gemma2", "kimi_linear"):
         pytest.skip("windows and linear attention that record their past are those of transformers")
     model, ids = model_of(name, mode), tokens(1 if generation == "prompt lookup" else 2, PROMPT)
+    chosen = GENERATION[generation]
     with of(policy)(model):
         torch.manual_seed(0)
         written = model.generate(
-            ids,
-            max_new_tokens=8,
-            min_new_tokens=8,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            **GENERATION[generation],
+            ids, max_new_tokens=8, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, **chosen
         )
     assert written.sequences.shape[1] == PROMPT + 8
     cache = cache_of(written)
