@@ -64,7 +64,7 @@ class Packed:
         if isinstance(layer, RetainedLayerMixin):
             raise UnsupportedError(
                 f"Cache layer {index} was filled inside of retention, which drops rows, and cannot be saved: what is "
-                "left of it is not the cache of its tokens. Save the cache of the prompt before, outside of the context."
+                "left of it is not the cache of its tokens. Save the cache of the prompt outside of the context."
             )
         kind = stock_type_of(layer).__name__
         if _KINDS.get(kind) is not stock_type_of(layer):
