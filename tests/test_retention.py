@@ -13,6 +13,7 @@ import pytest
 import torch
 from ordinary_models import VOCABULARY, build_ordinary
 from test_ordinary import packed as packed_ordinary
+from test_packed import SINKS, calibrated
 from test_packed import packed as packed_latents
 from tiny_models import FIRST_ORDINARY_TOKEN, TINY_MODELS, build
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, StaticCache
@@ -36,6 +37,7 @@ from kvsplice_hf import (
 from kvsplice_hf.cache.heads import CompressedHeads
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
 from kvsplice_hf.cache.turns import TurnTable
+from kvsplice_hf.call import note_expansion
 from kvsplice_hf.retention import Retention
 from kvsplice_hf.retention.layer import MOST_TAKEN_BACK, RetainedLayerMixin
 from kvsplice_hf.upstream import cache_argument, cache_of
@@ -80,9 +82,7 @@ def model_of(name: str, mode: str) -> Any:
     if mode == "stock":
         return model
     assert latents
-    from test_packed import SINKS, calibrated
-
-    config = KVSpliceConfig(ratio=0.75, sink_tokens=SINKS)
+    config = KVSpliceConfig(rank=24, sink_tokens=SINKS)
     return patch_model_with_kvsplice(model, config, calibration=calibrated(model))
 
 
@@ -161,6 +161,7 @@ class Reference:
     def __call__(
         self, module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
+        note_expansion()
         if isinstance(key, CompressedHeads):
             key, value = key.keys_and_values()
         (B, H, T, _), (K, S) = query.shape, key.shape[1:3]
