@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ordinary_models import VOCABULARY, build_ordinary
+from programs import run_program
 from test_ordinary import packed as packed_ordinary
 from test_packed import SINKS, calibrated
 from test_packed import packed as packed_latents
@@ -762,3 +763,25 @@ def test_a_cache_with_dropped_rows_is_not_saved(name: str, mode: str, tmp_path: 
             save_cache(cache, tmp_path / "cache.safetensors", model)
         with pytest.raises(UnsupportedError, match="cannot be saved"):
             PromptCache(tmp_path / "prompts").prepare(model, input_ids=ids)
+
+
+# ------------------------------------------------------------------------------------------------ how it is measured
+
+
+def test_the_program_measures_dropped_rows_packed_rows_and_both(model_folder: str, tmp_path: Path) -> None:
+    sizes = ["--prompt", "192", "--continuation", "8", "--chunk", "4", "--windows", "1", "--samples", "1"]
+    few = ["--depths", "0.5", "--first", "2", "--recent", "4", "--packed_bytes", "40", "--rounds", "1"]
+    calibration = ["--calibration", "pydoc", "--calibration_tokens", "4096", "--dtype", "float32", "--codec", "rows"]
+    where = ["--model", model_folder, "--output", str(tmp_path)]
+    report = run_program("measure/retention.py", *where, *sizes, *few, *calibration)
+    rows = {row["name"]: row for row in report["rows"]}
+    whole, half, quarter = (rows[name]["bytes"] for name in ("full", "50% of rows, window", "25% of rows, window"))
+    assert 0.5 < half / whole < 0.6
+    assert 0.25 < quarter / whole < 0.35
+    packed = rows["all packed rows of 40 bytes"]["bytes"]
+    assert rows["25% of packed rows of 40 bytes, attention"]["bytes"] < 0.6 * packed
+    assert rows[f"all packed rows, {quarter:.0f} bytes"]["dropped"] is False
+    for name, row in rows.items():
+        assert row["step_s"] > 0
+        assert 0 <= row["retrieval"]["found"] <= 1
+        assert name == "full" or row["texts"]["pydoc"]["kl_nats"] >= 0
