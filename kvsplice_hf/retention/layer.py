@@ -94,16 +94,19 @@ class RetainedLayerMixin(_StockLayer):
                 "A cache from which rows are dropped got keys and values outside of retention. Nothing was stored. "
                 "Call the model inside `with Retention(...)(model):`, or give it a cache of its own."
             )
+        self._require_own_rows()
+        found = super().update(key_states, value_states, *args, **kwargs)
+        self._append(key_states.shape[-2])
+        self.is_running = True
+        return found
+
+    def _require_own_rows(self) -> None:
         rows = self.seen if self.positions is None else self.positions.shape[-1]
         if rows != self.row_count:
             raise CacheMismatchError(
                 f"A cache from which rows are dropped has {self.row_count} rows and positions for {rows}: somebody "
                 "else has taken rows out of it. Leave that to retention, or start from an empty cache."
             )
-        found = super().update(key_states, value_states, *args, **kwargs)
-        self._append(key_states.shape[-2])
-        self.is_running = True
-        return found
 
     def _append(self, count: int) -> None:
         """Note the positions of new tokens."""
@@ -163,9 +166,14 @@ class RetainedLayerMixin(_StockLayer):
             self.settle(plan)
 
     def settle(self, plan: LayerPlan) -> None:
-        """Drop the rows that the plan does not keep."""
+        """Drop the rows that the plan does not keep.
+
+        Raises:
+            CacheMismatchError: somebody else has taken rows out.
+        """
         if not self.open_tokens:
             return
+        self._require_own_rows()
         self.open_tokens = 0
         if self.unsettled is not None:
             scores = self.unsettled.sum(1)
