@@ -230,14 +230,16 @@ class RetainedLayerMixin(_StockLayer):
         Raises:
             CacheMismatchError: rows were dropped on their account, or their attention is among the scores.
         """
-        count = abs(tokens_to_remove)
+        # What is positive is how many tokens are to be left: early releases take it, later ones refuse it below.
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
         if tokens_to_remove < 0 and self.seen and count >= self.seen:
             self.reset()
             return
-        if tokens_to_remove < 0 and self.seen:
+        if count and self.seen:
             self._require_removable(count)
-        super().crop(tokens_to_remove)  # refuses what is positive
-        if not count or not self.seen:
+        before = self.row_count
+        super().crop(tokens_to_remove)
+        if self.row_count == before:
             return
         self.seen, self.open_tokens = self.seen - count, max(self.open_tokens - count, 0)
         if self.positions is not None:
