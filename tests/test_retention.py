@@ -395,6 +395,17 @@ def test_a_sequence_in_a_left_padded_batch_is_as_alone(name: str, mode: str, pol
                 assert torch.equal(one.positions[row] - padding, other.positions[0])
 
 
+@both
+def test_a_share_is_of_tokens_and_not_of_padding(policy: str) -> None:
+    model, ids = model_of("llama", "stock"), tokens(2, PROMPT + 9)
+    recent = 3 if policy == "attention" else None
+    with Retention(share=0.5, first=2, policy=policy, recent=recent)(model):
+        _, cache = in_calls(model, ids, padded(ids, [8, 8]), (PROMPT,))
+        _, alone = in_calls(model, ids[:, 8:], sizes=(PROMPT - 8,))
+    for one, other in zip(layers_of(cache), layers_of(alone), strict=True):
+        assert torch.equal(one.positions - 8, other.positions)
+
+
 @all_kinds
 @both
 @pytest.mark.parametrize("by", ["reorder_cache", "batch_select_indices", "batch_repeat_interleave"])

@@ -114,10 +114,9 @@ class RetainedLayerMixin(_StockLayer):
         if self.positions is not None or real is not None:
             batch, device = self.keys.shape[0], self.keys.device
             new = torch.arange(start, end, dtype=torch.int32, device=device)
-            old = self.positions
-            if real is None:
-                new = new.expand(batch, -1)
-            elif old is None:
+            old, new = self.positions, new.expand(batch, -1)
+            real = None if real is None else real.expand(batch, -1)
+            if real is not None and old is None:
                 old = torch.arange(start, dtype=torch.int32, device=device).masked_fill(~real[:, :start], EMPTY)
                 self.is_ragged = True
             if real is not None:
@@ -181,7 +180,9 @@ class RetainedLayerMixin(_StockLayer):
                 scores[:, : self.scores.shape[1]] += self.scores
             self.scores, self.unsettled = scores, None
         count, device = self.row_count, self.keys.device
-        real = self.positions != EMPTY if self.positions is not None and self.is_ragged else None
+        # A share is of the tokens of each sequence, which may be as long as others but for padding that is gone.
+        by_sequence = self.is_ragged or plan.budget.share is not None
+        real = self.positions != EMPTY if self.positions is not None and by_sequence else None
         held, seen = [count], [self.seen]
         if real is not None:
             held = real.sum(-1).tolist()
