@@ -33,10 +33,10 @@ from kvsplice_hf.calibration.vectors import collect_vectors
 from kvsplice_hf.code.heads import HeadKey
 from kvsplice_hf.gpt2_mla import GPT2MLAConfig, GPT2MLAForCausalLM
 from kvsplice_hf.patch.sites import find_sites
+from kvsplice_hf.retention.selection import Budget
 from kvsplice_hf.upstream import cache_argument, cache_of
 from kvsplice_hf.values import ValuePrunedLayer, ValuePruning, fit_value_geometries
 from kvsplice_hf.values.layer import SomeValues
-from kvsplice_hf.values.selection import Budget
 
 
 PROMPT, STEPS = 20, 5
@@ -436,8 +436,8 @@ def test_geometries_are_fitted_to_all_values_or_to_those_that_pruning_leaves() -
 # ------------------------------------------------------------------------------------------------------- bad input
 
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "neither": ({}, "takes one of them"),
-    "both": ({"keep": 50, "share": 0.5}, "takes one of them"),
+    "neither": ({}, "give one of them"),
+    "both": ({"keep": 50, "share": 0.5}, "give one of them"),
     "keep below first and recent": ({"keep": 30}, "fewer than the 4 first and 32 recent"),
     "share of nothing": ({"share": 0.0}, "above 0, and 1 at most"),
     "share above all": ({"share": 1.5}, "above 0, and 1 at most"),

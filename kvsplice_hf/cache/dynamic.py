@@ -214,6 +214,12 @@ class _WatchedMixin(_DynamicMixin):
                 "ones out of both: `layer.keys = layer.keys[:, :, kept]` and `layer.values = layer.values[:, :, kept]`."
             )
 
+    def replace_slots(self, slots: torch.Tensor) -> None:
+        """Other slots of the same rows, [B, 1, S, 1], after the table has forgotten some."""
+        self.values = slots
+        if self._own_keys is not None:
+            self._own_values = slots
+
     def update(self, *args: Any, **kwargs: Any) -> Any:
         return self._watched(super().update, *args, **kwargs)
 

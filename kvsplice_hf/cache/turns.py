@@ -13,7 +13,7 @@ Legend: `B` sequences, `T` new tokens, `S` stored tokens, `F` pairs of numbers o
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +25,9 @@ SLOT_DTYPE = torch.int32
 # Positions this far beyond the tokens that there are do not get slots by position: the table would be mostly empty.
 _MOST_EMPTY = 1024
 _EMPTY = 255  # no angle
+# Slots of tokens that have no row any more are forgotten when they are more than this part of the others, and some.
+_MOST_DEAD = 4
+_FEW_DEAD = 64
 
 
 class Turns(NamedTuple):
@@ -173,6 +176,29 @@ class TurnTable(_OfLastCall):
         result = compute()
         self._joined = operation, before, argument, result
         return result
+
+    def compacted(self, live: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Forget the slots that no row refers to, where there are many of them.
+
+        Args:
+            live: the slots of all rows of all layers that have this table, int32 of any shape.
+
+        Returns:
+            The new slots by the old ones, int32 [old slots]; None where nothing has changed.
+        """
+        if self.lines is None:
+            return None
+        needed = torch.zeros(self.used, dtype=torch.bool, device=self.lines.device)
+        for slots in live:
+            needed[slots.flatten().long().to(needed.device)] = True
+        count = int(needed.sum())
+        if self.used <= count + count // _MOST_DEAD + _FEW_DEAD:
+            return None
+        self.lines, self.used = self.lines[:, : self.used][:, needed], count
+        # A slot is no longer the position of its token.
+        self._base, self._by_position = None, False
+        self._seen = self._noted = self._joined = None
+        return (needed.cumsum(0) - 1).to(SLOT_DTYPE)
 
     def reset(self) -> None:
         """Forget everything."""

@@ -19,6 +19,7 @@ from kvsplice_hf.patch.folding import compiled_refusal, megabytes
 from kvsplice_hf.patch.heads import decoding_refusal
 from kvsplice_hf.patch.site_patch import SitePatch
 from kvsplice_hf.patch.state import all_patched_sites
+from kvsplice_hf.retention.plan import plan_of
 from kvsplice_hf.weights.offload import execution_device
 
 
@@ -40,6 +41,7 @@ class LayerPath:
         prefill: what serves many new tokens at once.
         refused: each faster way that does not decode, and why.
         materialised: bytes of the dense weight that is kept of a packed, adapted or sharded `kv_b_proj`; 0 of others.
+        retention: which rows stay in the cache inside the context of `Retention`; empty where all do.
     """
 
     layer_idx: int
@@ -48,6 +50,7 @@ class LayerPath:
     prefill: str
     refused: dict[str, str]
     materialised: int = 0
+    retention: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class Explanation:
             console.print(self._verdicts_table())
         if any(layer.materialised for layer in self.layers):
             console.print(self._memory(), soft_wrap=True)
+        for kept in dict.fromkeys(layer.retention for layer in self.layers if layer.retention):
+            count = sum(layer.retention == kept for layer in self.layers)
+            console.print(f"retention, {count} layers: {kept}", soft_wrap=True)
         return out.getvalue().rstrip()
 
     def _layers_table(self) -> Table:
@@ -123,7 +129,9 @@ def explain(model: nn.Module, tokens: int = 4096) -> Explanation:
 
 def _explain_layer(site: AttentionSite, state: SitePatch, tokens: int) -> LayerPath:
     def path(decode: str, prefill: str, refused: dict[str, str]) -> LayerPath:
-        return LayerPath(site.layer_idx, site.name, decode, prefill, refused, state.materialised.nbytes)
+        plan = plan_of(site.module)
+        kept = "" if plan is None else str(plan)
+        return LayerPath(site.layer_idx, site.name, decode, prefill, refused, state.materialised.nbytes, kept)
 
     if not current_state(state.patch).enabled:
         return path(ORIGINAL, ORIGINAL, {"codes": "the splice is disabled in this thread (splice_disabled)"})

@@ -19,6 +19,7 @@ from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.site_patch import PATCH_ATTRIBUTE
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import all_patched_sites, find_patch, is_patched, patched_sites
+from kvsplice_hf.retention.plan import plan_of
 from kvsplice_hf.upstream import cache_of
 
 
@@ -58,7 +59,10 @@ def get_kv_cache_size(model: nn.Module, seq_len: int = 2048, batch_size: int = 1
     spliced layer: K exact latents of R numbers (R + P where rows are packed) and their positions (8 bytes each). Where
     keys are coded before their rotation, per token a slot (4 bytes), and once for all sequences and layers how tokens
     at each position were rotated (P / 2 bytes). A sliding window keeps `window - 1` tokens. Linear-attention layers are
-    not counted; on an unpatched model both figures are the same. `cache_nbytes` measures the same quantity on a cache.
+    not counted; on an unpatched model both figures are the same, outside of `Retention`. Inside of it the second counts
+    the rows that are left of a prompt of `seq_len` tokens, and what lies beside them: a position (4 bytes), a slot of
+    its own and perhaps a score (4 bytes each). How tokens were rotated may be held of some more tokens than have rows.
+    `cache_nbytes` measures the same quantity on a cache.
 
     Raises:
         NotMLAError: the model has no layer that can be patched.
@@ -70,7 +74,7 @@ def get_kv_cache_size(model: nn.Module, seq_len: int = 2048, batch_size: int = 1
     """
     pattern = find_patch(model)[1].config.layer_pattern if is_patched(model) else None
     sites = find_sites(model, pattern)
-    original = sum(_site_bytes(site, seq_len, spliced=False) for site in sites)
+    original = sum(_stock_bytes(site, seq_len) for site in sites)
     compressed = sum(_site_bytes(site, seq_len, spliced=PATCH_ATTRIBUTE in vars(site.module)) for site in sites)
     turned = [site for site in sites if site.stores_latent and _codes_keys(site)]
     slots, tables = _turn_bytes(turned, seq_len)
@@ -88,10 +92,27 @@ def _turn_bytes(sites: list[AttentionSite], seq_len: int) -> tuple[int, int]:
     Layers of full attention with the same rotary embedding share their slots, a window has its own.
     """
     windows = [site.sliding_window for site in sites if site.sliding_window is not None]
-    full = {_rotary_kind(site) for site in sites if site.sliding_window is None}
+    retained = [site for site in sites if _kept(site, seq_len) < seq_len]  # each of which has slots of its own
+    full = {_rotary_kind(site) for site in sites if site.sliding_window is None and site not in retained}
     tokens = sum(min(seq_len, window - 1) for window in windows) + seq_len * len(full)
+    tokens += sum(_kept(site, seq_len) for site in retained)
     sizes = {_rotary_kind(site): site.qk_rope_head_dim // 2 for site in sites}
-    return tokens * SLOT_DTYPE.itemsize, seq_len * sum(sizes.values())
+    lines = {kind: _lines([site for site in sites if _rotary_kind(site) == kind], seq_len) for kind in sizes}
+    return tokens * SLOT_DTYPE.itemsize, sum(lines[kind] * size for kind, size in sizes.items())
+
+
+def _kept(site: AttentionSite, seq_len: int) -> int:
+    """Rows that a layer of full attention keeps of so many tokens."""
+    plan = plan_of(site.module)
+    return seq_len if plan is None else plan.limit(seq_len, seq_len)
+
+
+def _lines(sites: list[AttentionSite], seq_len: int) -> int:
+    """Tokens of which some of these layers has a row, at most."""
+    plans = [plan_of(site.module) for site in sites]
+    kept = [_kept(site, seq_len) for site in sites]
+    # Those of a window are the same in all layers.
+    return min(seq_len, sum(kept) if any(plan is not None and plan.scored for plan in plans) else max(kept))
 
 
 def _rotary_kind(site: AttentionSite) -> tuple[str, tuple[int, ...]]:
@@ -103,17 +124,34 @@ def _rotary_kind(site: AttentionSite) -> tuple[str, tuple[int, ...]]:
     return kind if kind in kinds else "", tuple(columns.tolist())
 
 
+def _stock_bytes(site: AttentionSite, seq_len: int) -> int:
+    """Of a layer without splice and retention."""
+    window = seq_len if site.sliding_window is None else min(seq_len, site.sliding_window - 1)
+    rows = window * site.row_dim if site.stores_latent else 0
+    return site.dtype.itemsize * (rows + seq_len * site.indexer_head_dim)
+
+
 def _site_bytes(site: AttentionSite, seq_len: int, spliced: bool) -> int:
     itemsize = site.dtype.itemsize
-    rows = seq_len if site.sliding_window is None else min(seq_len, site.sliding_window - 1)
+    rows = _kept(site, seq_len) if site.sliding_window is None else min(seq_len, site.sliding_window - 1)
     indexer = seq_len * site.indexer_head_dim
     if not site.stores_latent:  # a layer that reuses another one's latent may still have an indexer of its own
         return itemsize * indexer
+    beside = _beside(site, rows, seq_len)
     if not spliced:
-        return itemsize * (rows * site.row_dim + indexer)
+        return itemsize * (rows * site.row_dim + indexer) + beside
     geometry = vars(site.module)[PATCH_ATTRIBUTE].geometry
     exact = geometry.sink_tokens * (geometry.exact_dim * itemsize + torch.long.itemsize)
-    return rows * geometry.nbytes(site.dtype) + itemsize * indexer + exact
+    return rows * geometry.nbytes(site.dtype) + itemsize * indexer + exact + beside
+
+
+def _beside(site: AttentionSite, rows: int, seq_len: int) -> int:
+    """Bytes that retention keeps beside rows: positions and how many are gone, and scores."""
+    plan = plan_of(site.module)
+    if plan is None:
+        return 0
+    positions = rows * torch.int32.itemsize + torch.int64.itemsize if rows < seq_len else 0
+    return positions + (rows * torch.float32.itemsize if plan.scored else 0)
 
 
 def cache_nbytes(cache: Cache | ModelOutput, allocated: bool = False) -> int:

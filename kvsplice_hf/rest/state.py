@@ -18,6 +18,7 @@ from kvsplice_hf.cache.layers import stock_type_of
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
 from kvsplice_hf.cache.turns import FixedTurns, TurnTable
 from kvsplice_hf.errors import CacheMismatchError, UnsupportedError
+from kvsplice_hf.retention.layer import RetainedLayerMixin
 
 
 # Of a call, of the splice, or another view of what is saved anyway.
@@ -60,6 +61,11 @@ class Packed:
         Raises:
             UnsupportedError: it is of a kind, or holds something, that has no form in a file.
         """
+        if isinstance(layer, RetainedLayerMixin):
+            raise UnsupportedError(
+                f"Cache layer {index} was filled inside of retention, which drops rows, and cannot be saved: what is "
+                "left of it is not the cache of its tokens. Save the cache of the prompt outside of the context."
+            )
         kind = stock_type_of(layer).__name__
         if _KINDS.get(kind) is not stock_type_of(layer):
             raise UnsupportedError(

@@ -9,12 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from kvsplice_hf.errors import UnsupportedError
-from kvsplice_hf.values.selection import EMPTY
-
-
-# Queries whose probabilities are in memory at once.
-_BLOCK = 256
+from kvsplice_hf.retention.scores import shares_by_block
+from kvsplice_hf.retention.selection import EMPTY
 
 
 class Scored(NamedTuple):
@@ -29,30 +25,6 @@ class Scored(NamedTuple):
     output: torch.Tensor
     received: torch.Tensor
     weights: torch.Tensor | None
-
-
-def real_tokens(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """Which positions hold tokens and no padding, bool [B, S]; None: all.
-
-    The last query of a call sees all tokens of its sequence, so that what it does not see is padding.
-
-    Args:
-        mask: of full attention, bool or added to scores, [B, 1, T, S]; None: causal.
-        length: S.
-
-    Raises:
-        UnsupportedError: a mask of another shape.
-    """
-    if mask is None:
-        return None
-    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-1] != length:
-        raise UnsupportedError(
-            f"Value pruning got an attention mask {list(mask.shape)} for {length} cached tokens; it needs one for all "
-            "heads, [batch, 1, queries, tokens]. Give the model a mask [batch, tokens], or none."
-        )
-    last = mask[:, 0, -1]
-    real = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
-    return None if bool(real.all()) else real
 
 
 def bias_of(mask: torch.Tensor | None, positions: torch.Tensor, start: int, queries: int) -> torch.Tensor:
@@ -105,23 +77,12 @@ def attend(
         sinks: learned score of nothing for each head, [H], as gpt-oss has it.
         return_weights: hand back the probabilities.
     """
-    B, H, T, _ = query.shape
-    K = keys.shape[1]
-    grouped = query.unflatten(1, (K, -1))  # [B, K, G, T, d]
     received = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
     outputs, weights = [], []
-    for start in range(0, T, _BLOCK):
-        block = grouped[:, :, :, start : start + _BLOCK]
-        scores = (block.flatten(2, 3) @ keys.transpose(2, 3)).float().unflatten(2, block.shape[2:4]) * scaling
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores + bias(start, start + block.shape[3])[:, :, None]
-        if sinks is not None:
-            column = sinks.float().view(1, K, -1, 1, 1).expand(B, -1, -1, scores.shape[3], -1)
-            shares = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
-        else:
-            shares = torch.softmax(scores, dim=-1)
-        of_block = shares if counted is None else shares * counted[:, None, None, start : start + _BLOCK, None]
+    blocks = shares_by_block(query, keys, bias, scaling=scaling, softcap=softcap, sinks=sinks)
+    for start, shares in blocks:
+        end = start + shares.shape[3]
+        of_block = shares if counted is None else shares * counted[:, None, None, start:end, None]
         received += of_block.sum((2, 3))
         shares = shares.to(query.dtype)
         outputs.append(mix(shares.flatten(2, 3)).unflatten(2, shares.shape[2:4]).flatten(1, 2))

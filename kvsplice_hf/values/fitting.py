@@ -17,10 +17,10 @@ from kvsplice_hf.calibration.vectors import collect_vectors
 from kvsplice_hf.code.heads import HeadKey, PartKey
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.geometry import SplinePCA
+from kvsplice_hf.retention.selection import EMPTY
 from kvsplice_hf.values.compression import fit_geometries
 from kvsplice_hf.values.layer import ValuePrunedLayer
 from kvsplice_hf.values.pruning import ValuePruning
-from kvsplice_hf.values.selection import EMPTY
 
 
 def fit_value_geometries(

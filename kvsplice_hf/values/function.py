@@ -12,9 +12,10 @@ from kvsplice_hf import upstream
 from kvsplice_hf.errors import UnsupportedError
 from kvsplice_hf.patch.attention import attend_expanded
 from kvsplice_hf.patch.names import WRAPPED_ATTENTION
-from kvsplice_hf.values.attention import attend, bias_of, real_tokens
+from kvsplice_hf.retention.scores import real_tokens
+from kvsplice_hf.retention.selection import Extent
+from kvsplice_hf.values.attention import attend, bias_of
 from kvsplice_hf.values.layer import LayerPlan, SomeValues
-from kvsplice_hf.values.selection import Extent
 
 
 NAME_PREFIX = "kvsplice_values_"

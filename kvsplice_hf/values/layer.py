@@ -14,8 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 from kvsplice_hf import upstream
 from kvsplice_hf.errors import CacheMismatchError
+from kvsplice_hf.retention.selection import EMPTY, Budget, Extent, chosen
 from kvsplice_hf.values.compression import LayerGeometry
-from kvsplice_hf.values.selection import EMPTY, Budget, Extent, chosen
 
 
 # Typed loosely: its `update` returns tensors, ours does not.

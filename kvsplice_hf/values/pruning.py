@@ -22,10 +22,10 @@ from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.names import WRAPPED_ATTENTION
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import is_patched
+from kvsplice_hf.retention.selection import SCORES, Budget
 from kvsplice_hf.values.compression import geometry_of
 from kvsplice_hf.values.function import NAME_PREFIX, register
 from kvsplice_hf.values.layer import LayerPlan, ValuePrunedLayer
-from kvsplice_hf.values.selection import SCORES, Budget
 
 
 logger = logging.getLogger(__name__)

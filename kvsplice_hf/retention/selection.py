@@ -1,8 +1,8 @@
-"""Which tokens keep their values: how many, and the choice among them.
+"""Which tokens stay, or keep their values: how many, and the choice among them.
 
-Nothing here knows of models or caches.
+Nothing here knows of models or caches. Value pruning (`kvsplice_hf.values`) uses it as well as retention.
 
-Legend: `B` batch, `K` key heads, `S` stored tokens, `T` new ones, `C` candidates, `M` slots.
+Legend: `B` batch, `K` key heads, `S` stored tokens, `T` new ones, `C` candidates, `M` slots, `N` rows.
 """
 
 import math
@@ -19,7 +19,7 @@ SCORES = ("sum", "mean")
 
 
 class Budget(NamedTuple):
-    """How many tokens of a sequence keep their values.
+    """How many tokens of a sequence stay, or keep their values.
 
     Attributes:
         keep: so many, or None.
@@ -40,8 +40,8 @@ class Budget(NamedTuple):
         """
         if (self.keep is None) == (self.share is None):
             raise ConfigError(
-                f"`keep` is {self.keep} and `share` {self.share}; value pruning takes one of them: how many tokens "
-                "keep their values, or which share of all."
+                f"`keep` is {self.keep} and `share` {self.share}; give one of them: how many tokens of a sequence to "
+                "keep, or which share of all."
             )
         if self.first < 0 or self.recent < 1:
             raise ConfigError(
@@ -50,14 +50,14 @@ class Budget(NamedTuple):
             )
         if self.keep is not None and self.keep < self.first + self.recent:
             raise ConfigError(
-                f"`keep` is {self.keep}, fewer than the {self.first} first and {self.recent} recent tokens that always "
-                "keep their values. Raise `keep`, or lower `first` or `recent`."
+                f"`keep` is {self.keep}, fewer than the {self.first} first and {self.recent} recent tokens that are "
+                "always kept. Raise `keep`, or lower `first` or `recent`."
             )
         if self.share is not None and not 0 < self.share <= 1:
             raise ConfigError(f"`share` is {self.share}; it must be above 0, and 1 at most.")
 
     def of(self, tokens: int) -> int:
-        """Tokens that keep their values, of so many."""
+        """Tokens that are kept, of so many."""
         if self.keep is not None:
             return min(self.keep, tokens)
         assert self.share is not None
@@ -104,7 +104,7 @@ class Extent(NamedTuple):
 def chosen(
     positions: torch.Tensor, scores: torch.Tensor, extent: Extent, budget: Budget, by: str
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The candidates that keep their values, those with the highest scores, and always the recent ones.
+    """The candidates that keep their values in each key head: the highest scores, and always the recent ones.
 
     Args:
         positions: of candidates, the first tokens not among them, int32 [B, K, C]; `EMPTY` for none.
@@ -131,3 +131,52 @@ def chosen(
     within = torch.tensor(limits, dtype=torch.int64, device=scores.device)[:, None, None]
     ranks = torch.arange(found.indices.shape[-1], dtype=torch.int64, device=scores.device)
     return found.indices, (found.values >= 0) & (ranks < within)
+
+
+def staying(
+    real: torch.Tensor | None,
+    count: int,
+    limits: list[int],
+    always: tuple[int, int],
+    scores: torch.Tensor | None,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The rows that stay, in their order: the first ones, and the last ones or those with the highest scores.
+
+    Args:
+        real: which rows hold tokens and no padding, bool [B, N]; None: all.
+        count: N.
+        limits: how many rows stay, of all sequences alike, or of each.
+        always: how many first and last tokens stay whatever their scores.
+        scores: float32 [B, N]; None: the last ones stay.
+        device: of the result.
+
+    Returns:
+        Places among the rows, int64 [B or 1, M], and which of them hold a row that stays, bool [B or 1, M]; None where
+        all of them do.
+    """
+    first, recent = always
+    slots = max(limits)
+    if real is None and scores is None:
+        places = torch.arange(slots, dtype=torch.int64, device=device)
+        return torch.where(places < first, places, places + (count - slots))[None], None
+    if real is None:
+        rank = torch.arange(count, dtype=torch.int64, device=device)[None]
+        behind = count - rank
+    else:
+        rank = real.cumsum(-1) - 1
+        behind = real.sum(-1, keepdim=True) - rank
+    # Whole numbers as float64: positions beyond 16 million have none of their own in float32.
+    order = rank.double() if scores is None else scores.double()
+    kept = (rank < first) | (behind <= recent)
+    order = torch.where(kept, torch.finfo(order.dtype).max, order)
+    if real is not None:
+        order = order.masked_fill(~real, -1.0)
+    found = order.topk(slots, dim=-1)
+    within = torch.tensor(limits, dtype=torch.int64, device=device)[:, None]
+    ranks = torch.arange(slots, dtype=torch.int64, device=device)
+    stays = (found.values >= 0) & (ranks < within)
+    # Slots without a row come first, so that the last row is the last token.
+    by_place = torch.where(stays, found.indices, found.indices - count).argsort(-1)
+    places, stays = found.indices.gather(-1, by_place), stays.gather(-1, by_place)
+    return places, None if real is None else stays
