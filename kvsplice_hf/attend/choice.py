@@ -127,8 +127,8 @@ def decode(step: Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
     backend = backend_for("decode", step.numbers, step.codec, coded_keys=step.keys is not None)
     if backend is None:
         return by_torch()
-    given = (step.codec is None, step.bias is None, step.exact is None, step.query.dtype, step.rows.dtype)
-    given += (step.paging is None,)
+    missing = tuple(part is None for part in (step.codec, step.bias, step.exact, step.paging))
+    given = (*missing, step.query.dtype, step.rows.dtype)
     kind = ("decode", *given, coded(step.keys is not None), along(step.codec), backend.name)
     return either(kind, lambda: backend.decode(step).to(step.query.dtype), by_torch, numbers_alike)
 

@@ -126,7 +126,7 @@ def _require_reducible(model: Any) -> list[AttentionSite]:
             module = getattr(site.module, name)
             weight = getattr(module, "weight", None)
             plain = type(module) is nn.Linear and type(weight) is nn.Parameter and weight.is_floating_point()
-            if not plain or weight.device.type == "meta":
+            if weight is None or not plain or weight.device.type == "meta":
                 raise UnsupportedError(
                     f"{site.name}.{name} is a {type(module).__name__} whose weight is packed, adapted, divided or not "
                     "loaded, and the rank is reduced in plain weights. Merge adapters, and load the model unquantised "
