@@ -1,0 +1,297 @@
+"""`RowPrediction`: what makes the file of a cache smaller, `save_cache(..., compress="layers")`; fitted, kept, applied.
+
+It belongs to the splices of one model, whose rows it predicts from one another (`prediction`), and is kept in a file
+of its own: fitted once, it serves all caches of the model.
+
+Legend: `B` sequences, `S` tokens in the cache, `T` = B S tokens.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from kvsplice_hf.code.codec import RowCodec
+from kvsplice_hf.code.heads import HeadSplices
+from kvsplice_hf.errors import CacheMismatchError, CheckpointError, ConfigError, UnsupportedError
+from kvsplice_hf.patch.state import is_patched, patched_sites
+from kvsplice_hf.rest.ans import Numbers, Reader
+from kvsplice_hf.rest.prediction import (
+    AHEAD,
+    BEHIND,
+    GAINS,
+    LEVEL_BITS,
+    Columns,
+    LayerPrediction,
+    Passage,
+    read_layer,
+    write_layers,
+)
+from kvsplice_hf.rest.symbols import Group, groups_of, levels_of, packed_rows
+
+
+# Tokens that are written together: what is known along the way of so many is held in memory.
+BLOCK = 4096
+_TOKEN_SPREAD = 28.0
+_FINE = 2.0**20
+_LARGEST = 2.0**24
+# A gain is a byte, 16 to an octave (`code.codec`).
+_GAIN_LEVELS = (np.arange(256, dtype=np.int64) - 128) << (LEVEL_BITS - 4)
+Streams = dict[str, NDArray[Any]]
+
+
+class RowsOfLayer:
+    """The rows of a layer as levels, and back.
+
+    Args:
+        codecs: of its key heads, or of its latent.
+        tables: levels of each width, whole numbers.
+    """
+
+    def __init__(self, codecs: Sequence[RowCodec], tables: Mapping[int, Numbers]) -> None:
+        self.codecs = list(codecs)
+        self.sizes = [codec.row_bytes for codec in codecs]
+        self._groups: list[dict[str, Group]] = [
+            dict(zip((BEHIND, AHEAD), groups_of(codec), strict=True)) for codec in codecs
+        ]
+        self.columns = {
+            GAINS: self._gain_columns(),
+            **{kind: self._columns(kind, tables) for kind in (BEHIND, AHEAD)},
+        }
+
+    def _gain_columns(self) -> Columns:
+        count = sum(codec.gain_bytes for codec in self.codecs)
+        each = np.arange(count, dtype=np.int64)
+        chains = [(place, place + 1, 0) for place in range(count)]
+        return Columns([_GAIN_LEVELS] * count, [1] * count, chains, each, np.full(count, -1, dtype=np.int64))
+
+    def _columns(self, kind: str, tables: Mapping[int, Numbers]) -> Columns:
+        levels: list[Numbers] = []
+        steps: list[int] = []
+        chains, heads, gains, first_gain = [], [], [], 0
+        for head, (codec, groups) in enumerate(zip(self.codecs, self._groups, strict=True)):
+            group = groups[kind]
+            chains.append((len(levels), len(levels) + len(group.widths), group.chain))
+            levels += [tables[width] for width in group.widths]
+            steps += group.steps()
+            heads += [head] * len(group.widths)
+            gains += [-1 if group.gain is None else first_gain + group.gain] * len(group.widths)
+            first_gain += codec.gain_bytes
+        return Columns(levels, steps, chains, np.array(heads, dtype=np.int64), np.array(gains, dtype=np.int64))
+
+    def numbers(self, rows: torch.Tensor) -> dict[str, NDArray[np.uint8]]:
+        """Levels uint8 [T, c] of the parts of packed rows uint8 [T, bytes]."""
+        found: dict[str, list[NDArray[np.uint8]]] = {GAINS: [], BEHIND: [], AHEAD: []}
+        for codec, part, groups in zip(self.codecs, rows.split(self.sizes, dim=-1), self._groups, strict=True):
+            found[GAINS].append(part[:, : codec.gain_bytes].numpy())
+            levels = codec.level_numbers(codec.codes(part)).numpy()
+            for kind, group in groups.items():
+                found[kind].append(levels[:, group.coordinates])
+        return {kind: np.concatenate(parts, axis=1) for kind, parts in found.items()}
+
+    def raw(self, rows: torch.Tensor) -> torch.Tensor:
+        """Bytes of the 16-bit numbers of rows, which are kept as they are, uint8 [T, bytes]."""
+        parts = zip(self.codecs, rows.split(self.sizes, dim=-1), strict=True)
+        return torch.cat([part[:, c.gain_bytes : c.gain_bytes + 2 * len(c._raw)] for c, part in parts], dim=-1)
+
+    def rows(self, codes: Mapping[str, Numbers], raw: torch.Tensor) -> torch.Tensor:
+        """Packed rows uint8 [T, bytes] of the codes of their parts."""
+        rows, gain, start, places = [], 0, 0, {BEHIND: 0, AHEAD: 0}
+        for codec, groups in zip(self.codecs, self._groups, strict=True):
+            whole = np.zeros((len(raw), codec.row_dim), dtype=np.uint8)
+            for kind, group in groups.items():
+                first = places[kind]
+                places[kind] = first + len(group.widths)
+                whole[:, group.coordinates] = codes[kind][:, first : places[kind]]
+            gains = codes[GAINS][:, gain : gain + codec.gain_bytes].astype(np.uint8)
+            own = raw[:, start : start + 2 * len(codec._raw)]
+            gain, start = gain + codec.gain_bytes, start + 2 * len(codec._raw)
+            rows.append(packed_rows(codec, torch.from_numpy(whole), torch.from_numpy(gains), own))
+        return torch.cat(rows, dim=-1)
+
+
+class Spliced(NamedTuple):
+    """The layers of a patched model that have packed rows.
+
+    Attributes:
+        codecs: by cache layer index, of key heads, or of the latent.
+        identities: of their splices.
+    """
+
+    codecs: dict[int, list[RowCodec]]
+    identities: dict[int, str]
+
+
+def spliced_layers(model: nn.Module) -> Spliced:
+    """The layers of a model that have packed rows.
+
+    Raises:
+        UnsupportedError: it has none, or they are packed by a codec whose levels are not known here.
+    """
+    codecs: dict[int, list[RowCodec]] = {}
+    identities: dict[int, str] = {}
+    for site, patched in patched_sites(model) if is_patched(model) else []:
+        heads = list(patched.splice) if isinstance(patched.splice, HeadSplices) else [patched.splice]
+        for head in heads:
+            if not isinstance(head.codec, RowCodec):
+                kind = "numbers" if head.codec is None else f"packed by the codec {head.codec.kind!r}"
+                raise UnsupportedError(
+                    f"The rows of layer {site.layer_idx} are {kind}, and only those of this package's own codecs are "
+                    'predicted. Patch with `bytes_per_token` and one of these, or save without `compress="layers"`.'
+                )
+        codecs[site.layer_idx] = [head.codec for head in heads]
+        identities[site.layer_idx] = patched.splice.identity
+    if not codecs:
+        raise UnsupportedError(
+            'This model has no packed rows, which alone are predicted. Patch it, or save without `compress="layers"`.'
+        )
+    return Spliced(codecs, identities)
+
+
+def level_tables(codec: RowCodec) -> dict[int, Numbers]:
+    """Levels of each width, as whole numbers."""
+    return {
+        width: np.rint(levels_of(codec, width) * 2**LEVEL_BITS).astype(np.int64) for width in codec.grids
+    }
+
+
+def token_inputs(model: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """What tokens [T] themselves say: their embeddings, of one size, on 8 bits. The same on any machine.
+
+    Sums are of whole numbers, and square root and division are rounded alike everywhere (IEEE 754).
+    """
+    weight: torch.Tensor = model.get_input_embeddings().weight
+    rows = weight.detach()[torch.from_numpy(ids).to(weight.device)].double().cpu().numpy()
+    whole = np.rint(np.clip(rows * _FINE, -_LARGEST, _LARGEST))
+    energy = np.square(whole.astype(np.int64)).sum(1).astype(np.float64)
+    size = np.sqrt(energy / rows.shape[1]).clip(min=1.0)
+    return np.rint(whole * _TOKEN_SPREAD / size[:, None]).clip(-127, 127).astype(np.float32)
+
+
+class RowPrediction:
+    """How the rows of a model are predicted, for smaller files of its caches.
+
+    Attributes:
+        layers: by cache layer index.
+        identities: of the splices whose rows are predicted.
+        depth: how many layers before a layer predict it.
+        uses_tokens: whether the tokens do as well, so that they must be known.
+        identity: a digest of all of it.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[int, LayerPrediction],
+        tables: Mapping[int, Numbers],
+        identities: Mapping[int, str],
+        depth: int,
+        uses_tokens: bool,
+        identity: str,
+    ) -> None:
+        self.layers, self.tables, self.identities = dict(layers), dict(tables), dict(identities)
+        self.depth, self.uses_tokens, self.identity = depth, uses_tokens, identity
+
+    def require_model(self, model: nn.Module) -> Spliced:
+        """The layers of a model that this prediction is for.
+
+        Raises:
+            CacheMismatchError: the model has other splices.
+            UnsupportedError: it has no packed rows.
+        """
+        found = spliced_layers(model)
+        if found.identities != self.identities:
+            raise CacheMismatchError(
+                "The prediction of rows was fitted to other splices than those of this model. Fit it again: "
+                "fit_row_prediction(model, data, tokenizer=tokenizer)."
+            )
+        return found
+
+    def compress(self, model: nn.Module, rows: Mapping[int, torch.Tensor], ids: torch.Tensor | None) -> Streams:
+        """Rows of all layers, each uint8 [T, bytes], as words.
+
+        Args:
+            model: whose rows they are.
+            rows: by cache layer index.
+            ids: tokens int64 [T].
+
+        Raises:
+            CacheMismatchError: the prediction is of other splices.
+            ConfigError: tokens are needed, and not given.
+        """
+        of_layers = self._rows_of_layers(model)
+        count = len(next(iter(rows.values())))
+        streams: Streams = {}
+        for block, start in enumerate(range(0, count, BLOCK)):
+            part = slice(start, start + BLOCK)
+            passage = self._passage(model, min(BLOCK, count - start), None if ids is None else ids[part])
+            numbers = self._numbers({index: own[part] for index, own in rows.items()}, of_layers)
+            states, words = write_layers(numbers, passage)
+            streams |= {f"{block}.states": states.view(np.int64), f"{block}.words": words.view(np.int32)}
+        for index, own in rows.items():
+            raw = of_layers[index].raw(own)
+            if raw.shape[1]:
+                streams[f"raw.{index}"] = raw.numpy()
+        return streams
+
+    def _numbers(
+        self, rows: Mapping[int, torch.Tensor], of_layers: Mapping[int, RowsOfLayer]
+    ) -> Iterator[tuple[LayerPrediction, Mapping[str, Numbers]]]:
+        for index, layer in self.layers.items():
+            found = of_layers[index].numbers(rows[index])
+            yield layer, {kind: levels.astype(np.int64) for kind, levels in found.items()}
+
+    def restore(
+        self, model: nn.Module, streams: Mapping[str, NDArray[Any]], count: int, ids: torch.Tensor | None, path: object
+    ) -> dict[int, torch.Tensor]:
+        """The rows of all layers, each uint8 [T, bytes].
+
+        Args:
+            model, ids: as of `compress`.
+            streams: what that gave.
+            count: T.
+            path: of the file, for messages.
+
+        Raises:
+            CheckpointError: they are damaged.
+        """
+        of_layers = self._rows_of_layers(model)
+        found: dict[int, list[torch.Tensor]] = {index: [] for index in self.layers}
+        try:
+            for block, start in enumerate(range(0, count, BLOCK)):
+                part = slice(start, min(start + BLOCK, count))
+                words, states = streams[f"{block}.words"].view(np.uint32), streams[f"{block}.states"].view(np.uint64)
+                reader = Reader(states, words, path)
+                passage = self._passage(model, part.stop - start, None if ids is None else ids[part])
+                for index, layer in self.layers.items():
+                    codes = read_layer(reader, layer, passage)
+                    raw = streams.get(f"raw.{index}", np.zeros((count, 0), dtype=np.uint8))[part]
+                    found[index].append(of_layers[index].rows(codes, torch.from_numpy(raw)))
+                reader.finish()
+        except (KeyError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{path} is damaged: {error!r}. Save the cache again.") from error
+        return {index: torch.cat(parts) for index, parts in found.items()}
+
+    def _rows_of_layers(self, model: nn.Module) -> dict[int, RowsOfLayer]:
+        return {index: RowsOfLayer(codecs, self.tables) for index, codecs in self.require_model(model).codecs.items()}
+
+    def _passage(self, model: nn.Module, count: int, ids: torch.Tensor | None) -> Passage:
+        return Passage(tokens_of(model, count, ids, self.uses_tokens), self.depth)
+
+
+def tokens_of(model: nn.Module, count: int, ids: torch.Tensor | None, are_used: bool) -> NDArray[np.float32]:
+    """See `Passage`.
+
+    Raises:
+        ConfigError: tokens are used, and not given.
+    """
+    if not are_used:
+        return np.zeros((count, 0), dtype=np.float32)
+    if ids is None:
+        raise ConfigError(
+            '`compress="layers"` predicts rows from their tokens, and there are none. Give `input_ids`, or fit the '
+            "prediction with `uses_tokens=False`."
+        )
+    return token_inputs(model, ids.numpy())
