@@ -22,7 +22,7 @@ _WORD = 32
 _LOWEST = np.uint64(1 << _WORD)
 _SLOT = np.uint64(TOTAL - 1)
 _SHIFT, _WORD_SHIFT, _FULL_SHIFT = np.uint64(PRECISION), np.uint64(_WORD), np.uint64(2 * _WORD - PRECISION)
-_DAMAGED = "is damaged: its compressed rows do not decode. Save the cache again."
+_DAMAGED = "is damaged: its predicted rows do not decode. Save the cache again."
 
 Numbers = NDArray[np.int64]
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvsplice_hf.rest.ans import PRECISION, TOTAL, Numbers, Reader, Writer
-from kvsplice_hf.rest.symbols import Parity
+from kvsplice_hf.rest.row_levels import Parity
 
 
 GAINS, BEHIND, AHEAD = KINDS = ("gains", "behind", "ahead")
@@ -29,10 +29,13 @@ GAINS, BEHIND, AHEAD = KINDS = ("gains", "behind", "ahead")
 LEVEL_BITS, Z_BITS = 12, 7
 FARTHEST = 16 << Z_BITS
 # 2^(i / 16) in units of 2^-16. Written out: powers of floating point may differ between machines.
+# fmt: off
 _MANTISSAS = np.array(
-    [65536, 68438, 71468, 74632, 77936, 81386, 84990, 88752, 92682, 96785, 101070, 105545, 110218, 115098, 120194, 125515],
+    [65536, 68438, 71468, 74632, 77936, 81386, 84990, 88752,
+     92682, 96785, 101070, 105545, 110218, 115098, 120194, 125515],
     dtype=np.int64,
 )
+# fmt: on
 _LEAST_SCALE, _LARGEST_SCALE = -320, 255
 _EXACT_SUM = 1024
 _BEYOND = 1 << 31

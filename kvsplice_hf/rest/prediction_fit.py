@@ -1,4 +1,4 @@
-"""Fits the prediction of rows (`prediction`) to rows of some text: ridge regression, and what is usual of what it leaves.
+"""Fits the prediction of rows (`prediction`) to those of some text: ridge regression, and how far it is off, usually.
 
 Here numbers are floating point. What is kept of them are integers.
 
@@ -20,7 +20,6 @@ from kvsplice_hf.rest.prediction import (
     KINDS,
     LEVEL_BITS,
     SIGNALS,
-    Z_BITS,
     Columns,
     LayerPrediction,
     Likelihoods,
@@ -33,6 +32,7 @@ from kvsplice_hf.rest.prediction import (
 )
 
 
+Floats = NDArray[np.float64]
 # What predicts is spread over its 8 bits like this.
 _INPUT_SPREAD = 28.0
 _LARGEST_WEIGHT = 127
@@ -63,7 +63,8 @@ def fit_prediction(
     """
     passage = Passage(tokens, depth)
     fitted = []
-    for own, layer_columns in zip(tqdm(numbers, desc="predicting", file=sys.stderr, disable=not progress), columns):
+    bar = tqdm(numbers, desc="predicting", file=sys.stderr, disable=not progress)
+    for own, layer_columns in zip(bar, columns, strict=True):
         gains = own[GAINS].astype(np.int64) - 128
         parts: dict[str, Part] = {}
         layer = LayerPrediction(parts, layer_columns)
@@ -96,7 +97,9 @@ def _fit_part(
     spreads = _scale(1 / rest.std(0).clip(_LEAST))
     usual_size = np.exp2(spreads / 16)
     weights, offset = weights * usual_size, offset * usual_size
-    units = np.ceil(16 * np.log2(np.abs(weights).max(0, initial=_LEAST).clip(_LEAST) / _LARGEST_WEIGHT)).astype(np.int64)
+    units = np.ceil(16 * np.log2(np.abs(weights).max(0, initial=_LEAST).clip(_LEAST) / _LARGEST_WEIGHT)).astype(
+        np.int64
+    )
     units = units.clip(-256, 64)
     size = np.exp2(-units / 16)
     whole = np.rint(weights * size).clip(-_LARGEST_WEIGHT, _LARGEST_WEIGHT).astype(np.int8)
@@ -121,7 +124,9 @@ def _scale(factors: NDArray[np.float64]) -> Numbers:
     return np.rint(16 * np.log2(factors)).clip(-128, 255).astype(np.int64)
 
 
-def _ridge(predictors: NDArray[np.float32], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _ridge(
+    predictors: NDArray[np.float32], values: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Weights [D, c] and offset [c] of the least squares."""
     mean, target = predictors.mean(0, dtype=np.float64), values.mean(0)
     size = predictors.shape[1]

@@ -20,13 +20,20 @@ from kvsplice_hf import folders, upstream
 from kvsplice_hf.calibration.data import as_batches
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, ConfigError
-from kvsplice_hf.rest.ans import Numbers
 from kvsplice_hf.rest.prediction import KINDS, LayerPrediction, Part
 from kvsplice_hf.rest.prediction_fit import fit_prediction
-from kvsplice_hf.rest.row_prediction import RowPrediction, RowsOfLayer, level_tables, spliced_layers, tokens_of
+from kvsplice_hf.rest.row_prediction import (
+    RowPrediction,
+    RowsOfLayer,
+    codecs_of,
+    level_tables,
+    packed_splices,
+    tokens_of,
+)
 from kvsplice_hf.weights.offload import input_device
 
 
+Arrays = Mapping[str, NDArray[Any]]
 TOKENS, WINDOW, DEPTH = 32_768, 1024, 2
 _FORMAT, _VERSION = "kvsplice_prediction", 1
 # The first tokens of a sequence have rows unlike all others; they are exact beside them as well.
@@ -67,9 +74,10 @@ def fit_row_prediction(
             f"`depth` is {depth} and `window` {window}; rows are predicted from 0 or more layers, in windows of more "
             f"than {_FIRST} tokens."
         )
-    spliced = spliced_layers(model)
-    tables = level_tables(next(iter(spliced.codecs.values()))[0])
-    of_layers = {index: RowsOfLayer(codecs, tables) for index, codecs in spliced.codecs.items()}
+    splices = packed_splices(model)
+    codecs = {index: codecs_of(splice, f"layer {index}") for index, splice in splices.items()}
+    tables = level_tables(next(iter(codecs.values()))[0])
+    of_layers = {index: RowsOfLayer(own, tables) for index, own in codecs.items()}
     batches = [batch["input_ids"] for batch in as_batches(data, tokenizer, max_tokens, window)]
     numbers = _numbers_of_text(model, batches, of_layers, progress)
     ids = torch.cat([batch.flatten() for batch in batches]).cpu()
@@ -77,8 +85,10 @@ def fit_row_prediction(
     tokens = tokens_of(model, len(ids), ids, uses_tokens)
     columns = [rows.columns for rows in of_layers.values()]
     layers = fit_prediction(list(numbers.values()), columns, tokens, counted.numpy(), depth, progress)
-    by_index = dict(zip(of_layers, layers, strict=True))
-    return _identified(by_index, tables, spliced.identities, depth, uses_tokens)
+    identities: list[Any] = [splice.identity for splice in splices.values()]
+    found = RowPrediction(layers, tables, identities, depth, uses_tokens, "")
+    found.identity = _digest(_arrays(found), _description(found))
+    return found
 
 
 def _numbers_of_text(
@@ -98,22 +108,10 @@ def _numbers_of_text(
     }
 
 
-def _identified(
-    layers: Mapping[int, LayerPrediction],
-    tables: Mapping[int, Numbers],
-    identities: Mapping[int, str],
-    depth: int,
-    uses_tokens: bool,
-) -> RowPrediction:
-    found = RowPrediction(layers, tables, identities, depth, uses_tokens, "")
-    found.identity = _digest(_arrays(found), _description(found))
-    return found
-
-
 def _arrays(prediction: RowPrediction) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {
         f"{index}.{kind}.{name}": np.ascontiguousarray(value)
-        for index, layer in prediction.layers.items()
+        for index, layer in enumerate(prediction.layers)
         for kind in KINDS
         for name, value in zip(Part._fields, layer.parts[kind], strict=True)
     }
@@ -123,7 +121,7 @@ def _arrays(prediction: RowPrediction) -> dict[str, NDArray[Any]]:
 def _description(prediction: RowPrediction) -> dict[str, Any]:
     return {
         "version": _VERSION,
-        "identities": [[index, identity] for index, identity in prediction.identities.items()],
+        "identities": prediction.identities,
         "depth": prediction.depth,
         "uses_tokens": prediction.uses_tokens,
     }
@@ -173,7 +171,9 @@ def load_row_prediction(model: nn.Module, path: str | Path) -> RowPrediction:
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"The prediction of rows cannot be read from {path}: {error}. Fit it again.") from error
     if metadata.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} holds no prediction of rows, as save_row_prediction(prediction, path) writes it.")
+        raise CheckpointError(
+            f"{path} holds no prediction of rows, as save_row_prediction(prediction, path) writes it."
+        )
     try:
         description = json.loads(metadata["description"])
         if description["version"] > _VERSION:
@@ -188,14 +188,17 @@ def load_row_prediction(model: nn.Module, path: str | Path) -> RowPrediction:
         raise CheckpointError(f"{path} is damaged: {error!r}. Fit the prediction of rows again.") from error
 
 
-def _put_together(model: nn.Module, arrays: Mapping[str, NDArray[Any]], description: Mapping[str, Any]) -> RowPrediction:
-    tables = {
-        int(name.partition(".")[2]): array for name, array in arrays.items() if name.startswith("levels.")
-    }
-    identities = {int(index): str(identity) for index, identity in description["identities"]}
-    prediction = RowPrediction({}, tables, identities, description["depth"], description["uses_tokens"], "")
-    for index, codecs in prediction.require_model(model).codecs.items():
+def _put_together(
+    model: nn.Module, arrays: Mapping[str, NDArray[Any]], description: Mapping[str, Any]
+) -> RowPrediction:
+    tables = {int(name.partition(".")[2]): array for name, array in arrays.items() if name.startswith("levels.")}
+    identities = [str(identity) for identity in description["identities"]]
+    prediction = RowPrediction([], tables, identities, description["depth"], description["uses_tokens"], "")
+    splices = list(packed_splices(model).values())
+    prediction.require_splices(splices)
+    for index, splice in enumerate(splices):
         parts = {kind: Part(*(arrays[f"{index}.{kind}.{name}"] for name in Part._fields)) for kind in KINDS}
-        prediction.layers[index] = LayerPrediction(parts, RowsOfLayer(codecs, tables).columns)
+        columns = RowsOfLayer(codecs_of(splice, f"layer {index}"), tables).columns
+        prediction.layers.append(LayerPrediction(parts, columns))
     prediction.identity = _digest(arrays, description)
     return prediction

@@ -6,8 +6,8 @@ of its own: fitted once, it serves all caches of the model.
 Legend: `B` sequences, `S` tokens in the cache, `T` = B S tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from kvsplice_hf.rest.prediction import (
     read_layer,
     write_layers,
 )
-from kvsplice_hf.rest.symbols import Group, groups_of, levels_of, packed_rows
+from kvsplice_hf.rest.row_levels import Group, groups_of, levels_of, packed_rows
 
 
 # Tokens that are written together: what is known along the way of so many is held in memory.
@@ -54,6 +54,7 @@ class RowsOfLayer:
     def __init__(self, codecs: Sequence[RowCodec], tables: Mapping[int, Numbers]) -> None:
         self.codecs = list(codecs)
         self.sizes = [codec.row_bytes for codec in codecs]
+        self.raw_bytes = sum(2 * len(codec._raw) for codec in codecs)
         self._groups: list[dict[str, Group]] = [
             dict(zip((BEHIND, AHEAD), groups_of(codec), strict=True)) for codec in codecs
         ]
@@ -113,49 +114,43 @@ class RowsOfLayer:
         return torch.cat(rows, dim=-1)
 
 
-class Spliced(NamedTuple):
-    """The layers of a patched model that have packed rows.
-
-    Attributes:
-        codecs: by cache layer index, of key heads, or of the latent.
-        identities: of their splices.
-    """
-
-    codecs: dict[int, list[RowCodec]]
-    identities: dict[int, str]
-
-
-def spliced_layers(model: nn.Module) -> Spliced:
-    """The layers of a model that have packed rows.
+def codecs_of(splice: nn.Module, where: str) -> list[RowCodec]:
+    """The codecs of a layer's rows: of its key heads, or of its latent.
 
     Raises:
-        UnsupportedError: it has none, or they are packed by a codec whose levels are not known here.
+        UnsupportedError: rows are not packed, or by a codec whose levels are not known here.
     """
-    codecs: dict[int, list[RowCodec]] = {}
-    identities: dict[int, str] = {}
-    for site, patched in patched_sites(model) if is_patched(model) else []:
-        heads = list(patched.splice) if isinstance(patched.splice, HeadSplices) else [patched.splice]
-        for head in heads:
-            if not isinstance(head.codec, RowCodec):
-                kind = "numbers" if head.codec is None else f"packed by the codec {head.codec.kind!r}"
-                raise UnsupportedError(
-                    f"The rows of layer {site.layer_idx} are {kind}, and only those of this package's own codecs are "
-                    'predicted. Patch with `bytes_per_token` and one of these, or save without `compress="layers"`.'
-                )
-        codecs[site.layer_idx] = [head.codec for head in heads]
-        identities[site.layer_idx] = patched.splice.identity
-    if not codecs:
+    heads: Any = list(splice) if isinstance(splice, HeadSplices) else [splice]
+    for head in heads:
+        if not isinstance(head.codec, RowCodec):
+            kind = "numbers" if head.codec is None else f"packed by the codec {head.codec.kind!r}"
+            raise UnsupportedError(
+                f"The rows of {where} are {kind}, and only those of this package's own codecs are predicted. Patch "
+                'with `bytes_per_token` and one of these, or save without `compress="layers"`.'
+            )
+    return [head.codec for head in heads]
+
+
+def packed_splices(model: nn.Module) -> dict[int, nn.Module]:
+    """The splices of a model whose rows are predicted, by cache layer index.
+
+    Raises:
+        UnsupportedError: it has none, or their rows are not packed.
+    """
+    sites = patched_sites(model) if is_patched(model) else []
+    found = {site.layer_idx: patched.splice for site, patched in sites}
+    for index, splice in found.items():
+        codecs_of(splice, f"layer {index}")
+    if not found:
         raise UnsupportedError(
             'This model has no packed rows, which alone are predicted. Patch it, or save without `compress="layers"`.'
         )
-    return Spliced(codecs, identities)
+    return found
 
 
 def level_tables(codec: RowCodec) -> dict[int, Numbers]:
     """Levels of each width, as whole numbers."""
-    return {
-        width: np.rint(levels_of(codec, width) * 2**LEVEL_BITS).astype(np.int64) for width in codec.grids
-    }
+    return {width: np.rint(levels_of(codec, width) * 2**LEVEL_BITS).astype(np.int64) for width in codec.grids}
 
 
 def token_inputs(model: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -175,7 +170,8 @@ class RowPrediction:
     """How the rows of a model are predicted, for smaller files of its caches.
 
     Attributes:
-        layers: by cache layer index.
+        layers: those with packed rows, in their order.
+        tables: levels of each width, whole numbers.
         identities: of the splices whose rows are predicted.
         depth: how many layers before a layer predict it.
         uses_tokens: whether the tokens do as well, so that they must be known.
@@ -184,101 +180,106 @@ class RowPrediction:
 
     def __init__(
         self,
-        layers: Mapping[int, LayerPrediction],
+        layers: Sequence[LayerPrediction],
         tables: Mapping[int, Numbers],
-        identities: Mapping[int, str],
+        identities: Sequence[str],
         depth: int,
         uses_tokens: bool,
         identity: str,
     ) -> None:
-        self.layers, self.tables, self.identities = dict(layers), dict(tables), dict(identities)
+        self.layers, self.tables, self.identities = list(layers), dict(tables), list(identities)
         self.depth, self.uses_tokens, self.identity = depth, uses_tokens, identity
 
-    def require_model(self, model: nn.Module) -> Spliced:
-        """The layers of a model that this prediction is for.
+    def require_splices(self, splices: Sequence[nn.Module]) -> None:
+        """Check that the rows of these splices are those that are predicted.
 
         Raises:
-            CacheMismatchError: the model has other splices.
-            UnsupportedError: it has no packed rows.
+            CacheMismatchError: they are others.
         """
-        found = spliced_layers(model)
-        if found.identities != self.identities:
+        found: list[Any] = [splice.identity for splice in splices]
+        if found != self.identities:
             raise CacheMismatchError(
-                "The prediction of rows was fitted to other splices than those of this model. Fit it again: "
-                "fit_row_prediction(model, data, tokenizer=tokenizer)."
+                f"The prediction of rows was fitted to {len(self.identities)} splices, and these {len(found)} are not "
+                "the same. Fit it again: fit_row_prediction(model, data, tokenizer=tokenizer)."
             )
-        return found
 
-    def compress(self, model: nn.Module, rows: Mapping[int, torch.Tensor], ids: torch.Tensor | None) -> Streams:
-        """Rows of all layers, each uint8 [T, bytes], as words.
+    def compress(
+        self, splices: Sequence[nn.Module], rows: Sequence[torch.Tensor], tokens: NDArray[np.float32]
+    ) -> Streams:
+        """Rows of all layers as words.
 
         Args:
-            model: whose rows they are.
-            rows: by cache layer index.
-            ids: tokens int64 [T].
+            splices: of the layers.
+            rows: of each, uint8 [T, bytes].
+            tokens: see `tokens_of`, [T, e].
 
         Raises:
             CacheMismatchError: the prediction is of other splices.
-            ConfigError: tokens are needed, and not given.
         """
-        of_layers = self._rows_of_layers(model)
-        count = len(next(iter(rows.values())))
+        of_layers = self._of_layers(splices)
         streams: Streams = {}
-        for block, start in enumerate(range(0, count, BLOCK)):
+        for block, start in enumerate(range(0, len(tokens), BLOCK)):
             part = slice(start, start + BLOCK)
-            passage = self._passage(model, min(BLOCK, count - start), None if ids is None else ids[part])
-            numbers = self._numbers({index: own[part] for index, own in rows.items()}, of_layers)
-            states, words = write_layers(numbers, passage)
+            passage = Passage(tokens[part], self.depth)
+            states, words = write_layers(self._numbers([own[part] for own in rows], of_layers), passage)
             streams |= {f"{block}.states": states.view(np.int64), f"{block}.words": words.view(np.int32)}
-        for index, own in rows.items():
-            raw = of_layers[index].raw(own)
+        for index, (layer, own) in enumerate(zip(of_layers, rows, strict=True)):
+            raw = layer.raw(own)
             if raw.shape[1]:
-                streams[f"raw.{index}"] = raw.numpy()
+                streams[f"{index}.raw"] = raw.numpy()
         return streams
 
     def _numbers(
-        self, rows: Mapping[int, torch.Tensor], of_layers: Mapping[int, RowsOfLayer]
+        self, rows: Sequence[torch.Tensor], of_layers: Sequence[RowsOfLayer]
     ) -> Iterator[tuple[LayerPrediction, Mapping[str, Numbers]]]:
-        for index, layer in self.layers.items():
-            found = of_layers[index].numbers(rows[index])
+        for layer, of_layer, own in zip(self.layers, of_layers, rows, strict=True):
+            found = of_layer.numbers(own)
             yield layer, {kind: levels.astype(np.int64) for kind, levels in found.items()}
 
     def restore(
-        self, model: nn.Module, streams: Mapping[str, NDArray[Any]], count: int, ids: torch.Tensor | None, path: object
-    ) -> dict[int, torch.Tensor]:
+        self,
+        splices: Sequence[nn.Module],
+        stream: Callable[[str], NDArray[Any]],
+        tokens: NDArray[np.float32],
+        path: object,
+    ) -> list[torch.Tensor]:
         """The rows of all layers, each uint8 [T, bytes].
 
         Args:
-            model, ids: as of `compress`.
-            streams: what that gave.
-            count: T.
+            splices, tokens: as of `compress`.
+            stream: gives what that gave, by name.
             path: of the file, for messages.
 
         Raises:
+            CacheMismatchError: the prediction is of other splices.
             CheckpointError: they are damaged.
         """
-        of_layers = self._rows_of_layers(model)
-        found: dict[int, list[torch.Tensor]] = {index: [] for index in self.layers}
-        try:
-            for block, start in enumerate(range(0, count, BLOCK)):
-                part = slice(start, min(start + BLOCK, count))
-                words, states = streams[f"{block}.words"].view(np.uint32), streams[f"{block}.states"].view(np.uint64)
-                reader = Reader(states, words, path)
-                passage = self._passage(model, part.stop - start, None if ids is None else ids[part])
-                for index, layer in self.layers.items():
-                    codes = read_layer(reader, layer, passage)
-                    raw = streams.get(f"raw.{index}", np.zeros((count, 0), dtype=np.uint8))[part]
-                    found[index].append(of_layers[index].rows(codes, torch.from_numpy(raw)))
-                reader.finish()
-        except (KeyError, ValueError, IndexError) as error:
-            raise CheckpointError(f"{path} is damaged: {error!r}. Save the cache again.") from error
-        return {index: torch.cat(parts) for index, parts in found.items()}
+        of_layers = self._of_layers(splices)
+        found: list[list[torch.Tensor]] = [[] for _ in of_layers]
+        for block, start in enumerate(range(0, len(tokens), BLOCK)):
+            part = slice(start, start + BLOCK)
+            passage = Passage(tokens[part], self.depth)
+            states, words = stream(f"{block}.states").view(np.uint64), stream(f"{block}.words").view(np.uint32)
+            if states.shape != (len(passage.tokens),) or words.ndim != 1:
+                raise damaged(path)
+            reader = Reader(states, words, path)
+            for index, (layer, of_layer) in enumerate(zip(self.layers, of_layers, strict=True)):
+                codes = read_layer(reader, layer, passage)
+                raw = stream(f"{index}.raw") if of_layer.raw_bytes else np.zeros((len(tokens), 0), dtype=np.uint8)
+                if raw.shape != (len(tokens), of_layer.raw_bytes):
+                    raise damaged(path)
+                found[index].append(of_layer.rows(codes, torch.from_numpy(raw[part])))
+            reader.finish()
+        return [torch.cat(parts) for parts in found]
 
-    def _rows_of_layers(self, model: nn.Module) -> dict[int, RowsOfLayer]:
-        return {index: RowsOfLayer(codecs, self.tables) for index, codecs in self.require_model(model).codecs.items()}
+    def _of_layers(self, splices: Sequence[nn.Module]) -> list[RowsOfLayer]:
+        self.require_splices(splices)
+        return [RowsOfLayer(codecs_of(splice, "a layer"), self.tables) for splice in splices]
 
-    def _passage(self, model: nn.Module, count: int, ids: torch.Tensor | None) -> Passage:
-        return Passage(tokens_of(model, count, ids, self.uses_tokens), self.depth)
+
+def damaged(path: object) -> CheckpointError:
+    """What is raised of a file whose rows do not decode."""
+    return CheckpointError(f"{path} is damaged: its predicted rows do not decode. Save the cache again.")
 
 
 def tokens_of(model: nn.Module, count: int, ids: torch.Tensor | None, are_used: bool) -> NDArray[np.float32]:
