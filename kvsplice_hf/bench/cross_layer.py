@@ -20,6 +20,7 @@ from kvsplice_hf.code.codec import RowCodec, gain_factors
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.heads import PartKey, layer_of
 from kvsplice_hf.code.trellis import TrellisCodec
+from kvsplice_hf.code.widths import row_bytes
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import UnsupportedError
 from kvsplice_hf.patch.state import splice_parts_of
@@ -217,49 +218,47 @@ class Groups:
         return float(-torch.cat(ratios).log2().mean())
 
     def with_budget(self, nbytes: float) -> tuple[dict[PartKey, Codec], float]:
-        """Codecs with rows of so many bytes per layer, at most, and the bytes that they have on average.
-
-        Numbers of which splices know that they are stored as they are get no other width.
-        """
+        """Codecs with rows of so many bytes per layer, at most, and the bytes that they have on average."""
         low, high = -80.0, 20.0
         for _ in range(40):
             middle = (low + high) / 2
-            if self._bytes(self._made(2.0**middle)) > nbytes:
+            if self._bytes(self._widths(2.0**middle)) > nbytes:
                 low = middle
             else:
                 high = middle
-        found = self._made(2.0**high)
+        widths = self._widths(2.0**high)
         passage = _Passage()
-        codecs = {
-            part: _Predicted(codec, part, self.sources(layer_of(part)), *self._weights[part], passage)
-            for part, codec in found.items()
+        codecs: dict[PartKey, Codec] = {
+            part: _Predicted(self._made(part, own), part, self.sources(layer_of(part)), *self._weights[part], passage)
+            for part, own in widths.items()
         }
-        return dict(codecs), self._bytes(found)
+        return codecs, self._bytes(widths)
 
-    def _bytes(self, codecs: Mapping[PartKey, RowCodec]) -> float:
-        return sum(codec.row_bytes for codec in codecs.values()) / len(self._layers)
+    def _bytes(self, widths: Mapping[PartKey, torch.Tensor]) -> float:
+        gained = {part: (len(codec.sigmas), len(codec.key_sigmas)) for part, codec in self._codecs.items()}
+        return sum(row_bytes(own, *gained[part]) for part, own in widths.items()) / len(self._layers)
 
-    def _made(self, least_gain: float) -> dict[PartKey, RowCodec]:
-        """Codecs whose every bit takes off so much squared error at least."""
+    def _widths(self, least_gain: float) -> dict[PartKey, torch.Tensor]:
+        """Bits of numbers, each of which takes off so much squared error at least."""
         ratios = TrellisCodec.error_ratios().tolist()
-        errors = torch.tensor(
-            [e * r for e, r in zip(_ROUNDED, ratios, strict=False)], dtype=torch.float64, device="cpu"
-        )
+        expected = [error * ratio for error, ratio in zip(_ROUNDED, ratios, strict=False)]
+        errors = torch.tensor(expected, dtype=torch.float64, device="cpu")
         gains = errors[:-1] - errors[1:]
-        made: dict[PartKey, RowCodec] = {}
-        for part, deviations in self.deviations.items():
-            own = self._codecs[part]
-            widths = (deviations.double().square()[:, None] * gains >= least_gain).sum(1)
-            shapes = torch.tensor(self._shapes, dtype=torch.float32, device="cpu")[widths]
-            first, last = len(own.sigmas), len(own.sigmas) + len(own.key_sigmas)
-            made[part] = TrellisCodec(
-                widths,
-                self._unit[part] * shapes,
-                torch.zeros_like(deviations),
-                deviations[:first],
-                deviations[first:last],
-            )
-        return made
+        return {
+            part: (deviations.double().square()[:, None] * gains >= least_gain).sum(1)
+            for part, deviations in self.deviations.items()
+        }
+
+    def _made(self, part: PartKey, widths: torch.Tensor) -> RowCodec:
+        own, deviations = self._codecs[part], self.deviations[part]
+        first, last = len(own.sigmas), len(own.sigmas) + len(own.key_sigmas)
+        return TrellisCodec(
+            widths,
+            self._unit[part] * torch.tensor(self._shapes, dtype=torch.float32, device="cpu")[widths],
+            torch.zeros_like(deviations),
+            deviations[:first],
+            deviations[first:last],
+        )
 
 
 def _unit_deviations(rows: torch.Tensor, deviations: torch.Tensor, own: RowCodec) -> torch.Tensor:
