@@ -41,6 +41,8 @@ NAME, ROOM = "deepseek_v3", 24
 MODELS = [NAME, "bailing_hybrid", "dots3_note", "mistral_large4", "llama", "mistral", "gemma2", "gpt2", "gpt_oss"]
 RECIPES = ["stock", "packed"]
 KINDS = ["dynamic", "static"]
+# What `save_cache` is told of compression.
+FORMS = [None, "entropy"]
 
 
 def made(name: str, recipe: str, **changes: Any) -> Any:
@@ -76,13 +78,16 @@ def steps(model: Any, cache: Cache, mask: torch.Tensor, count: int = 3) -> torch
     return torch.cat(found, dim=1)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_loaded_cache_goes_on_bit_for_bit_as_the_saved_one(name: str, recipe: str, kind: str, tmp_path: Path) -> None:
+def test_a_loaded_cache_goes_on_bit_for_bit_as_the_saved_one(
+    name: str, recipe: str, kind: str, form: str | None, tmp_path: Path
+) -> None:
     model = made(name, recipe)
     cache, ids, mask = filled(model, kind)
-    nbytes = save_cache(cache, tmp_path / "cache", model, input_ids=ids, attention_mask=mask)
+    nbytes = save_cache(cache, tmp_path / "cache", model, input_ids=ids, attention_mask=mask, compress=form)
     loaded = load_cache(model, tmp_path / "cache")
     assert type(loaded) is type(cache)
     assert cache_nbytes(loaded) == cache_nbytes(cache)
@@ -110,18 +115,19 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", [NAME, "llama", "mistral"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_generate_goes_on_from_a_loaded_cache_as_from_the_saved_one(
-    recipe: str, name: str, mode: str, tmp_path: Path
+    recipe: str, name: str, mode: str, form: str | None, tmp_path: Path
 ) -> None:
     model = made(name, recipe)
     ids = tiny_batch(model, batch=1, length=16)[0]
     cache = empty(model, "dynamic")
     with torch.no_grad():
         model(ids[:, :12], use_cache=True, **cache_argument(cache))
-    save_cache(cache, tmp_path / "cache", model, input_ids=ids)
+    save_cache(cache, tmp_path / "cache", model, input_ids=ids, compress=form)
 
     def answer(past: Cache) -> torch.Tensor:
         torch.manual_seed(0)
@@ -141,22 +147,26 @@ def test_generate_goes_on_from_a_loaded_cache_as_from_the_saved_one(
     assert torch.equal(answer(loaded), expected)
 
 
-def test_an_offloaded_cache_is_saved_and_loaded_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_an_offloaded_cache_is_saved_and_loaded_whole(form: str | None, tmp_path: Path) -> None:
     model = made(NAME, "packed")
     (cache, _, mask), plain = filled(model), filled(model)[0]
     for layer in cache.layers:
         layer.offload()
-    save_cache(cache, tmp_path / "cache", model)
+    save_cache(cache, tmp_path / "cache", model, compress=form)
     assert torch.equal(steps(model, load_cache(model, tmp_path / "cache"), mask), steps(model, plain, mask))
 
 
-def test_another_process_reads_a_splice_and_a_cache_and_writes_the_same_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_another_process_reads_a_splice_and_a_cache_and_writes_the_same_tokens(
+    form: str | None, tmp_path: Path
+) -> None:
     model = made(NAME, "packed")
     ids = tiny_batch(model, batch=1)[0]
     cache = empty(model, "dynamic")
     with torch.no_grad():
         model(ids[:, :-1], use_cache=True, **cache_argument(cache))
-    save_cache(cache, tmp_path / "cache", model, input_ids=ids)
+    save_cache(cache, tmp_path / "cache", model, input_ids=ids, compress=form)
     save_kvsplice(model, tmp_path / "splice")
     model.save_pretrained(tmp_path / "model")
     answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **cache_argument(cache))
@@ -179,15 +189,16 @@ print(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8,
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", [NAME, "llama"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_first_tokens_of_a_cache_are_loaded_as_if_there_had_been_no_more(
-    recipe: str, kind: str, name: str, tmp_path: Path
+    recipe: str, kind: str, name: str, form: str | None, tmp_path: Path
 ) -> None:
     model = made(name, recipe)
     cache, ids, mask = filled(model, kind)
-    save_cache(cache, tmp_path / "cache", model, input_ids=ids)
+    save_cache(cache, tmp_path / "cache", model, input_ids=ids, compress=form)
     if kind == "static" and not hasattr(StaticLayer, "crop"):
         with pytest.raises(CacheMismatchError, match="no part can be loaded"):
             load_cache(model, tmp_path / "cache", tokens=7)
@@ -198,9 +209,10 @@ def test_the_first_tokens_of_a_cache_are_loaded_as_if_there_had_been_no_more(
     assert torch.equal(steps(model, loaded, mask[:, :7]), steps(model, cache, mask[:, :7]))
 
 
-def test_a_window_that_has_closed_has_no_first_part(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_window_that_has_closed_has_no_first_part(form: str | None, tmp_path: Path) -> None:
     model = made("mistral", "packed")
-    save_cache(filled(model)[0], tmp_path / "cache", model)
+    save_cache(filled(model)[0], tmp_path / "cache", model, compress=form)
     with pytest.raises(CacheMismatchError, match="no part can be loaded"):
         load_cache(model, tmp_path / "cache", tokens=7)
 
@@ -238,11 +250,12 @@ OTHERS = {
 }
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", OTHERS)
-def test_the_cache_of_another_model_or_splice_is_refused_by_name(case: str, tmp_path: Path) -> None:
+def test_the_cache_of_another_model_or_splice_is_refused_by_name(case: str, form: str | None, tmp_path: Path) -> None:
     recipe, change, message = OTHERS[case]
     model = made(NAME, recipe)
-    save_cache(filled(model)[0], tmp_path / "cache", model)
+    save_cache(filled(model)[0], tmp_path / "cache", model, compress=form)
     changed = change(model)
     with pytest.raises(CacheMismatchError, match=message):
         load_cache(model if changed is None else changed, tmp_path / "cache")
@@ -310,11 +323,11 @@ def test_a_quantised_cache_of_transformers_is_refused_by_name(tmp_path: Path) ->
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.fixture(name="saved")
-def _saved(tmp_path: Path) -> tuple[Any, Path]:
+@pytest.fixture(name="saved", params=FORMS)
+def _saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Path]:
     model = made(NAME, "packed")
     cache, ids, _ = filled(model)
-    save_cache(cache, tmp_path / "cache", model, input_ids=ids)
+    save_cache(cache, tmp_path / "cache", model, input_ids=ids, compress=request.param)
     return model, tmp_path / "cache"
 
 
@@ -350,15 +363,31 @@ def test_files_that_are_none_are_refused(saved: tuple[Any, Path], tmp_path: Path
         describe_cache(tmp_path / "other")
 
 
+@pytest.mark.parametrize("form", FORMS)
 def test_a_file_of_a_newer_version_is_refused(
-    saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    form: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model, _ = saved
-    monkeypatch.setattr(cache_file, "NEWEST_VERSION", 2)
-    save_cache(filled(model)[0], tmp_path / "newer", model)
+    model = made(NAME, "packed")
+    for version in ("NEWEST_VERSION", "PLAIN_VERSION"):
+        monkeypatch.setattr(cache_file, version, 3)
+    save_cache(filled(model)[0], tmp_path / "newer", model, compress=form)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="version 2; this release reads up to 1"):
+    with pytest.raises(CheckpointError, match="version 3; this release reads up to 2"):
         load_cache(model, tmp_path / "newer")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_only_a_file_that_earlier_releases_cannot_read_has_a_newer_version(
+    form: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = made(NAME, "packed")
+    save_cache(filled(model)[0], tmp_path / "cache", model, compress=form)
+    monkeypatch.setattr(cache_file, "NEWEST_VERSION", 1)
+    if form is None:
+        load_cache(model, tmp_path / "cache")
+    else:
+        with pytest.raises(CheckpointError, match="version 2; this release reads up to 1"):
+            load_cache(model, tmp_path / "cache")
 
 
 def test_a_full_disk_leaves_what_was_there(saved: tuple[Any, Path]) -> None:
@@ -406,10 +435,13 @@ def prompt(length: int = 20, seed: int = 0) -> torch.Tensor:
     return tiny_batch(NAME, batch=1, length=length, seed=seed)[0]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", [NAME, "llama"])
-def test_a_stored_prompt_is_not_computed_again_and_answers_the_same(name: str, recipe: str, tmp_path: Path) -> None:
-    model, ids, store = made(name, recipe), prompt(), PromptCache(tmp_path)
+def test_a_stored_prompt_is_not_computed_again_and_answers_the_same(
+    name: str, recipe: str, form: str | None, tmp_path: Path
+) -> None:
+    model, ids, store = made(name, recipe), prompt(), PromptCache(tmp_path, compress=form)
     plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5)
     counts = []
     for _ in range(2):
@@ -419,6 +451,18 @@ def test_a_stored_prompt_is_not_computed_again_and_answers_the_same(name: str, r
         assert torch.equal(answer, plain)
     assert counts == [15 + 5 + 4, 5 + 4]
     assert [entry.tokens for entry in store.entries()] == [15]
+    assert describe_cache(store.entries()[0].path).compress == form
+
+
+def test_a_store_reads_entries_of_every_form(tmp_path: Path) -> None:
+    model, ids = made(NAME, "packed"), prompt()
+    plain, smaller = PromptCache(tmp_path), PromptCache(tmp_path, compress="entropy")
+    plain.prepare(model, ids, keep=10)
+    smaller.prepare(model, ids, keep=15)
+    assert {entry.tokens: describe_cache(entry.path).compress for entry in plain.entries()} == {10: None, 15: "entropy"}
+    for store in (plain, smaller):
+        assert int(store.find(model, ids).get_seq_length()) == 15
+        assert int(store.find(model, ids[:, :15]).get_seq_length()) == 10
 
 
 def test_the_longest_entry_that_a_prompt_begins_with_is_taken(tmp_path: Path) -> None:
@@ -461,8 +505,11 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
     assert not store.entries()
 
 
-def test_a_damaged_entry_is_told_of_removed_and_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, ids, store = made(NAME, "packed"), prompt(), PromptCache(tmp_path)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_damaged_entry_is_told_of_removed_and_made_again(
+    form: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ids, store = made(NAME, "packed"), prompt(), PromptCache(tmp_path, compress=form)
     store.prepare(model, ids)
     path = store.entries()[0].path
     path.write_bytes(path.read_bytes()[:-1] + b"\0\1")
@@ -516,3 +563,5 @@ def test_prompts_that_tokens_alone_do_not_name_are_refused(case: str, tmp_path: 
         PromptCache(tmp_path).prepare(made(NAME, "stock").train(), prompt())
     with pytest.raises(ConfigError, match="max_bytes"):
         PromptCache(tmp_path, max_bytes=0)
+    with pytest.raises(ConfigError, match="`compress` is 'smaller'"):
+        PromptCache(tmp_path, compress="smaller")

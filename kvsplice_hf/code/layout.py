@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from kvsplice_hf.code.codecs import Codec
-from kvsplice_hf.code.fields import BIT_FIELDS, BitField, pieces_of, split_fields
+from kvsplice_hf.code.fields import BIT_FIELDS, BitField, join_fields, pieces_of, split_fields
 from kvsplice_hf.code.levels import GRIDS, Grid
 from kvsplice_hf.code.widths import row_bytes
 from kvsplice_hf.errors import ConfigError
@@ -145,6 +145,33 @@ class RowLayout(Codec):
         codes = lines.new_zeros(self.row_dim, lines.shape[1])
         codes[self.column_index[: len(lines)]] = lines
         return codes.T.reshape(*packed.shape[:-1], self.row_dim)
+
+    @property
+    def coded_bytes(self) -> int:
+        """How many bytes of a row hold codes: all behind the gains and the 16-bit numbers."""
+        return self.row_bytes - self.gain_bytes - 2 * len(self._raw)
+
+    def code_lines(self, packed: torch.Tensor) -> torch.Tensor:
+        """Codes uint8 [m, S] of packed rows [S, row_bytes], in the order of columns.
+
+        Raises:
+            ConfigError: the bytes are not those of one row of this codec.
+        """
+        return self._code_lines(self._flat(packed)[None])[0]
+
+    def join_lines(self, plain: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
+        """Packed rows [S, row_bytes]: the inverse of `code_lines`.
+
+        Args:
+            plain: the bytes ahead of the codes, uint8 [S, row_bytes - coded_bytes].
+            lines: codes uint8 [m, S].
+        """
+        parts = [plain.T]
+        for field, pieces in self._pieces.items():
+            if pieces:
+                fields = [(lines[piece.columns] >> piece.shift) & (2**field - 1) for piece in pieces]
+                parts.append(join_fields(torch.cat(fields).T, field).T)
+        return torch.cat(parts).T.contiguous()
 
     def _flat(self, packed: torch.Tensor) -> torch.Tensor:
         """All rows in one dimension, [S, row_bytes]."""

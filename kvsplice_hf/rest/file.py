@@ -21,7 +21,9 @@ from kvsplice_hf.errors import CheckpointError
 
 
 FORMAT = "kvsplice_cache"
-NEWEST_VERSION = 1
+NEWEST_VERSION = 2
+# Files of rows as they are stay readable by earlier releases; compressed ones are of the newest version.
+PLAIN_VERSION = 1
 _MARK, _UNKNOWN = b'"sha256":"', b"0" * 64
 _LENGTH_BYTES, _MOST_HEADER = 8, 2**26
 _PIECE = 2**20
@@ -46,10 +48,16 @@ class CacheFile(NamedTuple):
 def write_cache_file(path: Path, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> None:
     """Write a file, whole or not at all.
 
+    Args:
+        path: of the file.
+        tensors: by name.
+        description: for JSON; with "compression" the file is of the newest version.
+
     Raises:
         CheckpointError: it cannot be written: no such folder, no permission, no space. What was there before still is.
     """
-    content = json.dumps({"version": NEWEST_VERSION, **description})
+    version = NEWEST_VERSION if "compression" in description else PLAIN_VERSION
+    content = json.dumps({"version": version, **description})
     metadata = {"format": FORMAT, "description": content, "sha256": _UNKNOWN.decode()}
 
     def write(unfinished: Path) -> None:

@@ -20,6 +20,7 @@ from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.cache.splicing import SplicedLayerMixin
 from kvsplice_hf.errors import CacheMismatchError, ConfigError, UnsupportedError
 from kvsplice_hf.patch.state import is_patched, patched_sites
+from kvsplice_hf.rest.compression import check_compress, compressed, decompressed
 from kvsplice_hf.rest.file import CacheFile, open_cache_file, write_cache_file
 from kvsplice_hf.rest.state import Packed, Unpacked, empty_like
 from kvsplice_hf.rest.whose import WORDS, model_identity, text_identity
@@ -37,6 +38,7 @@ class CacheDescription:
         input_ids: of the tokens, int64 [B, S]; None where they were not given.
         spliced: numbers of the layers whose rows are spliced.
         static: whether it is a cache of fixed size.
+        compress: how its packed rows are compressed, as of `save_cache`; None where they are as they were.
         nbytes: of the file.
         transformers, kvsplice_hf: releases that it was saved with.
     """
@@ -47,6 +49,7 @@ class CacheDescription:
     input_ids: torch.Tensor | None
     spliced: tuple[int, ...]
     static: bool
+    compress: str | None
     nbytes: int
     transformers: str
     kvsplice_hf: str
@@ -60,6 +63,7 @@ def save_cache(
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     tokenizer: Any = None,
+    compress: str | None = None,
 ) -> int:
     """Save a cache to one safetensors file, packed rows as they are; `load_cache` reads it in another process.
 
@@ -74,12 +78,15 @@ def save_cache(
             them loading cannot check what the cache stands for.
         attention_mask: the same of padded sequences, [B, S] or longer.
         tokenizer: loading with another one is refused then.
+        compress: None, packed rows as they are; or "entropy", the same rows in fewer bytes, which takes time to save
+            and to load. What is not packed rows stays as it is.
 
     Returns:
         Bytes of the file.
 
     Raises:
-        ConfigError: there is no cache in what was given, it is empty, or tokens or mask do not fit it.
+        ConfigError: there is no cache in what was given, it is empty, tokens or mask do not fit it, or there is no
+            such compression.
         CacheMismatchError: the cache was filled by another splice than that of the model.
         UnsupportedError: a kind of cache that cannot be saved (quantised, of an encoder and a decoder, of a model that
             is spread over processes).
@@ -89,6 +96,7 @@ def save_cache(
         >>> output = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
         >>> save_cache(output, "prompt.safetensors", model, input_ids=inputs["input_ids"])  # doctest: +SKIP
     """
+    check_compress(compress)
     found = cache if isinstance(cache, Cache) else upstream.cache_of(cache)
     _require_saveable(cache if found is None else found)
     _require_own_splices(found, model)
@@ -104,6 +112,7 @@ def save_cache(
         lengths = masks.to(torch.bool).sum(-1).tolist()
     if ids is not None:
         packed.tensors["input_ids"] = ids.to(torch.int64)
+    tensors, record = compressed(compress, packed.tensors, _packed_rows(layers, splices_by_layer(model)))
     description = {
         "model": model_identity(model),
         "tokenizer": text_identity(tokenizer),
@@ -114,8 +123,9 @@ def save_cache(
         "tables": packed.tables,
         "transformers": upstream.INSTALLED,
         "kvsplice_hf": __version__,
+        **record,
     }
-    write_cache_file(Path(path), packed.tensors, description)
+    write_cache_file(Path(path), tensors, description)
     return Path(path).stat().st_size
 
 
@@ -190,6 +200,7 @@ def describe_cache(path: str | Path, *, verify: bool = True) -> CacheDescription
         input_ids=file.tensor("input_ids") if "input_ids" in file.names else None,
         spliced=spliced,
         static=description["static"],
+        compress=description.get("compression", {}).get("name"),
         nbytes=file.path.stat().st_size,
         transformers=description["transformers"],
         kvsplice_hf=description["kvsplice_hf"],
@@ -229,9 +240,26 @@ def _of_tokens(name: str, given: Any, batch: int, length: int) -> torch.Tensor |
     return given[:, :length].cpu()
 
 
+def splices_by_layer(model: nn.Module) -> dict[int, Any]:
+    """The splices of a model, by cache layer index; none where it is not patched."""
+    return {site.layer_idx: patched.splice for site, patched in patched_sites(model)} if is_patched(model) else {}
+
+
+def _packed_rows(layers: list[dict[str, Any]], splices: Mapping[int, Any]) -> dict[str, Any]:
+    """By the name of its tensor in a file, the splice that has made the packed rows of a layer, in order of layers."""
+    found: dict[str, Any] = {}
+    for index, saved in enumerate(layers):
+        if saved["geometry"] is not None and saved["geometry"]["packed_bytes"] is not None and index in splices:
+            rows = saved["fields"]["keys"]
+            name = rows.get("rows", rows).get("tensor")
+            if name is not None:  # a layer that no token has reached yet
+                found.setdefault(name, splices[index])
+    return found
+
+
 def _require_own_splices(cache: Any, model: nn.Module) -> None:
     """Refuse a cache whose rows the model could not read."""
-    splices = {site.layer_idx: patched.splice for site, patched in patched_sites(model)} if is_patched(model) else {}
+    splices = splices_by_layer(model)
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, SplicedLayerMixin) and layer.is_initialized:
             _require_splice(index, layer.identity, splices.get(index), "The cache")
@@ -294,7 +322,8 @@ def _filled(model: nn.Module, file: CacheFile) -> Cache:
     sites = {site.layer_idx: (site, patched) for site, patched in patched_sites(model)} if is_patched(model) else {}
     elsewhere: Any = next(model.parameters()).device
     cache = _empty_cache(model, description)
-    unpacked = Unpacked(file.tensor, description["tables"])
+    rows = _packed_rows(description["layers"], splices_by_layer(model))
+    unpacked = Unpacked(decompressed(file.tensor, description, rows, file.path), description["tables"])
     for index, saved in enumerate(description["layers"]):
         site, patched = sites.get(index, (None, None))
         geometry = None if saved["geometry"] is None else RowGeometry(**saved["geometry"])

@@ -25,7 +25,8 @@ from transformers.cache_utils import Cache
 from kvsplice_hf import upstream
 from kvsplice_hf.errors import CheckpointError, ConfigError
 from kvsplice_hf.patch.state import is_patched, patched_sites
-from kvsplice_hf.rest.file import NEWEST_VERSION
+from kvsplice_hf.rest.compression import check_compress
+from kvsplice_hf.rest.file import PLAIN_VERSION
 from kvsplice_hf.rest.saving import load_cache, save_cache
 from kvsplice_hf.rest.whose import model_identity, text_identity
 
@@ -61,9 +62,10 @@ class PromptCache:
     Args:
         folder: made if it is not there.
         max_bytes: of all entries; what was not used for longest goes first. None: no limit.
+        compress: of new entries, as of `save_cache`. Entries that are there are read whatever theirs is.
 
     Raises:
-        ConfigError: `max_bytes` is not above 0.
+        ConfigError: `max_bytes` is not above 0, or there is no such compression.
         CheckpointError: the folder cannot be made.
 
     Examples:
@@ -72,10 +74,11 @@ class PromptCache:
         >>> model.generate(**store.prepare(model, **inputs, keep=document_tokens))  # doctest: +SKIP
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int | None = None) -> None:
+    def __init__(self, folder: str | Path, max_bytes: int | None = None, *, compress: str | None = None) -> None:
+        check_compress(compress)
         if max_bytes is not None and max_bytes <= 0:
             raise ConfigError(f"`max_bytes` is {max_bytes}; it must be above 0, or None for no limit.")
-        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.folder, self.max_bytes, self.compress = Path(folder), max_bytes, compress
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -173,7 +176,7 @@ class PromptCache:
         path = folder / next(_names(input_ids, [length]))
         with self._writing():
             folder.mkdir(exist_ok=True)
-            nbytes = save_cache(cache, path, model, input_ids=input_ids, tokenizer=tokenizer)
+            nbytes = save_cache(cache, path, model, input_ids=input_ids, tokenizer=tokenizer, compress=self.compress)
             if self.max_bytes is not None and nbytes > self.max_bytes:
                 path.unlink()
                 raise CheckpointError(
@@ -233,7 +236,7 @@ class PromptCache:
         splices = [patched.splice.identity for _, patched in patched_sites(model)] if is_patched(model) else []
         text = text_identity(tokenizer)
         # Caches of other releases hold other things.
-        whose = json.dumps([model_identity(model), splices, text, upstream.INSTALLED, NEWEST_VERSION], sort_keys=True)
+        whose = json.dumps([model_identity(model), splices, text, upstream.INSTALLED, PLAIN_VERSION], sort_keys=True)
         return self.folder / hashlib.sha256(whose.encode()).hexdigest()[:32]
 
     @staticmethod

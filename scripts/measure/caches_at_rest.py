@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """What does a prompt cost on disk, and how long does it take to save, to load, and to compute anew?
 
-One line for the cache of the stock model, and one for that of the spliced one. With `--stress_seconds`, several
+One line for the cache of the stock model, and one for that of the spliced one in each form of `--compress`. All forms
+are lossless: what loads are the rows that were saved, bit for bit, which is checked. With `--stress_seconds`, several
 processes write and read one store for so long, and compare what they find; with `--kills`, writers are killed. The last
 line of stdout is one JSON object.
 
@@ -9,6 +10,7 @@ line of stdout is one JSON object.
     python scripts/measure/caches_at_rest.py --tokens 0 --stress_seconds 60 --kills 50
 """
 
+import functools
 import statistics
 import tempfile
 import time
@@ -31,12 +33,14 @@ from kvsplice_hf.bench.command_line import (
     finish,
     load_model,
     readable_errors,
+    require_known,
     results_folder,
     splice,
 )
 from kvsplice_hf.bench.store_stress import killed, side_by_side
 from kvsplice_hf.bench.texts import spread_windows
-from kvsplice_hf.errors import ConfigError
+from kvsplice_hf.errors import ConfigError, KVSpliceError
+from kvsplice_hf.rest.compression import COMPRESSIONS
 from kvsplice_hf.upstream import cache_argument
 
 
@@ -47,6 +51,9 @@ class Arguments(Budget):
     model: str = field(default=DEMO, metadata={"help": 'folder, hub name, "demo" (SmolLM2 as MLA) or "smollm2"'})
     text: str = field(default="pydoc", metadata={"help": "where the prompt comes from"})
     tokens: int = field(default=4096, metadata={"help": "of the prompt; 0: no prompt is measured"})
+    compress: str = field(
+        default="none,entropy", metadata={"help": 'forms of packed rows, with commas between them; "none": as they are'}
+    )
     repeats: int = field(default=5, metadata={"help": "of saving and loading, of which the median counts"})
     stress_seconds: float = field(default=0, metadata={"help": "how long two processes write and read one store"})
     kills: int = field(default=0, metadata={"help": "how many writers are killed"})
@@ -59,6 +66,12 @@ def check(args: Arguments) -> None:
     for name, least in (("tokens", 0), ("repeats", 1), ("stress_seconds", 0), ("kills", 0)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name} is {getattr(args, name)}; it must be at least {least}.")
+    require_known("compress", forms_of(args), ["none", *COMPRESSIONS])
+
+
+def forms_of(args: Arguments) -> list[str]:
+    """The forms of packed rows."""
+    return [name.strip() for name in args.compress.split(",")]
 
 
 def seconds_of(call: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
@@ -72,8 +85,10 @@ def seconds_of(call: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
 
 
 @torch.no_grad()
-def measure(name: str, model: Any, ids: torch.Tensor, repeats: int, folder: Path) -> dict[str, Any]:
-    """One line of the table."""
+def measure(
+    name: str, model: Any, ids: torch.Tensor, forms: list[str], repeats: int, folder: Path
+) -> list[dict[str, Any]]:
+    """One line of the table for each form."""
     path = folder / "cache.safetensors"
 
     def computed() -> DynamicCache:
@@ -84,30 +99,45 @@ def measure(name: str, model: Any, ids: torch.Tensor, repeats: int, folder: Path
     compute_s, cache = seconds_of(computed)
     # What is asked of a model once, and remembered while it lives: who it is.
     identity_s, _ = seconds_of(lambda: save_cache(cache, path, model, input_ids=ids))
-    save_s, nbytes = seconds_of(lambda: save_cache(cache, path, model, input_ids=ids), repeats)
-    load_s, _ = seconds_of(lambda: load_cache(model, path), repeats)
-    unverified_s, _ = seconds_of(lambda: load_cache(model, path, verify=False), repeats)
-    layers = len(describe_cache(path).spliced) or model.config.get_text_config().num_hidden_layers
-    return {
-        "cache": name,
-        "file_bytes": nbytes,
-        "bytes_per_token_and_layer": nbytes / ids.shape[1] / layers,
-        "compute_s": compute_s,
-        "first_save_s": identity_s,
-        "save_s": save_s,
-        "load_s": load_s,
-        "load_unverified_s": unverified_s,
-    }
+    lines = []
+    for form in forms:
+        compress = None if form == "none" else form
+        saves = functools.partial(save_cache, cache, path, model, input_ids=ids, compress=compress)
+        save_s, nbytes = seconds_of(saves, repeats)
+        load_s, loaded = seconds_of(lambda: load_cache(model, path), repeats)
+        unverified_s, _ = seconds_of(lambda: load_cache(model, path, verify=False), repeats)
+        require_same(cache, loaded, form)
+        layers = len(describe_cache(path).spliced) or model.config.get_text_config().num_hidden_layers
+        lines.append(
+            {
+                "cache": name if form == "none" else f"{name}, {form}",
+                "file_bytes": nbytes,
+                "bytes_per_token_and_layer": nbytes / ids.shape[1] / layers,
+                "compute_s": compute_s,
+                "first_save_s": identity_s,
+                "save_s": save_s,
+                "load_s": load_s,
+                "load_unverified_s": unverified_s,
+            }
+        )
+    return lines
+
+
+def require_same(saved: DynamicCache, loaded: Any, form: str) -> None:
+    """Raises KVSpliceError where a cache did not come back as it was."""
+    pairs = zip(saved.layers, loaded.layers, strict=True)
+    if not all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in pairs for name in ("keys", "values")):
+        raise KVSpliceError(f"A cache came back from its file in the form {form!r} as another one.")
 
 
 def measure_prompt(args: Arguments) -> dict[str, Any]:
     model, tokenizer = load_model(args.model, args.dtype)
     ids = spread_windows(tokenizer, args.text, "evaluation", args.tokens, args.tokens)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(f"stock, {args.dtype}", model, ids, args.repeats, Path(folder))]
+        rows = measure(f"stock, {args.dtype}", model, ids, ["none"], args.repeats, Path(folder))
         stock = get_kv_cache_size(model, seq_len=args.tokens).original_bytes
         splice(model, tokenizer, args)
-        rows.append(measure("spliced", model, ids, args.repeats, Path(folder)))
+        rows += measure("spliced", model, ids, forms_of(args), args.repeats, Path(folder))
     bf16 = stock * torch.bfloat16.itemsize // getattr(torch, args.dtype).itemsize
     for row in rows:
         row["of_stock_in_bf16"] = row["file_bytes"] / bf16
