@@ -13,15 +13,19 @@ from ordinary_models import build_ordinary
 from safetensors.numpy import load_file, save_file
 from test_packed import calibrated
 from tiny_models import TINY_MODELS, build
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from kvsplice_hf import (
     CacheMismatchError,
     CheckpointError,
     ConfigError,
     KVSpliceConfig,
+    PromptCache,
     UnsupportedError,
+    describe_cache,
+    load_cache,
     patch_model_with_kvsplice,
+    save_cache,
 )
 from kvsplice_hf.bench.cross_layer import Groups, in_groups, sampled
 from kvsplice_hf.patch.state import splice_parts_of
@@ -238,6 +242,69 @@ def test_models_without_packed_rows_are_refused_by_name() -> None:
         fit_row_prediction(model, random_ids(model, 4, 64))
     with pytest.raises(ConfigError, match="`depth` is -1"):
         fit_row_prediction(model, random_ids(model, 4, 64), depth=-1)
+
+
+# Files of caches
+
+
+@torch.no_grad()
+def filled(model: Any, kind: str) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """A cache of two sequences, one of them padded on the left, with its tokens and mask."""
+    ids = random_ids(model, BATCH, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    config = model.config.get_text_config(decoder=True)
+    cache: Any = StaticCache(config=config, max_cache_len=32) if kind == "static" else DynamicCache(config=config)
+    model(ids, attention_mask=mask, use_cache=True, **cache_argument(cache))
+    return cache, ids, mask
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cache_that_was_saved_by_prediction_loads_as_it_was(name: str, kind: str, tmp_path: Path) -> None:
+    model, prediction = made(name, "trellis"), fitted(name, "trellis")
+    cache, ids, mask = filled(model, kind)
+    path = tmp_path / "cache"
+    settings: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "prediction": prediction}
+    save_cache(cache, path, model, **settings, compress="layers")
+    assert describe_cache(path).compress == "layers"
+    loaded = load_cache(model, path, prediction=prediction)
+    assert type(loaded) is type(cache)
+    for own, other in zip(cache.layers, loaded.layers, strict=True):
+        assert torch.equal(own.keys, other.keys)
+    if kind == "dynamic":
+        part = load_cache(model, path, prediction=prediction, tokens=8)
+        assert all(
+            torch.equal(own.keys[:, :, :8], other.keys) for own, other in zip(cache.layers, part.layers, strict=True)
+        )
+    with pytest.raises(ConfigError, match="predicts rows, and `prediction` is None"):
+        load_cache(model, path)
+    with pytest.raises(ConfigError, match="predicts rows, and `prediction` is None"):
+        save_cache(cache, path, model, input_ids=ids, compress="layers")
+    with pytest.raises(ConfigError, match="predicts rows from their tokens"):
+        save_cache(cache, path, model, prediction=prediction, compress="layers")
+
+
+def test_a_store_keeps_prompts_by_their_prediction(tmp_path: Path) -> None:
+    model, prediction = made("llama", "trellis"), fitted("llama", "trellis")
+    ids = random_ids(model, 1, LENGTH)
+    store = PromptCache(tmp_path, compress="layers", prediction=prediction)
+    store.prepare(model, ids, keep=12)
+    (entry,) = store.entries()
+    assert describe_cache(entry.path).compress == "layers"
+    assert store.find(model, ids) is not None
+    assert PromptCache(tmp_path).find(model, ids) is None
+    with pytest.raises(ConfigError, match="predicts rows, and `prediction` is None"):
+        PromptCache(tmp_path, compress="layers")
+
+
+def test_a_stock_cache_has_no_rows_to_predict(tmp_path: Path) -> None:
+    model = build_ordinary("llama")
+    cache, ids, _ = filled(model, "dynamic")
+    with pytest.raises(UnsupportedError, match="has no packed rows"):
+        save_cache(
+            cache, tmp_path / "cache", model, input_ids=ids, compress="layers", prediction=fitted("llama", "trellis")
+        )
 
 
 # Files of predictions

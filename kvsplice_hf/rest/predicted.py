@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kvsplice_hf.errors import CacheMismatchError, CheckpointError, ConfigError, UnsupportedError
-from kvsplice_hf.rest.row_prediction import RowPrediction, damaged, tokens_of
+from kvsplice_hf.rest.row_prediction import RowPrediction, damaged, packed_splices, tokens_of
 
 
 # Tensors of a file by name, and what gives one of a name.
@@ -49,8 +49,9 @@ def pack_rows(
     Raises:
         CacheMismatchError: the prediction is of other splices.
         ConfigError: tokens are needed, and not given.
-        UnsupportedError: layers hold rows of different tokens.
+        UnsupportedError: the model has no packed rows, or its layers hold those of different tokens.
     """
+    packed_splices(model)
     shapes = {tuple(tensors[name].shape[:-1]) for name in splices}
     if len(shapes) != 1:
         raise UnsupportedError(
