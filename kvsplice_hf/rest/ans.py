@@ -22,9 +22,13 @@ _WORD = 32
 _LOWEST = np.uint64(1 << _WORD)
 _SLOT = np.uint64(TOTAL - 1)
 _SHIFT, _WORD_SHIFT, _FULL_SHIFT = np.uint64(PRECISION), np.uint64(_WORD), np.uint64(2 * _WORD - PRECISION)
-_DAMAGED = "is damaged: its predicted rows do not decode. Save the cache again."
 
 Numbers = NDArray[np.int64]
+
+
+def damaged(path: object) -> CheckpointError:
+    """What is raised of a file whose words are not those of its rows."""
+    return CheckpointError(f"{path} is damaged: its predicted rows do not decode. Save the cache again.")
 
 
 class Writer:
@@ -71,7 +75,7 @@ class Reader:
         self._state, self._words, self._path = states.copy(), words, path
         self._next = 0
         if bool((states < _LOWEST).any()):
-            raise CheckpointError(f"{path} {_DAMAGED}")
+            raise damaged(path)
 
     @property
     def slots(self) -> Numbers:
@@ -89,7 +93,7 @@ class Reader:
         low = self._state < _LOWEST
         count = int(low.sum())
         if self._next + count > len(self._words):
-            raise CheckpointError(f"{self._path} {_DAMAGED}")
+            raise damaged(self._path)
         self._state[low] = (self._state[low] << _WORD_SHIFT) | self._words[self._next : self._next + count]
         self._next += count
 
@@ -100,4 +104,4 @@ class Reader:
             CheckpointError: something was not, or the states are not those that writing began with.
         """
         if self._next != len(self._words) or bool((self._state != _LOWEST).any()):
-            raise CheckpointError(f"{self._path} {_DAMAGED}")
+            raise damaged(self._path)

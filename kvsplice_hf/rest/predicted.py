@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from kvsplice_hf.errors import CacheMismatchError, CheckpointError, ConfigError, UnsupportedError
-from kvsplice_hf.rest.row_prediction import RowPrediction, damaged, packed_splices, tokens_of
+from kvsplice_hf.rest.ans import damaged
+from kvsplice_hf.rest.row_prediction import RowPrediction, packed_splices, tokens_of
 
 
 # Tensors of a file by name, and what gives one of a name.

@@ -16,9 +16,9 @@ from torch import nn
 
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.heads import HeadSplices
-from kvsplice_hf.errors import CacheMismatchError, CheckpointError, ConfigError, UnsupportedError
+from kvsplice_hf.errors import CacheMismatchError, ConfigError, UnsupportedError
 from kvsplice_hf.patch.state import is_patched, patched_sites
-from kvsplice_hf.rest.ans import Numbers, Reader
+from kvsplice_hf.rest.ans import Numbers, Reader, damaged
 from kvsplice_hf.rest.prediction import (
     AHEAD,
     BEHIND,
@@ -275,11 +275,6 @@ class RowPrediction:
     def _of_layers(self, splices: Sequence[nn.Module]) -> list[RowsOfLayer]:
         self.require_splices(splices)
         return [RowsOfLayer(codecs_of(splice, "a layer"), self.tables) for splice in splices]
-
-
-def damaged(path: object) -> CheckpointError:
-    """What is raised of a file whose rows do not decode."""
-    return CheckpointError(f"{path} is damaged: its predicted rows do not decode. Save the cache again.")
 
 
 def tokens_of(model: nn.Module, count: int, ids: torch.Tensor | None, are_used: bool) -> NDArray[np.float32]:
