@@ -7,6 +7,7 @@ Legend: `N` tokens, `c` columns of a part, `D` numbers that a part is predicted 
 
 import sys
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from kvsplice_hf.rest.ans import TOTAL, Numbers
 from kvsplice_hf.rest.prediction import (
+    BEHIND,
     FARTHEST,
     GAINS,
     KINDS,
@@ -27,6 +29,7 @@ from kvsplice_hf.rest.prediction import (
     Passage,
     edges_of,
     exact_product,
+    inputs_of,
     level_values,
     scales_of,
 )
@@ -66,83 +69,129 @@ def fit_prediction(
     bar = tqdm(numbers, desc="predicting", file=sys.stderr, disable=not progress)
     for own, layer_columns in zip(bar, columns, strict=True):
         gains = own[GAINS].astype(np.int64) - 128
+        targets = {
+            kind: _target(layer_columns[kind], own[kind].astype(np.int64), None if kind == GAINS else gains, counted)
+            for kind in KINDS
+        }
+        # What a part is predicted from begins with what those ahead of it are predicted from.
+        known = [passage.predictors(GAINS), *(_inputs(targets[kind]) for kind in (GAINS, BEHIND))]
+        moments = _Moments(np.concatenate(known, axis=1)[counted], [targets[kind].values[counted] for kind in KINDS])
         parts: dict[str, Part] = {}
         layer = LayerPrediction(parts, layer_columns)
-        for kind in KINDS:
-            levels = own[kind].astype(np.int64)
-            of_columns = None if kind == GAINS else gains
-            parts[kind] = _fit_part(layer_columns[kind], passage, kind, levels, of_columns, counted)
-            likely = passage.likelihoods(layer, kind, of_columns)
-            passage.see(layer, kind, likely, levels, gains)
+        for place, kind in enumerate(KINDS):
+            parts[kind] = _fit_part(targets[kind], passage.predictors(kind), passage, counted, moments, place)
+            likely = passage.likelihoods(layer, kind, gains)
+            passage.see(layer, kind, likely, targets[kind].numbers, gains)
         fitted.append(layer)
     return fitted
 
 
-def _fit_part(
-    columns: Columns,
-    passage: Passage,
-    kind: str,
-    numbers: Numbers,
-    gains: Numbers | None,
-    counted: NDArray[np.bool_],
-) -> Part:
-    predictors = passage.predictors(kind)
+class _Target(NamedTuple):
+    """What a part is to become.
+
+    Attributes:
+        columns, numbers, gains: as of `Likelihoods` and `put_part`.
+        values: numbers [N, c] where scales are 1.
+        inputs, centres: see `Part`.
+    """
+
+    columns: Columns
+    numbers: Numbers
+    gains: Numbers | None
+    values: Floats
+    inputs: Numbers
+    centres: Numbers
+
+
+def _target(columns: Columns, numbers: Numbers, gains: Numbers | None, counted: NDArray[np.bool_]) -> _Target:
     table = level_values(columns, numbers)
-    centres = np.rint(table[counted].mean(0)).astype(np.int64) if gains is None else np.zeros(table.shape[1], np.int64)
-    factors = np.exp2(np.asarray(scales_of(columns, gains)) / 16 - LEVEL_BITS)
-    values = table * factors
-    inputs = _scale(_INPUT_SPREAD / (values - centres * np.exp2(-LEVEL_BITS))[counted].std(0).clip(_LEAST))
-    weights, offset = _ridge(predictors[counted], values[counted])
+    if gains is None:  # which are not around 0
+        centres = np.rint(table[counted].mean(0)).astype(np.int64)
+    else:
+        centres = np.zeros(table.shape[1], dtype=np.int64)
+    values = table * np.exp2(np.asarray(scales_of(columns, gains)) / 16 - LEVEL_BITS)
+    spread = (values - centres * np.exp2(-LEVEL_BITS))[counted].std(0)
+    return _Target(columns, numbers, gains, values, _scale(_INPUT_SPREAD / spread.clip(_LEAST)), centres)
+
+
+def _inputs(target: _Target) -> NDArray[np.float32]:
+    nothing = np.zeros(0, dtype=np.int64)
+    part = Part(
+        np.zeros((0, 0), dtype=np.int8), nothing, nothing, nothing, target.inputs, target.centres, nothing, nothing
+    )
+    return inputs_of(part, target.columns, target.numbers, target.gains)
+
+
+class _Moments:
+    """Second moments of all that may predict, and of it with all that is predicted.
+
+    Args:
+        predictors: [N, D].
+        values: of each part, [N, c].
+    """
+
+    def __init__(self, predictors: NDArray[np.float32], values: list[Floats]) -> None:
+        size, widths = predictors.shape[1], [part.shape[1] for part in values]
+        self._mean = predictors.mean(0, dtype=np.float64)
+        self._targets = [part.mean(0) for part in values]
+        self._gram = torch.zeros(size, size, dtype=torch.float64, device="cpu")
+        cross = torch.zeros(size, sum(widths), dtype=torch.float64, device="cpu")
+        centre, whole = np.concatenate(self._targets), np.concatenate(values, axis=1)
+        for start in range(0, len(predictors), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            left = torch.from_numpy(predictors[part] - self._mean.astype(np.float32))
+            self._gram += (left.T @ left).double()
+            cross += (left.T @ torch.from_numpy((whole[part] - centre).astype(np.float32))).double()
+        self._cross = cross.split(widths, dim=1)
+
+    def ridge(self, place: int, size: int) -> tuple[Floats, Floats]:
+        """Weights [size, c] and offset [c] of the least squares of a part, from the first `size` that predict."""
+        gram = self._gram[:size, :size].clone()
+        diagonal = gram.diagonal().clamp(min=1.0)
+        gram.diagonal().add_(_RIDGE * diagonal + (1e-3 * diagonal.mean() if size else 0.0))
+        weights = torch.linalg.solve(gram, self._cross[place][:size]).numpy()
+        return weights, self._targets[place] - self._mean[:size] @ weights
+
+
+def _fit_part(
+    target: _Target,
+    predictors: NDArray[np.float32],
+    passage: Passage,
+    counted: NDArray[np.bool_],
+    moments: _Moments,
+    place: int,
+) -> Part:
+    columns, values = target.columns, target.values
+    weights, offset = moments.ridge(place, predictors.shape[1])
     rest = values[counted] - (predictors[counted] @ weights.astype(np.float32) + offset)
     spreads = _scale(1 / rest.std(0).clip(_LEAST))
     usual_size = np.exp2(spreads / 16)
     weights, offset = weights * usual_size, offset * usual_size
-    units = np.ceil(16 * np.log2(np.abs(weights).max(0, initial=_LEAST).clip(_LEAST) / _LARGEST_WEIGHT)).astype(
-        np.int64
-    )
-    units = units.clip(-256, 64)
+    largest = np.abs(weights).max(0, initial=_LEAST).clip(_LEAST)
+    units = np.ceil(16 * np.log2(largest / _LARGEST_WEIGHT)).astype(np.int64).clip(-256, 64)
     size = np.exp2(-units / 16)
     whole = np.rint(weights * size).clip(-_LARGEST_WEIGHT, _LARGEST_WEIGHT).astype(np.int8)
+    groups = int(columns.groups.max(initial=-1)) + 1
     part = Part(
         weights=whole,
         offset=np.rint(offset * size).astype(np.int64),
         units=units,
         spreads=spreads,
-        inputs=inputs,
-        centres=centres,
-        usual=np.zeros((SIGNALS + 1, int(columns.groups.max(initial=-1)) + 1), dtype=np.int64),
+        inputs=target.inputs,
+        centres=target.centres,
+        usual=np.zeros((SIGNALS + 1, groups), dtype=np.int64),
         cumulative=np.zeros(1, dtype=np.int64),
     )
     sums = exact_product(predictors, whole) + part.offset
-    off = table * factors * usual_size - sums * np.exp2(units / 16)
-    signals = passage.signals(columns, gains)
+    off = values * usual_size - sums * np.exp2(units / 16)
+    signals = passage.signals(columns, target.gains)
     part = part._replace(usual=_usual(off[counted], signals[counted], columns.groups))
-    return part._replace(cumulative=_cumulative(part, columns, predictors, signals, gains, numbers, counted))
+    likely = Likelihoods(part, columns, predictors, signals, target.gains)
+    return part._replace(cumulative=_cumulative(likely, columns, target.numbers, counted))
 
 
 def _scale(factors: NDArray[np.float64]) -> Numbers:
     return np.rint(16 * np.log2(factors)).clip(-128, 255).astype(np.int64)
-
-
-def _ridge(
-    predictors: NDArray[np.float32], values: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weights [D, c] and offset [c] of the least squares."""
-    mean, target = predictors.mean(0, dtype=np.float64), values.mean(0)
-    size = predictors.shape[1]
-    if size == 0:
-        return np.zeros((0, values.shape[1])), target
-    gram = torch.zeros(size, size, dtype=torch.float64, device="cpu")
-    cross = torch.zeros(size, values.shape[1], dtype=torch.float64, device="cpu")
-    for start in range(0, len(predictors), _AT_ONCE):
-        left = torch.from_numpy(predictors[start : start + _AT_ONCE] - mean.astype(np.float32))
-        right = torch.from_numpy((values[start : start + _AT_ONCE] - target).astype(np.float32))
-        gram += (left.T @ left).double()
-        cross += (left.T @ right).double()
-    diagonal = gram.diagonal().clamp(min=1.0)
-    gram.diagonal().add_(_RIDGE * diagonal + 1e-3 * diagonal.mean())
-    weights = torch.linalg.solve(gram, cross).numpy()
-    return weights, target - mean @ weights
 
 
 def _usual(off: NDArray[np.float64], signals: Numbers, groups: Numbers) -> Numbers:
@@ -162,18 +211,8 @@ def _usual(off: NDArray[np.float64], signals: Numbers, groups: Numbers) -> Numbe
     return found
 
 
-def _cumulative(
-    part: Part,
-    columns: Columns,
-    predictors: NDArray[np.float32],
-    signals: Numbers,
-    gains: Numbers | None,
-    numbers: Numbers,
-    counted: NDArray[np.bool_],
-) -> Numbers:
+def _cumulative(likely: Likelihoods, columns: Columns, numbers: Numbers, counted: NDArray[np.bool_]) -> Numbers:
     """How deviations are distributed, as `Part.cumulative`. Each lies anywhere between the edges of its level."""
-    part = part._replace(cumulative=np.zeros(2 * FARTHEST + 1, dtype=np.int64))
-    likely = Likelihoods(part, columns, predictors, signals, gains)
     counts = np.zeros(2 * FARTHEST, dtype=np.float64)
     generator = np.random.default_rng(0)
     for column, (levels, step) in enumerate(zip(columns.levels, columns.steps, strict=True)):
