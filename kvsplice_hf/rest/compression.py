@@ -3,6 +3,7 @@
 Another way is a module with a function that packs and one that unpacks, and a line in `COMPRESSIONS`.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,6 +13,8 @@ from torch import nn
 from kvsplice_hf.errors import CheckpointError, ConfigError
 from kvsplice_hf.rest import entropy, predicted
 
+
+logger = logging.getLogger(__name__)
 
 # Tensors of a file by name, and what gives one of a name.
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
@@ -62,8 +65,14 @@ def compressed(
         return tensors, {}
     if compress == LAYERS:
         smaller, record = predicted.pack_rows(tensors, splices, predicted.require_prediction(prediction), model)
-    else:
-        smaller, record = COMPRESSIONS[compress].pack(tensors, splices)
+        return smaller, {"compression": {"name": compress, **record}}
+    if not splices:
+        logger.warning(
+            "There are no packed rows in this cache, so that `compress=%r` makes its file no smaller. Patch the model "
+            "with a budget in bytes (bytes_per_token, bits or compression).",
+            compress,
+        )
+    smaller, record = COMPRESSIONS[compress].pack(tensors, splices)
     return smaller, {"compression": {"name": compress, **record}}
 
 

@@ -52,7 +52,7 @@ def pack_rows(
         rows = tensors[name].contiguous()
         content, how = _coded(rows.reshape(math.prod(rows.shape[:-1]), rows.shape[-1]), codecs_of(splice))
         kept[name] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        streams[name] = {"shape": list(rows.shape), "crc32": zlib.crc32(rows.numpy()), **how}
+        streams[name] = {"shape": list(rows.shape), "crc32": _checksum(rows), **how}
     return kept, {"streams": streams}
 
 
@@ -78,9 +78,9 @@ def unpack_rows(
 
 
 def codecs_of(splice: Any) -> list[Codec]:
-    """Of the parts of a packed row: of each key head, or of the one latent."""
-    parts = list(splice) if isinstance(splice, HeadSplices) else [splice]
-    return [part.codec for part in parts]
+    """Of the parts of a packed row: of each key head, or of the one latent. None where rows are not packed."""
+    parts = splice if isinstance(splice, HeadSplices) else [splice]
+    return [part.codec for part in parts if part.codec is not None]
 
 
 def coded_lines(values: torch.Tensor, bits: Sequence[int]) -> tuple[bytes, list[int]]:
@@ -91,10 +91,15 @@ def coded_lines(values: torch.Tensor, bits: Sequence[int]) -> tuple[bytes, list[
         bits: of each line.
     """
     parts = []
-    for width, lines in _groups(bits):
+    for content in dense_groups(values, bits):
         coder = zlib.compressobj(_LEVEL, zlib.DEFLATED, _RAW, _MOST_MEMORY, zlib.Z_HUFFMAN_ONLY)
-        parts.append(coder.compress(_dense(values[lines], width).numpy().tobytes()) + coder.flush())
+        parts.append(coder.compress(content) + coder.flush())
     return b"".join(parts), [len(part) for part in parts]
+
+
+def dense_groups(values: torch.Tensor, bits: Sequence[int]) -> list[bytes]:
+    """What `coded_lines` codes: of each group of lines of the same bits the symbols, several to a byte."""
+    return [_dense(values[lines], width).numpy().tobytes() for width, lines in _groups(bits)]
 
 
 def decoded_lines(content: bytes, sizes: Sequence[int], bits: Sequence[int], count: int) -> torch.Tensor:
@@ -113,10 +118,11 @@ def decoded_lines(content: bytes, sizes: Sequence[int], bits: Sequence[int], cou
     start = 0
     for (width, lines), size in zip(_groups(bits), sizes, strict=True):
         needed = len(lines) * -(-count // _per_byte(width))
-        dense = zlib.decompress(content[start : start + size], _RAW, max(needed, 1))
+        decoder = zlib.decompressobj(_RAW)
+        dense = decoder.decompress(content[start : start + size], needed + 1)  # no more, whatever a stream promises
         start += size
-        if len(dense) != needed:
-            raise ValueError(f"{len(dense)} bytes where {needed} were coded")
+        if len(dense) != needed or not decoder.eof:
+            raise ValueError(f"a stream holds other than the {needed} bytes that were coded")
         if needed:
             found = torch.frombuffer(bytearray(dense), dtype=torch.uint8).view(len(lines), -1)
             values[lines] = _spread(found, width, count)
@@ -150,12 +156,16 @@ def _rows_of_stream(name: str, stream: torch.Tensor, known: Mapping[str, Any], s
         rows = _decoded(stream.numpy().tobytes(), known, codecs_of(splice), math.prod(shape[:-1]))
     except (zlib.error, ValueError) as error:
         raise CheckpointError(f"The compressed rows of {name!r} are damaged: {error}. Save the cache again.") from error
-    if zlib.crc32(rows.numpy()) != known["crc32"]:
+    if _checksum(rows) != known["crc32"]:
         raise CheckpointError(
             f"The compressed rows of {name!r} are damaged: they do not have the checksum of those that were saved. "
             "Save the cache again."
         )
     return rows.view(shape)
+
+
+def _checksum(rows: torch.Tensor) -> int:
+    return zlib.crc32(rows.numpy().tobytes())
 
 
 def _bits(codecs: Sequence[Codec], as_symbols: bool) -> list[int]:
