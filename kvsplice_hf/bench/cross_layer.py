@@ -8,6 +8,7 @@ Legend: `M` sampled rows, `n` numbers of a row, `D` numbers of all rows of the e
 """
 
 import contextlib
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -288,7 +289,7 @@ def _scales_by_width(sample: Sample, codecs: Mapping[PartKey, RowCodec]) -> list
         for width, ratio in zip(codec.widths.tolist(), (codec.scales / deviations).tolist(), strict=True):
             if 0 < width < len(found):
                 found[width].append(ratio)
-    known = [float(torch.tensor(ratios).median()) if ratios else 0.0 for ratios in found]
+    known = [statistics.median(ratios) if ratios else 0.0 for ratios in found]
     filled = [width for width, ratio in enumerate(known) if ratio]
     return [known[min(filled, key=lambda other: abs(other - width))] for width in range(len(known))]
 

@@ -81,10 +81,10 @@ def fit_row_prediction(
     batches = [batch["input_ids"] for batch in as_batches(data, tokenizer, max_tokens, window)]
     numbers = _numbers_of_text(model, batches, of_layers, progress)
     ids = torch.cat([batch.flatten() for batch in batches]).cpu()
-    counted = torch.cat([(torch.arange(b.shape[1]) >= min(_FIRST, b.shape[1] - 1)).repeat(b.shape[0]) for b in batches])
+    counted = np.concatenate([np.tile(np.arange(b.shape[1]) >= min(_FIRST, b.shape[1] - 1), len(b)) for b in batches])
     tokens = tokens_of(model, len(ids), ids, uses_tokens)
     columns = [rows.columns for rows in of_layers.values()]
-    layers = fit_prediction(list(numbers.values()), columns, tokens, counted.numpy(), depth, progress)
+    layers = fit_prediction(list(numbers.values()), columns, tokens, counted, depth, progress)
     identities: list[Any] = [splice.identity for splice in splices.values()]
     found = RowPrediction(layers, tables, identities, depth, uses_tokens, "")
     found.identity = _digest(_arrays(found), _description(found))

@@ -159,7 +159,7 @@ def token_inputs(model: Any, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     Sums are of whole numbers, and square root and division are rounded alike everywhere (IEEE 754).
     """
     weight: torch.Tensor = model.get_input_embeddings().weight
-    rows = weight.detach()[torch.from_numpy(ids).to(weight.device)].double().cpu().numpy()
+    rows = weight.detach()[torch.from_numpy(ids).to(weight.device)].cpu().double().numpy()
     whole = np.rint(np.clip(rows * _FINE, -_LARGEST, _LARGEST))
     energy = np.square(whole.astype(np.int64)).sum(1).astype(np.float64)
     size = np.sqrt(energy / rows.shape[1]).clip(min=1.0)
