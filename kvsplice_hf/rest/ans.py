@@ -8,6 +8,8 @@ order in which they were put.
 Legend: `L` lanes, one for each token here.
 """
 
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,7 +25,7 @@ _LOWEST = np.uint64(1 << _WORD)
 _SLOT = np.uint64(TOTAL - 1)
 _SHIFT, _WORD_SHIFT, _FULL_SHIFT = np.uint64(PRECISION), np.uint64(_WORD), np.uint64(2 * _WORD - PRECISION)
 
-Numbers = NDArray[np.int64]
+Numbers: TypeAlias = NDArray[np.int64]
 
 
 def damaged(path: object) -> CheckpointError:

@@ -7,7 +7,7 @@ Legend: `N` tokens, `c` columns of a part, `D` numbers that a part is predicted 
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from kvsplice_hf.rest.prediction import (
 )
 
 
-Floats = NDArray[np.float64]
+Floats: TypeAlias = NDArray[np.float64]
 # What predicts is spread over its 8 bits like this.
 _INPUT_SPREAD = 28.0
 _LARGEST_WEIGHT = 127

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from kvsplice_hf.rest.row_prediction import (
 from kvsplice_hf.weights.offload import input_device
 
 
-Arrays = Mapping[str, NDArray[Any]]
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 TOKENS, WINDOW, DEPTH = 32_768, 1024, 2
 _FORMAT, _VERSION = "kvsplice_prediction", 1
 # The first tokens of a sequence have rows unlike all others; they are exact beside them as well.
@@ -78,7 +78,8 @@ def fit_row_prediction(
     codecs = {index: codecs_of(splice, f"layer {index}") for index, splice in splices.items()}
     tables = level_tables(next(iter(codecs.values()))[0])
     of_layers = {index: RowsOfLayer(own, tables) for index, own in codecs.items()}
-    batches = [batch["input_ids"] for batch in as_batches(data, tokenizer, max_tokens, window)]
+    found = as_batches(data, tokenizer, max_tokens, window)
+    batches = [ids for batch in found for ids in batch["input_ids"].split(1)]  # one by one, whatever the memory
     numbers = _numbers_of_text(model, batches, of_layers, progress)
     ids = torch.cat([batch.flatten() for batch in batches]).cpu()
     counted = np.concatenate([np.tile(np.arange(b.shape[1]) >= min(_FIRST, b.shape[1] - 1), len(b)) for b in batches])
@@ -86,9 +87,9 @@ def fit_row_prediction(
     columns = [rows.columns for rows in of_layers.values()]
     layers = fit_prediction(list(numbers.values()), columns, tokens, counted, depth, progress)
     identities: list[Any] = [splice.identity for splice in splices.values()]
-    found = RowPrediction(layers, tables, identities, depth, uses_tokens, "")
-    found.identity = _digest(_arrays(found), _description(found))
-    return found
+    prediction = RowPrediction(layers, tables, identities, depth, uses_tokens, "")
+    prediction.identity = _digest(_arrays(prediction), _description(prediction))
+    return prediction
 
 
 def _numbers_of_text(
@@ -96,9 +97,10 @@ def _numbers_of_text(
 ) -> dict[int, dict[str, NDArray[np.uint8]]]:
     """By layer and kind of part the levels of all tokens."""
     found: dict[int, list[dict[str, NDArray[np.uint8]]]] = {index: [] for index in of_layers}
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # without logits, which are large
     for ids in tqdm(batches, desc="rows of text", file=sys.stderr, disable=not progress):
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        model(input_ids=ids.to(input_device(model)), use_cache=True, **upstream.cache_argument(cache))
+        decoder(input_ids=ids.to(input_device(model)), use_cache=True, **upstream.cache_argument(cache))
         for index, rows in of_layers.items():
             layer: Any = cache.layers[index]
             found[index].append(rows.numbers(layer.keys[:, 0].flatten(0, 1).cpu()))

@@ -9,6 +9,7 @@ Legend: `T` rows, `c` columns of a group, `n` coordinates of a row.
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from kvsplice_hf.code.fields import BIT_FIELDS, join_fields
 from kvsplice_hf.code.trellis import BESIDE, LARGEST_WIDTH, OPPOSITE, TrellisCodec
 
 
-Bytes = NDArray[np.uint8]
+Bytes: TypeAlias = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Legend: `B` sequences, `S` tokens in the cache, `T` = B S tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ _FINE = 2.0**20
 _LARGEST = 2.0**24
 # A gain is a byte, 16 to an octave (`code.codec`).
 _GAIN_LEVELS = (np.arange(256, dtype=np.int64) - 128) << (LEVEL_BITS - 4)
-Streams = dict[str, NDArray[Any]]
+Streams: TypeAlias = dict[str, NDArray[Any]]
 
 
 class RowsOfLayer:
