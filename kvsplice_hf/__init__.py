@@ -38,6 +38,8 @@ from kvsplice_hf.patch.apply import unpatch_model
 from kvsplice_hf.patch.saving import save_kvsplice
 from kvsplice_hf.patch.state import splice_disabled
 from kvsplice_hf.patching import patch_model_with_kvsplice
+from kvsplice_hf.rest.prediction_text import fit_row_prediction, load_row_prediction, save_row_prediction
+from kvsplice_hf.rest.row_prediction import RowPrediction
 from kvsplice_hf.rest.saving import CacheDescription, describe_cache, load_cache, save_cache
 from kvsplice_hf.rest.store import PromptCache
 from kvsplice_hf.version import __version__
@@ -64,6 +66,7 @@ __all__ = [
     "PatchStateError",
     "PromptCache",
     "RowCodec",
+    "RowPrediction",
     "TrainingError",
     "TransformersTooOldError",
     "TrellisCodec",
@@ -74,9 +77,11 @@ __all__ = [
     "calibrate",
     "describe_cache",
     "explain",
+    "fit_row_prediction",
     "get_kv_cache_size",
     "load_cache",
     "load_kvsplice",
+    "load_row_prediction",
     "materialised_nbytes",
     "merge_kvsplice",
     "patch_model_with_kvsplice",
@@ -84,6 +89,7 @@ __all__ = [
     "pruning_candidates",
     "save_cache",
     "save_kvsplice",
+    "save_row_prediction",
     "splice_disabled",
     "unmerge_kvsplice",
     "unpatch_model",

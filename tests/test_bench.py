@@ -198,6 +198,14 @@ def release_that_was_not_installed(program: ModuleType) -> str:
     return capture.get()
 
 
+def groups_of_one_budget(program: ModuleType) -> str:
+    scores = {"loss_percent": None, "loss_stderr_percent": None, "kl_nats": 0.1}
+    rows = [{"name": "groups of 1", "group": 1, "bytes": 193.0, "bits_saved": 0.0, **scores}]
+    nbytes = {1: program.bytes_at_equal_loss(rows, 1)}
+    report = {"results": rows, "bytes_at_equal_loss": nbytes, "time_ratio": {}, "arguments": {"groups": [1]}}
+    return "".join(map(printed, program.tables(report)))
+
+
 def coder_that_is_not_installed(program: ModuleType) -> str:
     times = {"encode_s": None, "decode_s": None}
     packed = {"coder": "packed rows", "bytes_per_token_and_layer": 2.0, **times}
@@ -213,6 +221,7 @@ MISSING = {
     "research/ablate_conversion.py": (conversion_of_one_window, "+0.000 %"),
     "research/report.py": (arm_that_was_not_trained, "spliced"),
     "measure/codecs.py": (loss_that_is_not_finite, "not finite"),
+    "measure/cross_layer.py": (groups_of_one_budget, "not measured"),
     "measure/decode.py": (recipe_without_stock, "not measured"),
     "measure/generation.py": (recipe_without_stock, "not measured"),
     "measure/memory.py": (memory_without_stock, "not measured"),
@@ -233,6 +242,7 @@ NEVER_MISSING = {
     "measure/benchmark_calibration.py",
     "measure/caches_at_rest.py",
     "measure/drift.py",
+    "measure/predicted_rows.py",
     "measure/processes.py",
     "measure/profile_training.py",
     "measure/questions.py",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kvsplice_hf.errors import CheckpointError, ConfigError
-from kvsplice_hf.rest import entropy
+from kvsplice_hf.rest import entropy, predicted
 
 
 logger = logging.getLogger(__name__)
@@ -40,25 +40,32 @@ class Compression(NamedTuple):
 
 
 COMPRESSIONS: dict[str, Compression] = {"entropy": Compression(entropy.pack_rows, entropy.unpack_rows)}
+# The one that needs more than splices: the model, and a prediction of its rows.
+LAYERS = "layers"
 
 
-def check_compress(compress: str | None) -> None:
+def check_compress(compress: str | None, prediction: Any = None) -> None:
     """Check the name of a compression; None is none.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is none of that name, or there is no prediction where it needs one.
     """
-    if compress is not None and compress not in COMPRESSIONS:
-        known = ", ".join(map(repr, COMPRESSIONS))
+    if compress == LAYERS:
+        predicted.require_prediction(prediction)
+    if compress is not None and compress != LAYERS and compress not in COMPRESSIONS:
+        known = ", ".join(map(repr, (*COMPRESSIONS, LAYERS)))
         raise ConfigError(f"`compress` is {compress!r}; it must be one of {known}, or None: rows as they are.")
 
 
 def compressed(
-    compress: str | None, tensors: dict[str, torch.Tensor], splices: Splices
+    compress: str | None, tensors: dict[str, torch.Tensor], splices: Splices, model: nn.Module, prediction: Any
 ) -> tuple[dict[str, torch.Tensor], Record]:
     """Tensors of a file, and what it must say of them: nothing where they stay as they are."""
     if compress is None:
         return tensors, {}
+    if compress == LAYERS:
+        smaller, record = predicted.pack_rows(tensors, splices, predicted.require_prediction(prediction), model)
+        return smaller, {"compression": {"name": compress, **record}}
     if not splices:
         logger.warning(
             "There are no packed rows in this cache, so that `compress=%r` makes its file no smaller. Patch the model "
@@ -69,15 +76,20 @@ def compressed(
     return smaller, {"compression": {"name": compress, **record}}
 
 
-def decompressed(reader: Reader, description: Mapping[str, Any], splices: Splices, path: Any) -> Reader:
+def decompressed(
+    reader: Reader, description: Mapping[str, Any], splices: Splices, path: Any, model: nn.Module, prediction: Any
+) -> Reader:
     """What gives the tensors that were saved, of what gives those of the file.
 
     Raises:
         CheckpointError: the file names a compression that is not known here; or, by what is returned, it is damaged.
+        CacheMismatchError, ConfigError: it needs another prediction of rows, or one at all.
     """
     record = description.get("compression")
     if record is None:
         return reader
+    if record["name"] == LAYERS:
+        return predicted.unpack_rows(reader, record, splices, prediction, model, path)
     if record["name"] not in COMPRESSIONS:
         raise CheckpointError(
             f"{path} holds rows that were made smaller by {record['name']!r}, which this release does not know. "

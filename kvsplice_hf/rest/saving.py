@@ -22,6 +22,7 @@ from kvsplice_hf.errors import CacheMismatchError, ConfigError, UnsupportedError
 from kvsplice_hf.patch.state import is_patched, patched_sites
 from kvsplice_hf.rest.compression import check_compress, compressed, decompressed
 from kvsplice_hf.rest.file import CacheFile, open_cache_file, write_cache_file
+from kvsplice_hf.rest.row_prediction import RowPrediction
 from kvsplice_hf.rest.state import Packed, Unpacked, empty_like
 from kvsplice_hf.rest.whose import WORDS, model_identity, text_identity
 from kvsplice_hf.version import __version__
@@ -64,6 +65,7 @@ def save_cache(
     attention_mask: torch.Tensor | None = None,
     tokenizer: Any = None,
     compress: str | None = None,
+    prediction: RowPrediction | None = None,
 ) -> int:
     """Save a cache to one safetensors file, packed rows as they are; `load_cache` reads it in another process.
 
@@ -79,14 +81,16 @@ def save_cache(
         attention_mask: the same of padded sequences, [B, S] or longer.
         tokenizer: loading with another one is refused then.
         compress: None, packed rows as they are; or "entropy", the same rows in fewer bytes, which takes time to save
-            and to load. What is not packed rows stays as it is.
+            and to load; or "layers", in fewer still, for which it takes `prediction` and `input_ids`. What is not
+            packed rows stays as it is.
+        prediction: of this model's rows (`fit_row_prediction`), for "layers". Loading takes the same one.
 
     Returns:
         Bytes of the file.
 
     Raises:
         ConfigError: there is no cache in what was given, it is empty, tokens or mask do not fit it, or there is no
-            such compression.
+            such compression, or no prediction for it.
         CacheMismatchError: the cache was filled by another splice than that of the model.
         UnsupportedError: a kind of cache that cannot be saved (quantised, of an encoder and a decoder, of a model that
             is spread over processes).
@@ -96,7 +100,7 @@ def save_cache(
         >>> output = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
         >>> save_cache(output, "prompt.safetensors", model, input_ids=inputs["input_ids"])  # doctest: +SKIP
     """
-    check_compress(compress)
+    check_compress(compress, prediction)
     found = cache if isinstance(cache, Cache) else upstream.cache_of(cache)
     _require_saveable(cache if found is None else found)
     _require_own_splices(found, model)
@@ -112,7 +116,8 @@ def save_cache(
         lengths = masks.to(torch.bool).sum(-1).tolist()
     if ids is not None:
         packed.tensors["input_ids"] = ids.to(torch.int64)
-    tensors, record = compressed(compress, packed.tensors, _packed_rows(layers, splices_by_layer(model)))
+    rows = _packed_rows(layers, splices_by_layer(model))
+    tensors, record = compressed(compress, packed.tensors, rows, model, prediction)
     description = {
         "model": model_identity(model),
         "tokenizer": text_identity(tokenizer),
@@ -137,6 +142,7 @@ def load_cache(
     tokenizer: Any = None,
     tokens: int | None = None,
     verify: bool = True,
+    prediction: RowPrediction | None = None,
 ) -> Cache:
     """Load a cache that `save_cache` has written, for `model.generate(**inputs, ...)` to go on from.
 
@@ -151,6 +157,7 @@ def load_cache(
         tokens: load the first so many tokens of each sequence only; by default all. A sliding window that has closed
             has no such part.
         verify: read all of the file once, and compare its digest. Without it a changed file may be loaded.
+        prediction: that the file was saved with, where that was with `compress="layers"`.
 
     Returns:
         A `DynamicCache` or a `StaticCache`, as it was saved, on the devices of the model.
@@ -159,7 +166,7 @@ def load_cache(
         CheckpointError: the file is missing, damaged, no such file, or of a newer version.
         CacheMismatchError: it is the cache of another model, splice, tokenizer or prompt; or of another release of
             transformers, whose caches hold something else.
-        ConfigError: `tokens` is out of range.
+        ConfigError: `tokens` is out of range, or the file needs a prediction and none is given.
 
     Examples:
         >>> cache = load_cache(model, "prompt.safetensors", input_ids=inputs["input_ids"])  # doctest: +SKIP
@@ -174,7 +181,7 @@ def load_cache(
     length = description["length"]
     if tokens is not None and not 0 < tokens <= length:
         raise ConfigError(f"`tokens` is {tokens}; {file.path} holds {length} of each sequence. Give 1 to {length}.")
-    cache = _filled(model, file)
+    cache = _filled(model, file, prediction)
     if tokens is not None and tokens < length:
         _crop(cache, length - tokens, file)
     return cache
@@ -316,14 +323,15 @@ def _require_begins(file: CacheFile, input_ids: torch.Tensor, tokens: int | None
         )
 
 
-def _filled(model: nn.Module, file: CacheFile) -> Cache:
+def _filled(model: nn.Module, file: CacheFile, prediction: RowPrediction | None) -> Cache:
     """The cache in a file, on the devices of the model."""
     description = file.description
     sites = {site.layer_idx: (site, patched) for site, patched in patched_sites(model)} if is_patched(model) else {}
     elsewhere: Any = next(model.parameters()).device
     cache = _empty_cache(model, description)
     rows = _packed_rows(description["layers"], splices_by_layer(model))
-    unpacked = Unpacked(decompressed(file.tensor, description, rows, file.path), description["tables"])
+    read = decompressed(file.tensor, description, rows, file.path, model, prediction)
+    unpacked = Unpacked(read, description["tables"])
     for index, saved in enumerate(description["layers"]):
         site, patched = sites.get(index, (None, None))
         geometry = None if saved["geometry"] is None else RowGeometry(**saved["geometry"])

@@ -27,6 +27,7 @@ from kvsplice_hf.errors import CheckpointError, ConfigError
 from kvsplice_hf.patch.state import is_patched, patched_sites
 from kvsplice_hf.rest.compression import check_compress
 from kvsplice_hf.rest.file import PLAIN_VERSION
+from kvsplice_hf.rest.row_prediction import RowPrediction
 from kvsplice_hf.rest.saving import load_cache, save_cache
 from kvsplice_hf.rest.whose import model_identity, text_identity
 
@@ -63,6 +64,7 @@ class PromptCache:
         folder: made if it is not there.
         max_bytes: of all entries; what was not used for longest goes first. None: no limit.
         compress: of new entries, as of `save_cache`. Entries that are there are read whatever theirs is.
+        prediction: as of `save_cache`, for `compress="layers"`. Entries are kept apart by it.
 
     Raises:
         ConfigError: `max_bytes` is not above 0, or there is no such compression.
@@ -74,11 +76,18 @@ class PromptCache:
         >>> model.generate(**store.prepare(model, **inputs, keep=document_tokens))  # doctest: +SKIP
     """
 
-    def __init__(self, folder: str | Path, max_bytes: int | None = None, *, compress: str | None = None) -> None:
-        check_compress(compress)
+    def __init__(
+        self,
+        folder: str | Path,
+        max_bytes: int | None = None,
+        *,
+        compress: str | None = None,
+        prediction: RowPrediction | None = None,
+    ) -> None:
+        check_compress(compress, prediction)
         if max_bytes is not None and max_bytes <= 0:
             raise ConfigError(f"`max_bytes` is {max_bytes}; it must be above 0, or None for no limit.")
-        self.folder, self.max_bytes, self.compress = Path(folder), max_bytes, compress
+        self.folder, self.max_bytes, self.compress, self.prediction = Path(folder), max_bytes, compress, prediction
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -176,7 +185,8 @@ class PromptCache:
         path = folder / next(_names(input_ids, [length]))
         with self._writing():
             folder.mkdir(exist_ok=True)
-            nbytes = save_cache(cache, path, model, input_ids=input_ids, tokenizer=tokenizer, compress=self.compress)
+            more: dict[str, Any] = {"compress": self.compress, "prediction": self.prediction}
+            nbytes = save_cache(cache, path, model, input_ids=input_ids, tokenizer=tokenizer, **more)
             if self.max_bytes is not None and nbytes > self.max_bytes:
                 path.unlink()
                 raise CheckpointError(
@@ -199,7 +209,7 @@ class PromptCache:
 
     def _load(self, model: nn.Module, path: Path, input_ids: torch.Tensor) -> Cache | None:
         try:
-            cache = load_cache(model, path, input_ids=input_ids)
+            cache = load_cache(model, path, input_ids=input_ids, prediction=self.prediction)
         except CheckpointError as error:
             # What cannot be opened is no damage: another process has made room, or made it anew just now.
             if not isinstance(error.__cause__, OSError):
@@ -236,8 +246,10 @@ class PromptCache:
         splices = [patched.splice.identity for _, patched in patched_sites(model)] if is_patched(model) else []
         text = text_identity(tokenizer)
         # Caches of other releases hold other things.
-        whose = json.dumps([model_identity(model), splices, text, upstream.INSTALLED, PLAIN_VERSION], sort_keys=True)
-        return self.folder / hashlib.sha256(whose.encode()).hexdigest()[:32]
+        whose = [model_identity(model), splices, text, upstream.INSTALLED, PLAIN_VERSION]
+        if self.prediction is not None:  # whoever has none could not read them
+            whose.append(self.prediction.identity)
+        return self.folder / hashlib.sha256(json.dumps(whose, sort_keys=True).encode()).hexdigest()[:32]
 
     @staticmethod
     def _require_one(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
