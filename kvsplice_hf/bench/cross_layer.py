@@ -54,7 +54,8 @@ class _Stub(Codec):
     def pack(self, rows: torch.Tensor) -> torch.Tensor:
         raise UnsupportedError("Layers in groups are simulated without a cache: call the model with use_cache=False.")
 
-    unpack = pack
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        return self.pack(packed)
 
     @classmethod
     def saved_shapes(cls, row_dim: int, rank: int) -> tuple[torch.Size, ...]:
@@ -122,12 +123,12 @@ def _codecs_replaced(model: Any, codecs: Mapping[PartKey, Codec]) -> Iterator[No
     splices = splice_parts_of(model)
     before = {part: splices[part].codec for part in codecs}
     try:
-        for part, codec in codecs.items():
-            splices[part].codec = codec
+        for part in codecs:
+            splices[part].codec = codecs[part]
         yield
     finally:
-        for part, codec in before.items():
-            splices[part].codec = codec
+        for part in codecs:
+            splices[part].codec = before[part]
 
 
 @dataclass

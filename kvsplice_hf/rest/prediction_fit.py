@@ -110,7 +110,7 @@ def _target(columns: Columns, numbers: Numbers, gains: Numbers | None, counted: 
         centres = np.rint(table[counted].mean(0)).astype(np.int64)
     else:
         centres = np.zeros(table.shape[1], dtype=np.int64)
-    values = table * np.exp2(np.asarray(scales_of(columns, gains)) / 16 - LEVEL_BITS)
+    values = table.astype(np.float64) * np.exp2(np.asarray(scales_of(columns, gains)) / 16 - LEVEL_BITS)
     spread = (values - centres * np.exp2(-LEVEL_BITS))[counted].std(0)
     return _Target(columns, numbers, gains, values, _scale(_INPUT_SPREAD / spread.clip(_LEAST)), centres)
 
