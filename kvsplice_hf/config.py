@@ -83,8 +83,7 @@ class KVSpliceConfig:
             they come; "exact" stores them as they come in bf16, and codes values alone. Only read where a splice is
             fitted.
         key_block: how many numbers of a key before its rotation share a basis, those of neighbouring frequencies: even,
-            or None for all. Narrow blocks decode faster, and lose more (docs/ordinary_attention.md). Only read where a
-            splice is fitted.
+            or None for all. Narrow blocks decode faster, and lose more. Only read where a splice is fitted.
         values: of ordinary attention: "coded", or "exact" in bf16, so that keys alone are coded.
         allocation: "global" lets layers compete for bytes, "layer" gives each the same, "auto" takes what loses less on
             calibration text that was held out ("global" where there is none).
@@ -94,10 +93,10 @@ class KVSpliceConfig:
             decoder, or none, is found by itself.
         use_layernorm: apply LayerNorm to the code. Full rank is then no longer exact.
         transform: of each number before the projection: "affine" is a scale and a shift, "spline" a monotone
-            piecewise-linear function, behind which principal components are kept, as in the research
-            (docs/geometry.md). It is fitted to vectors, needs `compression_ratio` or `rank`, and cannot be absorbed:
-            each step decodes. Of ordinary attention it codes the values of each key head, as so many numbers in bf16.
-        key_rank: with splines, so many numbers of each key of ordinary attention, before its rotation; None: all.
+            piecewise-linear function ahead of principal components, as in the research (docs/geometry.md). It is
+            fitted to vectors, needs `compression_ratio` or `rank`, and is never absorbed: each step decodes. Of
+            ordinary attention it codes the values of each key head, as so many numbers in bf16.
+        key_rank: with splines, numbers kept of each key of ordinary attention, before its rotation; None: all.
         knots: of each spline, 2 or more. Only read where `transform="spline"`, as are the next two.
         spline_epochs: passes over the vectors that a spline is fitted to; 0: principal components alone.
         spline_learning_rate: of the splines, above 0.

@@ -64,7 +64,16 @@ def test_what_scripts_import_is_the_package_or_asked_for_by_its_extra() -> None:
     distributions = packages_distributions()
     # tokenizers comes with transformers, triton with the extra `gpu`, lm-eval with `tasks`, vllm with `make test-vllm`
     # and brings prometheus-client. For developers grimp comes with import-linter.
-    allowed = declared() | {"kvsplice-hf", "tokenizers", "triton", "lm-eval", "grimp", "vllm", "prometheus-client"}
+    allowed = declared() | {
+        "kvsplice-hf",
+        "tokenizers",
+        "numpy",
+        "triton",
+        "lm-eval",
+        "grimp",
+        "vllm",
+        "prometheus-client",
+    }
     for path in (*SCRIPTS.rglob("*.py"), *BENCH.rglob("*.py")):
         foreign = imported(path) - set(sys.stdlib_module_names) - {"kvsplice_hf"}
         for name in foreign:

@@ -82,8 +82,9 @@ def reduce_rank(
         CalibrationError: `tokens` cannot be used or are too few, or `calibration` is of another model.
 
     Examples:
-        >>> smaller, layers = reduce_rank(model, 256, tokens=tokens)
-        >>> smaller.save_pretrained("my-model-256")
+        >>> tokens = tokenizer(text, return_tensors="pt")["input_ids"][:, :4096].view(8, -1)
+        >>> smaller, layers = reduce_rank(model, 32, tokens=tokens)
+        >>> smaller.save_pretrained("my-model-of-rank-32")
     """
     sites = _require_reducible(model)
     _require_rank(sites, rank)

@@ -42,13 +42,7 @@ def problem_of(
 ) -> types.Problem:
     """Rows are [B, S, n] or [B, 1, S, n], or those of all pages; `other_products` are worth threads as well."""
     count = rows.shape[-2] if paging is None else _longest(paging, rows, bias, batch)
-    one_head = rows.dim() == 3 or (rows.dim() == 4 and rows.shape[1] == 1)
-    side_by_side = rows.stride(-1) == 1 or rows.shape[-1] == 1
-    if not (one_head and side_by_side and rows.is_cpu and (paging is not None or rows.shape[0] == batch)):
-        raise ConfigError(
-            f"Got rows {list(rows.shape)} on {rows.device} with strides {rows.stride()} for {batch} sequences of "
-            "queries; the library reads rows of numbers side by side in the memory of the CPU."
-        )
+    _require_rows(rows, batch, paging)
     columns, mixed = (dim, value_dim) if codec is None else columns_of(codec, keys, value_dim)
     products = batch * queries * count * (columns + mixed)
     return types.Problem(
@@ -62,11 +56,7 @@ def problem_of(
         data=rows.data_ptr(),
         batch_stride=rows.stride(0) * rows.itemsize,
         row_stride=rows.stride(-2) * rows.itemsize,
-        table=0 if paging is None else paging.table.data_ptr(),
-        table_stride=0 if paging is None else paging.table.stride(0),
-        page_rows=rows.shape[-2],
-        page_stride=rows.stride(0) * rows.itemsize,
-        lengths=0 if paging is None else paging.lengths.data_ptr(),
+        **_pages_of(rows, paging),
         query=query,
         query_stride=queries * dim,
         unscored=0,
@@ -87,6 +77,28 @@ def problem_of(
         output=output,
         sizes=sizes,
     )
+
+
+def _require_rows(rows: torch.Tensor, batch: int, paging: Paging | None) -> None:
+    """Refuse rows that lie in another way than the library reads."""
+    one_head = rows.dim() == 3 or (rows.dim() == 4 and rows.shape[1] == 1)
+    side_by_side = rows.stride(-1) == 1 or rows.shape[-1] == 1
+    if not (one_head and side_by_side and rows.is_cpu and (paging is not None or rows.shape[0] == batch)):
+        raise ConfigError(
+            f"Got rows {list(rows.shape)} on {rows.device} with strides {rows.stride()} for {batch} sequences of "
+            "queries; the library reads rows of numbers side by side in the memory of the CPU."
+        )
+
+
+def _pages_of(rows: torch.Tensor, paging: Paging | None) -> dict[str, int]:
+    """Where sequences have their rows, as the library takes it."""
+    return {
+        "table": 0 if paging is None else paging.table.data_ptr(),
+        "table_stride": 0 if paging is None else paging.table.stride(0),
+        "page_rows": rows.shape[-2],
+        "page_stride": rows.stride(0) * rows.itemsize,
+        "lengths": 0 if paging is None else paging.lengths.data_ptr(),
+    }
 
 
 def _longest(paging: Paging, rows: torch.Tensor, bias: torch.Tensor | None, batch: int) -> int:
