@@ -27,6 +27,7 @@ from kvsplice_hf import (
     KVSpliceCalibrator,
     KVSpliceConfig,
     KVSpliceError,
+    load_kvsplice,
     patch_model_with_kvsplice,
 )
 from kvsplice_hf.demo import load_demo_model, load_original_demo_model
@@ -65,6 +66,15 @@ class Budget(Calibration):
     )
     bits: float | None = field(default=None, metadata={"help": "the same as bits per number of the stock row"})
     compression: float | None = field(default=None, metadata={"help": "the same as times less than stock in bf16"})
+
+
+@dataclass
+class BudgetOrSplice(Budget):
+    """Arguments of scripts that splice a model, or take a splice that was saved."""
+
+    splice: str | None = field(
+        default=None, metadata={"help": "folder of a saved splice (save_kvsplice), in place of calibration and budget"}
+    )
 
 
 class LoadedModel(NamedTuple):
@@ -159,11 +169,15 @@ def calibrate(model: PreTrainedModel, tokenizer: Any, args: Calibration) -> Any:
 
 
 def splice(model: PreTrainedModel, tokenizer: Any, args: Budget) -> None:
-    """Calibrate and patch.
+    """Calibrate and patch, or load a saved splice where the arguments name one.
 
     Raises:
+        CheckpointError: the saved splice cannot be read, or is of another model.
         KVSpliceError: the model cannot be patched, the budget cannot be met, or the text cannot be had.
     """
+    if isinstance(args, BudgetOrSplice) and args.splice is not None:
+        load_kvsplice(model, args.splice)
+        return
     calibration = calibrate(model, tokenizer, args)
     names = ("compression_ratio", "bytes_per_token", "bits", "compression")
     config = KVSpliceConfig(**{name: getattr(args, name) for name in names})

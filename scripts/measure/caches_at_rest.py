@@ -26,7 +26,7 @@ from transformers import DynamicCache
 from kvsplice_hf import describe_cache, get_kv_cache_size, load_cache, save_cache
 from kvsplice_hf.bench.command_line import (
     DEMO,
-    Budget,
+    BudgetOrSplice,
     ProgramParser,
     console,
     environment,
@@ -45,7 +45,7 @@ from kvsplice_hf.upstream import cache_argument
 
 
 @dataclass
-class Arguments(Budget):
+class Arguments(BudgetOrSplice):
     """Bytes and times of a prompt that is kept on disk."""
 
     model: str = field(default=DEMO, metadata={"help": 'folder, hub name, "demo" (SmolLM2 as MLA) or "smollm2"'})

@@ -18,10 +18,10 @@ import torch
 from rich.table import Table
 from transformers import DynamicCache
 
-from kvsplice_hf import fit_row_prediction, get_kv_cache_size, load_kvsplice
+from kvsplice_hf import fit_row_prediction, get_kv_cache_size
 from kvsplice_hf.bench.command_line import (
     DEMO,
-    Budget,
+    BudgetOrSplice,
     ProgramParser,
     console,
     environment,
@@ -41,11 +41,10 @@ from kvsplice_hf.upstream import cache_argument
 
 
 @dataclass
-class Arguments(Budget):
+class Arguments(BudgetOrSplice):
     """Bytes and times of predicted rows."""
 
     model: str = field(default=DEMO, metadata={"help": 'folder, hub name, "demo" (SmolLM2 as MLA) or "smollm2"'})
-    splice: str | None = field(default=None, metadata={"help": "folder of a saved splice, in place of calibration"})
     text: str = field(default="pydoc", metadata={"help": "where the prompt comes from"})
     tokens: int = field(default=4096, metadata={"help": "of the prompt"})
     fit: list[str] = field(
@@ -129,10 +128,7 @@ def run(args: Arguments) -> dict[str, Any]:
     check(args)
     model, tokenizer = load_model(args.model, args.dtype)
     stock = get_kv_cache_size(model, seq_len=args.tokens).original_bytes
-    if args.splice is None:
-        splice(model, tokenizer, args)
-    else:
-        load_kvsplice(model, args.splice)
+    splice(model, tokenizer, args)
     ids = spread_windows(tokenizer, args.text, "evaluation", args.tokens, args.tokens)
     rows = computed(model, ids)
     compute_s = median_seconds(lambda: computed(model, ids), args.repeats)

@@ -22,7 +22,7 @@ from transformers import StoppingCriteriaList
 from kvsplice_hf import PromptCache
 from kvsplice_hf.bench.command_line import (
     DEMO,
-    Budget,
+    BudgetOrSplice,
     ProgramParser,
     console,
     environment,
@@ -51,7 +51,7 @@ CACHES = ("stock", "spliced")
 
 
 @dataclass
-class Arguments(Budget):
+class Arguments(BudgetOrSplice):
     """Several questions about one document, with and without a store of prompts."""
 
     model: str = field(default=DEMO, metadata={"help": 'folder, hub name, "demo" (SmolLM2 as MLA) or "smollm2"'})

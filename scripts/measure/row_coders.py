@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from kvsplice_hf.bench.command_line import (
     DEMO,
-    Budget,
+    BudgetOrSplice,
     ProgramParser,
     console,
     environment,
@@ -44,7 +44,7 @@ _AT_ONCE = 1024
 
 
 @dataclass
-class Arguments(Budget):
+class Arguments(BudgetOrSplice):
     """Coders of packed rows."""
 
     model: str = field(default=DEMO, metadata={"help": 'folder, hub name, "demo" (SmolLM2 as MLA) or "smollm2"'})
