@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from packaging.version import Version
 from torch import nn
 
 from kvsplice_hf import upstream
@@ -29,6 +30,8 @@ from kvsplice_hf.retention.selection import SCORES, Budget
 logger = logging.getLogger(__name__)
 
 _RECENT = 32
+# Models with windows in some layers were compared with the reference on this release of transformers and on 5.15.0.
+WINDOWS_SINCE = "5.24.0"
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,12 @@ def _sites(model: nn.Module, plan: LayerPlan) -> list[AttentionSite]:
             "nothing to do."
         )
     if len(sites) < len(found):
+        if Version(upstream.INSTALLED) < Version(WINDOWS_SINCE):
+            raise UnsupportedError(
+                f"{type(model).__name__} has layers with sliding windows, and beside such layers retention is known to "
+                f"be right from transformers {WINDOWS_SINCE} on. {upstream.INSTALLED} is installed, and on 5.15.0 logits "
+                "of gemma2 were wrong. Upgrade transformers."
+            )
         logger.info("Layers with a sliding window keep all rows of their window: %d.", len(found) - len(sites))
     return sites
 
