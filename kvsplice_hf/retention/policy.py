@@ -153,7 +153,7 @@ def _sites(model: nn.Module, plan: LayerPlan) -> list[AttentionSite]:
         if Version(upstream.INSTALLED) < Version(WINDOWS_SINCE):
             raise UnsupportedError(
                 f"{type(model).__name__} has layers with sliding windows, and beside such layers retention is known to "
-                f"be right from transformers {WINDOWS_SINCE} on. {upstream.INSTALLED} is installed, and on 5.15.0 logits "
+                f"be right from transformers {WINDOWS_SINCE} on. {upstream.INSTALLED} is installed; on 5.15.0 logits "
                 "of gemma2 were wrong. Upgrade transformers."
             )
         logger.info("Layers with a sliding window keep all rows of their window: %d.", len(found) - len(sites))
