@@ -17,7 +17,7 @@ from kvsplice_hf import KVSpliceCalibrator, KVSpliceConfig, patch_model_with_kvs
 # Tokens before it are begin, end and unknown; the others are words.
 FIRST_WORD = 3
 STOCK_ROW_BYTES = 2 * (512 + 64)
-_SHAPE: dict[str, Any] = {
+SMALL_SHAPE: dict[str, Any] = {
     "vocab_size": 1024,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -63,10 +63,10 @@ def save_small_model(folder: Path, layers: int, positions: int) -> None:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        settings = _SHAPE | {"num_hidden_layers": layers, "first_k_dense_replace": layers}
+        settings = SMALL_SHAPE | {"num_hidden_layers": layers, "first_k_dense_replace": layers}
         config = DeepseekV3Config(**settings, max_position_embeddings=positions)
         DeepseekV3ForCausalLM(config).bfloat16().eval().save_pretrained(folder)
-    save_word_tokenizer(folder, _SHAPE["vocab_size"])
+    save_word_tokenizer(folder, SMALL_SHAPE["vocab_size"])
 
 
 def save_small_splice(model_folder: Path, folder: Path, bytes_per_token: float, sink_tokens: int) -> int:
@@ -83,7 +83,7 @@ def save_small_splice(model_folder: Path, folder: Path, bytes_per_token: float, 
     """
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     random = torch.Generator("cpu").manual_seed(0)
-    words = FIRST_WORD, _SHAPE["vocab_size"]
+    words = FIRST_WORD, SMALL_SHAPE["vocab_size"]
     ids = torch.randint(*words, (40, 64), generator=random, dtype=torch.int64, device="cpu")
     calibration = KVSpliceCalibrator(model, sink_tokens=sink_tokens).collect(list(ids))
     config = KVSpliceConfig(bytes_per_token=bytes_per_token, sink_tokens=sink_tokens, allocation="layer")

@@ -8,7 +8,7 @@ from typing import Any
 
 _BACKEND = "kvsplice_hf.vllm.backend.SplicedMLABackend"
 _PATCHED = "check_and_update_config"
-_ROTATION = "-rotary_embedding"
+NO_OWN_ROTATION = "-rotary_embedding"
 # Tokens of a page where first tokens are exact, and nobody asks for another size: the room for them is in each page.
 _TOKENS_PER_PAGE = 256
 
@@ -83,5 +83,5 @@ def _leave_out_rotation_of_cpus(vllm_config: Any) -> None:
     DeepSeek's own kind (yarn) does not come there.
     """
     operations = vllm_config.compilation_config.custom_ops
-    if _ROTATION not in operations:
-        operations.append(_ROTATION)
+    if NO_OWN_ROTATION not in operations:
+        operations.append(NO_OWN_ROTATION)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from kvsplice_hf import KVSpliceConfig, load_kvsplice, patch_model_with_kvsplice
 from kvsplice_hf.attend.backend import CodedKeys
 from kvsplice_hf.attend.choice import attend
 from kvsplice_hf.bench.command_line import (
@@ -38,12 +39,10 @@ from kvsplice_hf.bench.cross_layer import Groups, in_groups, sampled
 from kvsplice_hf.bench.kernels.shapes import TRELLIS_KEYS, RowShape, coded_keys, packed_codec
 from kvsplice_hf.bench.rounds import interleaved, timed
 from kvsplice_hf.bench.texts import spread_windows
-from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.evaluation.reference import score_against, score_reference
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.patch.state import splice_parts_of
-from kvsplice_hf.patching import patch_model_with_kvsplice
 
 
 @dataclass
@@ -78,8 +77,6 @@ def check(args: Arguments) -> None:
 
 def patched(args: Arguments) -> tuple[Any, Any, Any]:
     """The model, its tokenizer, and the stock model's scores."""
-    from kvsplice_hf import load_kvsplice
-
     model, tokenizer = load_model(args.model, args.dtype)
     windows = spread_windows(tokenizer, args.evaluation, "evaluation", args.window, args.evaluation_tokens)
     stock = score_reference(lambda window: forward(model, window), windows, "stock")

@@ -49,6 +49,7 @@ from kvsplice_hf.bench.command_line import (
     require_folder,
     results_folder,
 )
+from kvsplice_hf.bench.small_model import SMALL_SHAPE
 from kvsplice_hf.text import load_texts, token_ids
 from kvsplice_hf.vllm import plugin
 from kvsplice_hf.vllm.start import FOLDER_VARIABLE
@@ -56,34 +57,11 @@ from kvsplice_hf.vllm.start import FOLDER_VARIABLE
 
 # Ids below are left out: 0 and 1 begin and end a text.
 FIRST_TOKEN = 8
-SHAPE = {
-    "vocab_size": 1024,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 512,
-    "q_lora_rank": 128,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 32,
-    "v_head_dim": 32,
-    "first_k_dense_replace": 3,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "moe_intermediate_size": 64,
-    "max_position_embeddings": 2048,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "initializer_range": 0.08,
-}
+SHAPE = SMALL_SHAPE | {"num_hidden_layers": 3, "first_k_dense_replace": 3, "max_position_embeddings": 2048}
 LONGEST = 256
 LONGEST_PROMPT = 200
 # What goes around vLLM's fault with plain RoPE on CPUs.
-REMEDY = {"custom_ops": ["-rotary_embedding"]}
+REMEDY = {"custom_ops": [plugin.NO_OWN_ROTATION]}
 # Latent and key of the only rows that vLLM's own backend for CPUs decodes.
 STOCK_ROW = (512, 64)
 

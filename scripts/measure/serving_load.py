@@ -37,6 +37,7 @@ from kvsplice_hf.bench.command_line import (
 )
 from kvsplice_hf.bench.small_model import STOCK_ROW_BYTES, save_small_model, save_small_splice
 from kvsplice_hf.bench.tables import number, ratio
+from kvsplice_hf.vllm.plugin import NO_OWN_ROTATION
 
 
 STOCK, SPLICED = "stock", "spliced"
@@ -50,7 +51,7 @@ TIMES = {
 # What it says nothing to divide.
 _NO_RATIO = ("page", "cache_used_most", "preemptions")
 # vLLM's rotation on CPUs is wrong for plain RoPE (docs/serving.md); both servers leave it out.
-_COMPILATION = json.dumps({"custom_ops": ["-rotary_embedding"]})
+_COMPILATION = json.dumps({"custom_ops": [NO_OWN_ROTATION]})
 
 
 @dataclass
