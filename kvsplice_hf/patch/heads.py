@@ -64,14 +64,34 @@ def attend_heads(
     sinks, wants_weights = kwargs.get("s_aux"), base == "eager"
     mask = four_dimensional(attention_mask, key, 1, kwargs.get("sliding_window"))
 
-    def in_torch() -> tuple[torch.Tensor, torch.Tensor | None]:
+    if dropout or wants_weights or query.device.type != "cpu":
         return attention_on_heads(
             query, key.heads, mask, scaling, dropout=dropout, learned_sinks=sinks, return_weights=wants_weights
         )
+    return attention_of_step(query, key, mask, scaling, sinks), None
 
-    if dropout or wants_weights or query.device.type != "cpu":
-        return in_torch()
-    return decode_heads(_step(query, key, mask, scaling, sinks), lambda: in_torch()[0]), None
+
+def attention_of_step(
+    query: torch.Tensor,
+    rows: CompressedHeads,
+    mask: torch.Tensor | None,
+    scaling: float,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention [B, 1, H, v] of one new token of each sequence on rows, by whichever backend serves it.
+
+    Args:
+        query: [B, H, 1, d].
+        rows: what is stored, the new tokens included.
+        mask: boolean or added to scores, [B or 1, 1, 1, S]; None where all is seen.
+        scaling: factor on the scores.
+        sinks: learned, of each query head, [H].
+    """
+
+    def in_torch() -> torch.Tensor:
+        return attention_on_heads(query, rows.heads, mask, scaling, learned_sinks=sinks)[0]
+
+    return decode_heads(_step(query, rows, mask, scaling, sinks), in_torch)
 
 
 def _step(

@@ -14,7 +14,8 @@ of the longest of them, `H` heads, `K` exact tokens, `R` kv_lora_rank, `P` qk_ro
 v_head_dim, `F` angles of a token.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,25 @@ from kvsplice_hf.cache.turns import SLOT_DTYPE, Turns
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.patch.absorbed import absorbed_attention, step_of
 from kvsplice_hf.patch.expansion import absorbed_is_cheaper
+
+
+class RowsOfLayer(Protocol):
+    """What pages need to know of a layer, whatever its rows hold.
+
+    Attributes:
+        geometry: sizes of its rows.
+        dtype: of what is stored exactly.
+        turns: how a key at each position is rotated, uint8 [positions, F]; None where rows hold rotated keys.
+    """
+
+    @property
+    def geometry(self) -> RowGeometry: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def turns(self) -> torch.Tensor | None: ...
 
 
 class ServedLayer(NamedTuple):
@@ -54,8 +74,7 @@ class ServedLayer(NamedTuple):
 
     def page_bytes(self, tokens: int) -> int:
         """Bytes of a page of so many tokens."""
-        row, exact = token_bytes(self.geometry, self.dtype)
-        return tokens * row + self.geometry.sink_tokens * exact
+        return bytes_of_page(self, tokens)
 
 
 class Pages(NamedTuple):
@@ -99,7 +118,13 @@ class Batch(NamedTuple):
     groups: list[Group]
 
 
-def pages_of(cache: torch.Tensor, layer: ServedLayer) -> Pages:
+def bytes_of_page(layer: RowsOfLayer, tokens: int) -> int:
+    """Bytes of a page of so many tokens, what is exact behind its rows included."""
+    row, exact = token_bytes(layer.geometry, layer.dtype)
+    return tokens * row + layer.geometry.sink_tokens * exact
+
+
+def pages_of(cache: torch.Tensor, layer: RowsOfLayer) -> Pages:
     """The pages of a layer.
 
     Args:
@@ -180,20 +205,45 @@ def store(
         slots: where each goes, page * tokens per page + place in it, [Q]; negative for what is not to be stored.
         positions: of the tokens in their sequences, [Q].
     """
-    wanted = slots >= 0
-    if not bool(wanted.all()):
-        latent, k_rot, slots, positions = latent[wanted], k_rot[wanted], slots[wanted], positions[wanted]
-    if not len(slots):
-        return
-    tokens = pages.rows.shape[1]
     latents, keys = latent[None, None], k_rot[None, None][..., layer.order]
-    turns = None if layer.turns is None else layer.turns[positions][None, None]
-    rows = encode(layer.splice, latents, keys, turns)
-    pages.rows[slots // tokens, slots % tokens] = rows[0, 0].contiguous().view(torch.uint8)
+
+    def rows(which: torch.Tensor, turns: torch.Tensor | None) -> torch.Tensor:
+        return encode(layer.splice, latents[:, :, which], keys[:, :, which], turns)
+
+    def exact(which: torch.Tensor) -> torch.Tensor:
+        return exact_states(layer.splice, latents[:, :, which], keys[:, :, which])
+
+    write(pages, layer, rows, exact, slots, positions)
+
+
+def write(
+    pages: Pages,
+    layer: RowsOfLayer,
+    rows: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+    exact: Callable[[torch.Tensor], torch.Tensor],
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Write those new tokens that have a place, and what is exact of the first ones of a sequence.
+
+    Args:
+        pages: of the layer.
+        layer: of the splice.
+        rows: called with which tokens those are, [q], and how their keys are rotated, uint8 [1, 1, q, F] or None; gives
+            their rows [1, 1, q, w].
+        exact: called with which of them are kept exactly, [e]; gives what is kept, [1, 1, e, numbers].
+        slots, positions: as in `store`.
+    """
+    kept = (slots >= 0).nonzero().flatten()
+    if not len(kept):
+        return
+    slots, positions, tokens = slots[kept], positions[kept], pages.rows.shape[1]
+    coded = rows(kept, None if layer.turns is None else layer.turns[positions][None, None])
+    pages.rows[slots // tokens, slots % tokens] = coded[0, 0].contiguous().view(torch.uint8)
     early = positions < layer.geometry.sink_tokens
     if bool(early.any()):
-        exact = exact_states(layer.splice, latents, keys)[0, 0, early]
-        pages.exact[slots[early] // tokens, positions[early]] = exact.contiguous().view(torch.uint8)
+        states = exact(kept[early])[0, 0].contiguous().view(torch.uint8)
+        pages.exact[slots[early] // tokens, positions[early]] = states
 
 
 def attend_pages(
@@ -258,26 +308,44 @@ def _decoded(
 
 def _gathered(pages: Pages, layer: ServedLayer, group: Group) -> CompressedLatent:
     """What is stored of the sequences, their rows copied out of their pages."""
-    rows = pages.rows[group.pages, group.offsets].view(layer.geometry.row_dtype(layer.dtype))
-    return _states(pages, layer, group, rows[:, None])
+    return _states(pages, layer, group, gathered_rows(pages, layer, group))
+
+
+def gathered_rows(pages: Pages, layer: RowsOfLayer, group: Group) -> torch.Tensor:
+    """The rows [B, 1, S, w] of the sequences, copied out of their pages."""
+    return pages.rows[group.pages, group.offsets].view(layer.geometry.row_dtype(layer.dtype))[:, None]
 
 
 def _states(pages: Pages, layer: ServedLayer, group: Group, rows: torch.Tensor) -> CompressedLatent:
-    exact, turns = None, None
-    if layer.geometry.sink_tokens:
-        latents = pages.exact[group.pages[:, 0]].view(layer.dtype)
-        count = torch.arange(latents.shape[1], dtype=torch.int64, device=rows.device)
-        # Slots behind the end of a short sequence hold no position that is read, but anything else: also what is no
-        # number, and nothing times that is not nothing.
-        latents = latents.masked_fill((count >= group.paging.lengths[:, None])[..., None], 0)
-        exact = ExactTokens(latents, count.expand(latents.shape[0], -1))
-    if layer.turns is not None:
-        batch, stored = group.pages.shape
-        slots = torch.arange(stored, dtype=SLOT_DTYPE, device=rows.device).expand(batch, -1)
-        turns = Turns(layer.turns[:stored].T.contiguous(), slots.contiguous())
+    exact, turns = exact_of(pages, layer, group), turns_of_group(layer, group)
+    return CompressedLatent(rows, layer.splice, exact, *new_rows(group), layer.dtype, turns=turns)
+
+
+def new_rows(group: Group) -> tuple[int, int]:
+    """How many of the rows of a sequence are new, and which is the first of them."""
     new_tokens = group.queries.shape[1]
-    first = group.pages.shape[1] - new_tokens
-    return CompressedLatent(rows, layer.splice, exact, new_tokens, first, layer.dtype, turns=turns)
+    return new_tokens, group.pages.shape[1] - new_tokens
+
+
+def exact_of(pages: Pages, layer: RowsOfLayer, group: Group) -> ExactTokens | None:
+    """The exact first tokens of the sequences; None where there are none."""
+    if not layer.geometry.sink_tokens:
+        return None
+    latents = pages.exact[group.pages[:, 0]].view(layer.dtype)
+    count = torch.arange(latents.shape[1], dtype=torch.int64, device=latents.device)
+    # Slots behind the end of a short sequence hold no position that is read, but anything else: also what is no
+    # number, and nothing times that is not nothing.
+    latents = latents.masked_fill((count >= group.paging.lengths[:, None])[..., None], 0)
+    return ExactTokens(latents, count.expand(latents.shape[0], -1))
+
+
+def turns_of_group(layer: RowsOfLayer, group: Group) -> Turns | None:
+    """How the keys of the sequences are rotated; None where rows hold rotated keys."""
+    if layer.turns is None:
+        return None
+    batch, stored = group.pages.shape
+    slots = torch.arange(stored, dtype=SLOT_DTYPE, device=group.pages.device).expand(batch, -1)
+    return Turns(layer.turns[:stored].T.contiguous(), slots.contiguous())
 
 
 def _expanded(
@@ -289,11 +357,24 @@ def _expanded(
     scaling: float,
 ) -> torch.Tensor:
     """Attention [B, T, H, V] on the keys and values that rows decode to, for a prompt."""
-    heads, new_tokens = query.shape[1:3]
+    heads = query.shape[1]
     by_head = F.linear(states.latent()[:, 0], weight).unflatten(-1, (heads, -1)).transpose(1, 2)
     nope, value = by_head.split([by_head.shape[-1] - value_dim, value_dim], dim=-1)
     key = torch.cat([nope, states.k_rot.expand(-1, heads, -1, -1)], dim=-1)
-    stored = key.shape[2]
+    return attention_in_order(query, key, value, mask, scaling)
+
+
+def attention_in_order(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Attention [B, T, H, v] of the last T tokens of sequences, each over itself and what is before it.
+
+    Args:
+        query, key, value: [B, H, T, d], [B, H, S, d] and [B, H, S, v].
+        mask: instead of that order, added to the scores, [B, 1, T, S]; or None.
+        scaling: factor on the scores.
+    """
+    new_tokens, stored, value_dim = query.shape[2], key.shape[2], value.shape[-1]
     if mask is None and new_tokens > 1 and stored > new_tokens:
         row = torch.arange(stored - new_tokens, stored, dtype=torch.int64, device=key.device)
         mask = torch.arange(stored, dtype=torch.int64, device=key.device) <= row[:, None]

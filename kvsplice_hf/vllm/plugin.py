@@ -7,6 +7,7 @@ from typing import Any
 
 
 _BACKEND = "kvsplice_hf.vllm.backend.SplicedMLABackend"
+_BACKEND_OF_HEADS = "kvsplice_hf.vllm.heads_backend.SplicedHeadsBackend"
 _PATCHED = "check_and_update_config"
 NO_OWN_ROTATION = "-rotary_embedding"
 # Tokens of a page where first tokens are exact, and nobody asks for another size: the room for them is in each page.
@@ -14,11 +15,15 @@ _TOKENS_PER_PAGE = 256
 
 
 def register() -> None:
-    """Have vLLM use our backend for MLA layers, where the environment names a splice. May be called again.
+    """Have vLLM use our backend for the kind of layers that the splice is of, where the environment names one.
+
+    May be called again.
 
     Raises:
         CheckpointError: there is no splice in the folder, or it is damaged.
+        UnsupportedError: it is of MLA in some layers, and of ordinary attention in others.
     """
+    from kvsplice_hf.vllm.ordinary import is_of_heads
     from kvsplice_hf.vllm.start import folder_asked_for, tell_of_release
 
     folder = folder_asked_for()
@@ -29,8 +34,12 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     tell_of_release(vllm.__version__)
-    for stock in (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA):
-        register_backend(stock, _BACKEND)
+    if is_of_heads(folder):
+        register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND_OF_HEADS)
+        _forget_chosen_backends()
+    else:
+        for stock in (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA):
+            register_backend(stock, _BACKEND)
     if _PATCHED not in vars(current_platform):
         setattr(current_platform, _PATCHED, _CheckedUpdate(current_platform, folder))
 
@@ -42,7 +51,20 @@ def unregister() -> None:
 
     for stock in (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA):
         stock.clear_override()
+    if AttentionBackendEnum.CPU_ATTN.is_overridden():
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        _forget_chosen_backends()
     vars(current_platform).pop(_PATCHED, None)
+
+
+def _forget_chosen_backends() -> None:
+    """Have vLLM choose backends anew: it keeps which one it chose for layers of a kind, also after one was replaced.
+
+    That matters where one process makes engines with a splice and without.
+    """
+    from vllm.v1.attention import selector
+
+    selector._cached_get_attn_backend.cache_clear()
 
 
 class _CheckedUpdate:

@@ -15,7 +15,7 @@ import transformers
 
 from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.code.files import CONFIG_NAME, read_splice_files
-from kvsplice_hf.code.keys import turns_of
+from kvsplice_hf.code.keys import KeyProjection, turns_of
 from kvsplice_hf.config import KVSpliceConfig
 from kvsplice_hf.errors import CheckpointError, UnsupportedError
 from kvsplice_hf.manage.loading import read_splices
@@ -68,13 +68,7 @@ def served_layer(directory: Path, layer_idx: int, config: Any, positions: int, d
     Raises:
         CheckpointError: a file is missing, damaged, of a newer schema, or without this layer.
     """
-    splices, settings = _read(directory, (directory / CONFIG_NAME).read_bytes())
-    if layer_idx not in splices:
-        raise CheckpointError(
-            f"The splice in {directory} has no layer {layer_idx}: it has {sorted(splices)}. An engine needs all of "
-            'them: save a splice that was made with layers="all".'
-        )
-    splice = copy.deepcopy(splices[layer_idx]).to(dtype)
+    splice, settings = splice_of(directory, layer_idx, dtype)
     geometry = RowGeometry(
         splice.latent_dim,
         splice.rank,
@@ -83,8 +77,22 @@ def served_layer(directory: Path, layer_idx: int, config: Any, positions: int, d
         None if splice.codec is None else splice.codec.row_bytes,
         coded_keys=splice.keys is not None,
     )
-    turns = None if splice.keys is None else _turns(config, positions, tuple(splice.keys.pairs[2].tolist()))
-    return ServedLayer(splice, geometry, dtype, turns, order_of_keys(config))
+    return ServedLayer(splice, geometry, dtype, turns_at(config, positions, splice.keys), order_of_keys(config))
+
+
+def splice_of(directory: Path, layer_idx: int, dtype: torch.dtype) -> tuple[Any, KVSpliceConfig]:
+    """A copy of the splice of one layer in the dtype of the model, and the settings of all.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of a newer schema, or without this layer.
+    """
+    splices, settings = _read(directory, (directory / CONFIG_NAME).read_bytes())
+    if layer_idx not in splices:
+        raise CheckpointError(
+            f"The splice in {directory} has no layer {layer_idx}: it has {sorted(splices)}. An engine needs all of "
+            'them: save a splice that was made with layers="all".'
+        )
+    return copy.deepcopy(splices[layer_idx]).to(dtype), settings
 
 
 @functools.lru_cache(maxsize=1)
@@ -95,7 +103,7 @@ def _read(directory: Path, description: bytes) -> tuple[dict[int, Any], KVSplice
 
 @functools.lru_cache(maxsize=4)
 def _turns_of(text: str, positions: int, columns: tuple[int, ...]) -> torch.Tensor:
-    """`_turns`, the same tensor for all layers; of a model with these settings, as JSON."""
+    """`turns_at`, the same tensor for all layers; of a model with these settings, as JSON."""
     settings = json.loads(text)
     rope = settings.get("rope_parameters") or {}
     if str(rope.get("rope_type")).startswith(_NAMES_OF_VLLM):
@@ -108,9 +116,17 @@ def _turns_of(text: str, positions: int, columns: tuple[int, ...]) -> torch.Tens
     return turns_of(embeddings, torch.tensor(columns, dtype=torch.int64, device="cpu"))[0].contiguous()
 
 
-def _turns(config: Any, positions: int, columns: tuple[int, ...]) -> torch.Tensor:
-    """The angles of all positions, uint8 [positions, F], as the rotary embedding of transformers makes them."""
-    return _turns_of(config.to_json_string(use_diff=False), positions, columns)
+def turns_at(config: Any, positions: int, keys: KeyProjection | None) -> torch.Tensor | None:
+    """The angles of all positions, uint8 [positions, F], as the rotary embedding of transformers makes them.
+
+    Args:
+        config: of the model.
+        positions: how many.
+        keys: how the keys are coded before their rotation; None where they are coded after it, and need no angles.
+    """
+    if keys is None:
+        return None
+    return _turns_of(config.to_json_string(use_diff=False), positions, tuple(keys.pairs[2].tolist()))
 
 
 def skeleton_of(config: Any, layers: int | None = None) -> Any:

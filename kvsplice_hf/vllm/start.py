@@ -16,6 +16,7 @@ from kvsplice_hf.errors import CheckpointError, ConfigError, UnsupportedError
 from kvsplice_hf.manage.loading import require_fit
 from kvsplice_hf.patch.base import BASE_KEY, base_fingerprint
 from kvsplice_hf.patch.sites import find_sites
+from kvsplice_hf.vllm.ordinary import is_of_heads, not_for_heads, require_no_windows, require_ordinary_model
 from kvsplice_hf.vllm.splices import require_known_model, skeleton_of
 
 
@@ -69,9 +70,12 @@ def require_servable(engine: Any, folder: Path) -> None:
         CheckpointError: the splice was made for another model, or does not have all its layers.
         ConfigError: `KVSPLICE_VLLM_BASE` is none of its values, or pages are smaller than what is kept exactly.
     """
-    config = engine.model_config.hf_text_config
-    require_known_model(config)
-    _require_supported(engine)
+    config, of_heads = engine.model_config.hf_text_config, is_of_heads(folder)
+    if of_heads:
+        require_ordinary_model(engine.model_config)
+    else:
+        require_known_model(config)
+    _require_supported(engine, of_heads)
     _require_pipeline_that_starts(engine)
     saved = read_splice_files(folder).config
     if engine.cache_config.block_size < saved.sink_tokens:
@@ -80,6 +84,8 @@ def require_servable(engine: Any, folder: Path) -> None:
             f"of the splice in {folder}. Give the engine a larger block_size."
         )
     skeleton = skeleton_of(config)
+    if of_heads:
+        require_no_windows(find_sites(skeleton))
     chosen = {site.layer_idx for site in require_fit(skeleton, folder)}
     left = sorted({site.layer_idx for site in find_sites(skeleton)} - chosen)
     if left:
@@ -90,7 +96,7 @@ def require_servable(engine: Any, folder: Path) -> None:
     _require_same_base(engine, folder)
 
 
-def _require_supported(engine: Any) -> None:
+def _require_supported(engine: Any, of_heads: bool) -> None:
     """Refuse what the engine was asked for and spliced rows cannot do."""
     parallel, model = engine.parallel_config, engine.model_config
     asked = {
@@ -100,8 +106,9 @@ def _require_supported(engine: Any) -> None:
         "LoRA": engine.lora_config is not None,
         "context parallelism": max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
         f"device {engine.device_config.device_type!r}": engine.device_config.device_type != "cpu",
-        "VLLM_MLA_DISABLE": not model.use_mla,
+        "VLLM_MLA_DISABLE": not of_heads and not model.use_mla,
     }
+    asked |= not_for_heads(engine) if of_heads else {}
     found = [name for name, is_asked in asked.items() if is_asked]
     if found:
         raise UnsupportedError(

@@ -1,0 +1,119 @@
+"""Spliced rows of ordinary attention in the pages of an engine: the keys and values of all key heads of a layer.
+
+Pages, block tables and groups of sequences are those of `pages`; a row is the rows of the key heads side by side, and
+what is kept of an exact token are the value and the key of each head. Rows are gathered from their pages before they
+are read: neither C++ nor Triton reads rows of several heads by a block table.
+
+Legend: as in `pages`, and `H` query heads, `K` key heads, `d` numbers of a key, `v` of a value.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from kvsplice_hf.cache.heads import CompressedHeads, encode_states, exact_states
+from kvsplice_hf.cache.pages import token_bytes
+from kvsplice_hf.cache.rows import RowGeometry
+from kvsplice_hf.code.heads import HeadSplices
+from kvsplice_hf.patch.heads import attention_of_step
+from kvsplice_hf.vllm.pages import (
+    Group,
+    Pages,
+    attention_in_order,
+    bytes_of_page,
+    exact_of,
+    gathered_rows,
+    new_rows,
+    turns_of_group,
+    write,
+)
+
+
+class ServedHeads(NamedTuple):
+    """What an engine needs of one layer of a saved splice of ordinary attention.
+
+    Attributes:
+        splice: of the key heads, in the dtype of the model, on its device.
+        identity: of the splice, which an engine does not change.
+        geometry: sizes of its rows.
+        dtype: of keys and values.
+        turns: how a key at each position is rotated, uint8 [positions, F]; None where rows hold rotated keys.
+    """
+
+    splice: HeadSplices
+    identity: str
+    geometry: RowGeometry
+    dtype: torch.dtype
+    turns: torch.Tensor | None
+
+    @property
+    def row_bytes(self) -> int:
+        return token_bytes(self.geometry, self.dtype)[0]
+
+    def page_bytes(self, tokens: int) -> int:
+        """Bytes of a page of so many tokens."""
+        return bytes_of_page(self, tokens)
+
+
+def store_heads(
+    pages: Pages,
+    layer: ServedHeads,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+) -> None:
+    """Encode new tokens and write them.
+
+    Args:
+        pages: of the layer.
+        layer: of the splice.
+        key, value: rotated keys [Q, K, d] and values [Q, K, v].
+        slots: where each goes, page * tokens per page + place in it, [Q]; negative for what is not to be stored.
+        positions: of the tokens in their sequences, [Q].
+    """
+    values, keys = value.transpose(0, 1)[None], key.transpose(0, 1)[None]
+
+    def rows(which: torch.Tensor, turns: torch.Tensor | None) -> torch.Tensor:
+        return encode_states(layer.splice, values[:, :, which], keys[:, :, which], turns, layer.identity)
+
+    def exact(which: torch.Tensor) -> torch.Tensor:
+        return exact_states(layer.splice, values[:, :, which], keys[:, :, which])
+
+    write(pages, layer, rows, exact, slots, positions)
+
+
+def attend_heads_in_pages(
+    pages: Pages, layer: ServedHeads, query: torch.Tensor, scaling: float, groups: list[Group]
+) -> torch.Tensor:
+    """Attention of the new tokens of all sequences over what is stored of them, their own rows included.
+
+    One new token of a sequence attends to rows as they are stored; several have them decoded.
+
+    Args:
+        pages: of the layer.
+        layer: of the splice.
+        query: rotated, [Q, H, d], the query heads of one key head side by side.
+        scaling: factor on the scores.
+        groups: the sequences.
+
+    Returns:
+        [Q, H, v].
+    """
+    value_dim = layer.geometry.kv_lora_rank // layer.geometry.heads
+    output = query.new_empty(*query.shape[:2], value_dim)
+    for group in groups:
+        new, stored = query[group.queries].transpose(1, 2), _states(pages, layer, group)
+        if stored.new_tokens == 1 and layer.splice.is_affine:
+            output[group.queries] = attention_of_step(new, stored, group.mask, scaling)
+            continue
+        shared = new.shape[1] // layer.geometry.heads
+        key, value = (part.repeat_interleave(shared, dim=1) for part in stored.keys_and_values())
+        output[group.queries] = attention_in_order(new, key, value, group.mask, scaling)
+    return output
+
+
+def _states(pages: Pages, layer: ServedHeads, group: Group) -> CompressedHeads:
+    """What is stored of the sequences, their rows copied out of their pages."""
+    rows, exact, turns = gathered_rows(pages, layer, group), exact_of(pages, layer, group), turns_of_group(layer, group)
+    return CompressedHeads(rows, layer.splice, exact, *new_rows(group), layer.dtype, None, turns, layer.identity)

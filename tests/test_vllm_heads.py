@@ -1,0 +1,305 @@
+"""An engine of vLLM on spliced rows of ordinary attention: rows in its pages, what is refused, and the tokens it writes.
+
+What needs vLLM is skipped where it is not installed; `make test-vllm` runs it in an environment of its own.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ordinary_models import build_ordinary
+from test_packed import SINKS, calibrated
+from test_vllm import PAGE, PIECES, PROMPTS, REFUSED, continued
+from transformers import AutoModelForCausalLM
+
+from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, save_kvsplice
+from kvsplice_hf.cache.exact import ExactTokens
+from kvsplice_hf.cache.heads import CompressedHeads, encode_states, exact_states
+from kvsplice_hf.cache.turns import Turns
+from kvsplice_hf.errors import CheckpointError, UnsupportedError
+from kvsplice_hf.vllm import start
+from kvsplice_hf.vllm.heads import ServedHeads, attend_heads_in_pages, store_heads
+from kvsplice_hf.vllm.ordinary import is_of_heads, served_heads
+from kvsplice_hf.vllm.pages import attention_in_order, batch_of, pages_of
+
+
+MODELS = ("llama", "mistral", "qwen2", "qwen3")
+# Heads of a size that vLLM's own backend takes as well, and positions for its prompts.
+SIZES = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 4, "max_position_embeddings": 512}
+ROWS: dict[str, dict[str, Any]] = {
+    "bytes": {"bits": 4.0, "sink_tokens": 0},
+    "bytes, exact tokens": {"bits": 4.0, "sink_tokens": SINKS},
+    "bytes, rotated keys, exact tokens": {"bits": 4.0, "keys": "rotated", "sink_tokens": SINKS},
+    "bytes of the other codec, exact tokens": {"bits": 4.0, "codec": "rows", "sink_tokens": SINKS},
+    "exact keys": {"bits": 10.0, "keys": "exact", "sink_tokens": 0},
+    "exact values, exact tokens": {"bits": 10.0, "values": "exact", "sink_tokens": SINKS},
+    "numbers behind splines, exact tokens": {"rank": 12, "transform": "spline", "spline_epochs": 1, "sink_tokens": SINKS},
+}
+LENGTHS = (19, 3, 30)
+LONGEST = 64
+
+
+def small(name: str, **changes: Any) -> Any:
+    """A tiny model with grouped queries, without windows."""
+    return build_ordinary(name, torch.float32, **(SIZES | {"sliding_window": None} | changes))
+
+
+def save_spliced(model: Any, folder: Path, settings: dict[str, Any]) -> Any:
+    """Patch a model and save its splice."""
+    patch_model_with_kvsplice(model, KVSpliceConfig(**settings), calibration=calibrated(model))
+    save_kvsplice(model, folder)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------- rows in pages
+
+
+class Sequence:
+    """Tokens of one sequence: rotated keys [S, K, d], values [S, K, d], queries [S, H, d]."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        random = torch.Generator().manual_seed(seed)
+        size = SIZES["head_dim"]
+        self.key, self.value = (torch.randn(length, 2, size, generator=random) for _ in range(2))
+        self.query = torch.randn(length, 4, size, generator=random)
+
+    def expected(self, layer: ServedHeads) -> torch.Tensor:
+        """Attention on what rows side by side decode to, [S, H, v]."""
+        count, sinks = len(self.key), layer.geometry.sink_tokens
+        values, keys = self.value.transpose(0, 1)[None], self.key.transpose(0, 1)[None]
+        turns = None if layer.turns is None else layer.turns[:count]
+        rows = encode_states(layer.splice, values, keys, None if turns is None else turns[None, None])
+        exact = None
+        if sinks:
+            kept = exact_states(layer.splice, values, keys)[0, :, : min(sinks, count)]
+            exact = ExactTokens(kept, torch.arange(kept.shape[1])[None])
+        stored = None if turns is None else Turns(turns.T.contiguous(), torch.arange(count, dtype=torch.int32)[None])
+        states = CompressedHeads(rows, layer.splice, exact, count, 0, layer.dtype, None, stored)
+        key, value = (part.repeat_interleave(2, dim=1) for part in states.keys_and_values())
+        return attention_in_order(self.query.transpose(0, 1)[None], key, value, None, 0.3)[0]
+
+
+@pytest.fixture(scope="module", params=ROWS)
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ServedHeads:
+    folder = tmp_path_factory.mktemp("splice")
+    model = save_spliced(small("llama"), folder, ROWS[request.param])
+    return served_heads(folder, 1, model.config, LONGEST, torch.float32)
+
+
+def cache_of_engine(layer: ServedHeads, pages: int) -> torch.Tensor:
+    """The rows of a layer as an engine cuts them out of its memory, which holds other things before."""
+    width, stride = layer.row_bytes, layer.page_bytes(PAGE)
+    memory = torch.full((stride + pages * stride,), 255, dtype=torch.uint8)
+    return memory.as_strided((pages, PAGE, width), (stride, width, 1), stride)
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@torch.no_grad()
+def test_attention_on_scattered_pages_is_that_on_what_rows_side_by_side_decode_to(
+    served: ServedHeads, pieces: str
+) -> None:
+    size, sequences = PIECES[pieces], [Sequence(length, seed) for seed, length in enumerate(LENGTHS)]
+    table = torch.randperm(12, generator=torch.Generator().manual_seed(9))[: 3 * 4].view(3, 4).int()
+    pages = pages_of(cache_of_engine(served, 12), served)
+    found: list[list[torch.Tensor]] = [[] for _ in sequences]
+    for begin in range(0, max(LENGTHS), size):
+        running = [index for index, length in enumerate(LENGTHS) if begin < length]
+        ends = [min(begin + size, LENGTHS[index]) for index in running]
+        starts = [0]
+        for end in ends:
+            starts.append(starts[-1] + end - begin)
+        batch = batch_of(starts, ends, table[running], PAGE)
+        parts = [(sequences[index], slice(begin, end)) for index, end in zip(running, ends, strict=True)]
+        key, value, query = (
+            torch.cat([getattr(sequence, name)[part] for sequence, part in parts]) for name in ("key", "value", "query")
+        )
+        rows = torch.cat([torch.full((e - begin,), i) for i, e in zip(running, ends, strict=True)])
+        slots = table[rows, batch.positions // PAGE].long() * PAGE + batch.positions % PAGE
+        store_heads(pages, served, key, value, slots, batch.positions)
+        output = attend_heads_in_pages(pages, served, query, 0.3, batch.groups)
+        for index, part in zip(running, output.split([end - begin for end in ends]), strict=True):
+            found[index].append(part)
+    for sequence, outputs in zip(sequences, found, strict=True):
+        torch.testing.assert_close(torch.cat(outputs), sequence.expected(served), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_without_a_place_are_not_stored(served: ServedHeads) -> None:
+    cache, sequence = cache_of_engine(served, 2), Sequence(3, 0)
+    slots, positions = torch.tensor([-1, 1, -1]), torch.arange(3)
+    store_heads(pages_of(cache, served), served, sequence.key, sequence.value, slots, positions)
+    assert (cache != 255).any(-1).flatten().nonzero().flatten().tolist() == [1]
+
+
+# ----------------------------------------------------------------------------------------------------- at the start
+
+
+def engine_config(model: Any, **settings: Any) -> Any:
+    """What of `VllmConfig` is looked at, as it is where nothing special was asked for."""
+    given = {"cache_dtype": "auto", "block_size": 16, "speculative": None, "connector": None, "lora": None}
+    given |= {"decode_context": 1, "device": "cpu", "folder": "", "stages": 1, "mode": "NONE", "processes": 1}
+    given |= {"model_impl": "auto", "whole": model.config}
+    given |= settings
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_config=given["whole"],
+            hf_text_config=model.config,
+            use_mla=False,
+            model=given["folder"],
+            revision=None,
+            model_impl=given["model_impl"],
+        ),
+        cache_config=SimpleNamespace(cache_dtype=given["cache_dtype"], block_size=given["block_size"]),
+        speculative_config=given["speculative"],
+        kv_transfer_config=given["connector"],
+        lora_config=given["lora"],
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=given["decode_context"],
+            prefill_context_parallel_size=1,
+            pipeline_parallel_size=given["stages"],
+            tensor_parallel_size=given["processes"],
+        ),
+        compilation_config=SimpleNamespace(mode=SimpleNamespace(name=given["mode"])),
+        device_config=SimpleNamespace(device_type=given["device"]),
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A tiny model, and the folder of its splice; the model lies in `base` there."""
+    folder = tmp_path_factory.mktemp("saved")
+    small("llama").save_pretrained(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    save_spliced(model, folder, ROWS["bytes, exact tokens"])
+    return small("llama"), folder
+
+
+def test_an_engine_with_its_own_model_starts(saved: tuple[Any, Path]) -> None:
+    model, folder = saved
+    start.require_servable(engine_config(model, folder=str(folder / "base")), folder)
+
+
+ALSO_REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "tensor parallelism": (
+        {"processes": 2},
+        UnsupportedError,
+        "does not serve ordinary attention with tensor_parallel_size=2",
+    ),
+    "modules of transformers": (
+        {"model_impl": "transformers"},
+        UnsupportedError,
+        "does not serve ordinary attention with model_impl='transformers'",
+    ),
+    "a model of images": (
+        {"whole": SimpleNamespace(model_type="llava")},
+        UnsupportedError,
+        "this one is 'llava', of which 'llama' is a part",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*(REFUSED.keys() - {"no MLA"}), *ALSO_REFUSED])
+def test_what_an_engine_cannot_do_with_rows_ends_its_start(case: str, saved: tuple[Any, Path]) -> None:
+    settings, error, words = (REFUSED | ALSO_REFUSED)[case]
+    with pytest.raises(error, match=words):
+        start.require_servable(engine_config(saved[0], **settings), saved[1])
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mixtral", "olmo2", "opt", "starcoder2"])
+def test_another_kind_of_model_ends_the_start(name: str, saved: tuple[Any, Path]) -> None:
+    with pytest.raises(UnsupportedError, match=f"of the types llama, mistral, qwen2, qwen3; this one is '{name}'"):
+        start.require_servable(engine_config(build_ordinary(name)), saved[1])
+
+
+SETTINGS: dict[str, tuple[str, Any, str]] = {
+    "rotation by length": (
+        "rope_parameters",
+        {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0},
+        "rope_type='dynamic'",
+    ),
+    "rotation of a part": (
+        "rope_parameters",
+        {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+        "partial_rotary_factor=0.5",
+    ),
+    "attention to both sides": ("is_causal", False, "is_causal=False"),
+    "scores by position": ("llama_4_scaling", {"beta": 0.1}, "llama_4_scaling="),
+    "chunks": ("dual_chunk_attention_config", {"chunk_size": 8}, "dual_chunk_attention_config="),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_vllm_and_transformers_read_in_different_ways_end_the_start(
+    case: str, saved: tuple[Any, Path]
+) -> None:
+    name, value, words = SETTINGS[case]
+    model = small("llama")
+    setattr(model.config, name, value)
+    with pytest.raises(UnsupportedError, match=words):
+        start.require_servable(engine_config(model), saved[1])
+
+
+def test_a_window_ends_the_start(tmp_path: Path) -> None:
+    model = save_spliced(small("mistral", sliding_window=8), tmp_path, ROWS["bytes"])
+    with pytest.raises(UnsupportedError, match=r"Layers \[0, 1\] of this model attend to a window"):
+        start.require_servable(engine_config(model), tmp_path)
+
+
+def test_a_model_of_other_shapes_ends_the_start(saved: tuple[Any, Path]) -> None:
+    with pytest.raises(CheckpointError, match="was made for other shapes"):
+        start.require_servable(engine_config(small("llama", num_key_value_heads=4)), saved[1])
+
+
+def test_other_weights_end_the_start(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    model = small("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="was made for other weights"):
+        start.require_servable(engine_config(model, folder=str(tmp_path)), saved[1])
+
+
+def test_a_splice_of_some_layers_ends_the_start(tmp_path: Path) -> None:
+    save_spliced(small("llama"), tmp_path, ROWS["bytes"] | {"layers": (1,)})
+    with pytest.raises(UnsupportedError, match=r"leaves layers \[0\] as they are"):
+        start.require_servable(engine_config(small("llama")), tmp_path)
+
+
+def test_a_splice_of_both_kinds_of_attention_is_refused(saved: tuple[Any, Path], tmp_path: Path) -> None:
+    assert is_of_heads(saved[1])
+    for path in saved[1].glob("kvsplice_*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    described = next(path for path in tmp_path.glob("*.json"))
+    content = json.loads(described.read_text())
+    content["layers"]["0"] |= {"kv_heads": 0}
+    described.write_text(json.dumps(content))
+    with pytest.raises(UnsupportedError, match=r"of ordinary attention in layers \[1\] and of MLA in layers \[0\]"):
+        is_of_heads(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- real engines
+
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+PAGES_OF_ENGINE = 32
+MODES: dict[str, dict[str, Any]] = {
+    "prefix caching, prompts in pieces": {"enable_prefix_caching": True, "max_num_batched_tokens": 32},
+    "no prefix caching": {"enable_prefix_caching": False},
+    "a cache of few pages": {"enable_prefix_caching": False, "num_gpu_blocks_override": 7},
+}
+# By name the model, its splice, and the modes of its engines.
+ENGINES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "llama": ("llama", "bytes, exact tokens", tuple(MODES)),
+    "llama, rotated keys": ("llama", "bytes, rotated keys, exact tokens", ("no prefix caching",)),
+    "llama, splines": ("llama", "numbers behind splines, exact tokens", ("prefix caching, prompts in pieces",)),
+    "llama3 rotation": ("llama3", "bytes", ("prefix caching, prompts in pieces",)),
+    "mistral": ("mistral", "bytes", ("prefix caching, prompts in pieces",)),
+    "qwen2": ("qwen2", "bytes", ("prefix caching, prompts in pieces",)),
+    "qwen3": ("qwen3", "bytes", ("prefix caching, prompts in pieces",)),
+}
