@@ -1,4 +1,4 @@
-"""An engine of vLLM on spliced rows of ordinary attention: rows in its pages, what is refused, and the tokens it writes.
+"""An engine of vLLM on spliced rows of ordinary attention: rows in its pages, what is refused, and what it writes.
 
 What needs vLLM is skipped where it is not installed; `make test-vllm` runs it in an environment of its own.
 """
@@ -15,7 +15,7 @@ import pytest
 import torch
 from ordinary_models import build_ordinary
 from test_packed import SINKS, calibrated
-from test_vllm import PAGE, PIECES, PROMPTS, REFUSED, continued
+from test_vllm import NEW_TOKENS, PAGE, PIECES, PROMPTS, REFUSED, continued
 from transformers import AutoModelForCausalLM
 
 from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, save_kvsplice
@@ -31,7 +31,7 @@ from kvsplice_hf.vllm.pages import attention_in_order, batch_of, pages_of
 
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
 # Heads of a size that vLLM's own backend takes as well, and positions for its prompts.
-SIZES = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 4, "max_position_embeddings": 512}
+SIZES = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "max_position_embeddings": 512}
 ROWS: dict[str, dict[str, Any]] = {
     "bytes": {"bits": 4.0, "sink_tokens": 0},
     "bytes, exact tokens": {"bits": 4.0, "sink_tokens": SINKS},
@@ -39,7 +39,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "bytes of the other codec, exact tokens": {"bits": 4.0, "codec": "rows", "sink_tokens": SINKS},
     "exact keys": {"bits": 10.0, "keys": "exact", "sink_tokens": 0},
     "exact values, exact tokens": {"bits": 10.0, "values": "exact", "sink_tokens": SINKS},
-    "numbers behind splines, exact tokens": {"rank": 12, "transform": "spline", "spline_epochs": 1, "sink_tokens": SINKS},
+    "numbers behind splines, exact tokens": {
+        "rank": 12,
+        "transform": "spline",
+        "spline_epochs": 1,
+        "sink_tokens": SINKS,
+    },
 }
 LENGTHS = (19, 3, 30)
 LONGEST = 64
@@ -287,19 +292,116 @@ def test_a_splice_of_both_kinds_of_attention_is_refused(saved: tuple[Any, Path],
 
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
-PAGES_OF_ENGINE = 32
-MODES: dict[str, dict[str, Any]] = {
-    "prefix caching, prompts in pieces": {"enable_prefix_caching": True, "max_num_batched_tokens": 32},
-    "no prefix caching": {"enable_prefix_caching": False},
-    "a cache of few pages": {"enable_prefix_caching": False, "num_gpu_blocks_override": 7},
+PIECEWISE: dict[str, Any] = {"enable_prefix_caching": True, "max_num_batched_tokens": 32}
+WHOLE: dict[str, Any] = {"enable_prefix_caching": False}
+FEW: dict[str, Any] = {"enable_prefix_caching": False, "num_gpu_blocks_override": 11}
+EXACT = "bytes, exact tokens"
+# By name the model, its rows, and settings of the engine. Keys that vLLM rotates in another way than by default: yarn.
+ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "prefix caching, prompts in pieces": ("llama", EXACT, PIECEWISE),
+    "no prefix caching": ("llama", EXACT, WHOLE),
+    "a cache of few pages": ("llama", EXACT, FEW),
+    "rotated keys": ("llama", "bytes, rotated keys, exact tokens", WHOLE),
+    "splines": ("llama", "numbers behind splines, exact tokens", PIECEWISE),
+    "yarn": ("llama, yarn", "bytes", PIECEWISE),
+    "mistral": ("mistral", "bytes", PIECEWISE),
+    "qwen2": ("qwen2", "bytes", PIECEWISE),
+    "qwen3": ("qwen3", "bytes", PIECEWISE),
 }
-# By name the model, its splice, and the modes of its engines.
-ENGINES: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "llama": ("llama", "bytes, exact tokens", tuple(MODES)),
-    "llama, rotated keys": ("llama", "bytes, rotated keys, exact tokens", ("no prefix caching",)),
-    "llama, splines": ("llama", "numbers behind splines, exact tokens", ("prefix caching, prompts in pieces",)),
-    "llama3 rotation": ("llama3", "bytes", ("prefix caching, prompts in pieces",)),
-    "mistral": ("mistral", "bytes", ("prefix caching, prompts in pieces",)),
-    "qwen2": ("qwen2", "bytes", ("prefix caching, prompts in pieces",)),
-    "qwen3": ("qwen3", "bytes", ("prefix caching, prompts in pieces",)),
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 10_000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": YARN | {"original_max_position_embeddings": 64},
+    "yarn, another factor": YARN | {"original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 1.0},
 }
+# A quarter of the bytes of the stock row in float32, with nothing beside the rows.
+QUARTER: dict[str, Any] = {"compression": 2.0, "keys": "rotated", "sink_tokens": 0, "allocation": "layer"}
+STOCK = ("stock before", "stock after")
+
+
+def model_of(name: str) -> Any:
+    return small("llama", rope_parameters=dict(YARN)) if name == "llama, yarn" else small(name)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By name what engines write, in one process of their own; and what the models write."""
+    folder, found = tmp_path_factory.mktemp("engine"), {}
+    asked: dict[str, Any] = {}
+
+    def ask(name: str, model: str, splice: str, settings: dict[str, Any], writes: bool) -> None:
+        size = 16 if splice and writes else 32
+        place = str(folder / splice) if splice else ""
+        base = str(folder / model)
+        asked[name] = {"model": base, "splice": place, "settings": settings, "block_size": size, "writes": writes}
+
+    ask(STOCK[0], "llama", "", {}, False)
+    for name, (model, rows, settings) in ENGINES.items():
+        if not (folder / model).exists():
+            model_of(model).save_pretrained(folder / model)
+        spliced = AutoModelForCausalLM.from_pretrained(folder / model, dtype=torch.float32).eval()
+        if name == "prefix caching, prompts in pieces":
+            found["scores"] = [scores(spliced, prompt) for prompt in PROMPTS]
+        save_spliced(spliced, folder / f"{model} {rows}", ROWS[rows])
+        found["transformers", name] = [continued(spliced, prompt) for prompt in PROMPTS]
+        ask(name, model, f"{model} {rows}", settings, True)
+    save_spliced(small("llama"), folder / "quarter", QUARTER)
+    ask("quarter", "llama", "quarter", {}, False)
+    ask(STOCK[1], "llama", "", {}, False)
+    given = {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "engines": asked, "rotations": ROTATIONS}
+    program = Path(__file__).parent / "engines_of_heads.py"
+    ended = subprocess.run(
+        [sys.executable, str(program), json.dumps(given)], capture_output=True, text=True, timeout=1200
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return found | json.loads(ended.stdout.splitlines()[-1])
+
+
+@torch.no_grad()
+def scores(model: Any, prompt: list[int]) -> list[float]:
+    """Log-probabilities of the tokens of a prompt, from the second one on."""
+    found = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+    return found.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_writes_what_the_patched_model_writes(name: str, written: dict[str, Any]) -> None:
+    expected, found, settings = written["transformers", name], written[name], ENGINES[name][2]
+    assert found["attention"] == ["SplicedHeadsImpl"]
+    assert found["first"] == expected
+    assert found["again"] == expected
+    assert (found["num_preemptions"] > 0) == (settings is FEW)
+    assert (found["prefix_cache_hits"] > 0) == settings["enable_prefix_caching"]
+
+
+@needs_vllm
+def test_the_cache_has_as_many_more_pages_as_rows_are_smaller(written: dict[str, Any]) -> None:
+    stock, rows = written[STOCK[0]], written["quarter"]
+    assert stock["size"]["page_bytes"] == 4 * rows["size"]["page_bytes"]
+    assert rows["blocks"] >= 3.8 * stock["blocks"]
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", STOCK)
+def test_without_a_splice_vllm_has_its_own_attention_and_computes_what_transformers_does(
+    name: str, written: dict[str, Any]
+) -> None:
+    assert written[name]["attention"] == ["CPUAttentionBackendImpl"]
+    for found, expected in zip(written[name]["scores"], written["scores"], strict=True):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-3)
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_vllm_rotates_keys_as_transformers_does(name: str, written: dict[str, Any]) -> None:
+    assert written["rotations"][name] < 1e-5

@@ -1,0 +1,78 @@
+"""Engines of vLLM on models with ordinary attention, one after the other in this process, for `test_vllm_heads`.
+
+What was asked for is JSON on the command line: prompts, rotations, and by name the folder of a model, that of a splice
+or nothing, and settings of the engine. The last line of stdout is a JSON object: by name what the engine wrote, the
+log-probabilities of the prompts, what its cache holds and whose attention it has; and how far keys that vLLM rotates
+are from those that transformers rotates.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from engines import counted, dropped, made, size_of_cache, written
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from vllm import SamplingParams
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.rotary_embedding import get_rope
+
+
+HEADS, SIZE, POSITIONS = 2, 32, 256
+
+
+def scores(asked: dict[str, Any], engine: Any) -> list[list[float]]:
+    """Log-probabilities of the tokens of the prompts, from the second one on."""
+    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    given: Any = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
+    return [
+        [place[token].logprob for token, place in zip(prompt[1:], out.prompt_logprobs[1:], strict=True)]
+        for prompt, out in zip(asked["prompts"], engine.generate(given, sampling, use_tqdm=False), strict=True)
+    ]
+
+
+def asked_of(asked: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    given = asked | {"base": wanted["model"], "block_size": wanted["block_size"]}
+    engine = made(given, wanted["splice"], **wanted["settings"])
+    layers = engine.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    row: dict[str, Any] = {"attention": sorted({type(layer.impl).__name__ for layer in layers})}
+    row |= {"size": size_of_cache(engine), "blocks": engine.llm_engine.vllm_config.cache_config.num_gpu_blocks}
+    if wanted["writes"]:
+        row |= {"first": written(asked, engine), "again": written(asked, engine)}
+        row |= {counter: counted(engine, counter) for counter in ("num_preemptions", "prefix_cache_hits")}
+    if not wanted["splice"]:
+        row["scores"] = scores(asked, engine)
+    dropped(engine)
+    return row
+
+
+def difference(rotation: dict[str, Any]) -> float:
+    """The largest one between keys rotated by either, as vLLM's models hand them over: parts of longer ones."""
+    random = torch.Generator().manual_seed(0)
+    whole, positions = torch.randn(POSITIONS, 3 * HEADS * SIZE, generator=random), torch.arange(POSITIONS)
+    query, key, _ = whole.clone().split(HEADS * SIZE, dim=-1)
+    with set_current_vllm_config(VllmConfig()):
+        rope = get_rope(SIZE, POSITIONS, True, dict(rotation))
+    found = torch.stack(rope.forward_cpu(positions, query, key))
+    config = LlamaConfig(
+        hidden_size=HEADS * SIZE,
+        num_attention_heads=HEADS,
+        max_position_embeddings=POSITIONS,
+        rope_parameters=dict(rotation),
+    )
+    parts = [part.view(1, POSITIONS, HEADS, SIZE).transpose(1, 2) for part in whole.split(HEADS * SIZE, dim=-1)[:2]]
+    angles = LlamaRotaryEmbedding(config)(whole, positions[None])
+    expected = torch.stack([part[0].transpose(0, 1).flatten(1) for part in apply_rotary_pos_emb(*parts, *angles)])
+    return float((found - expected).abs().max())
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    found: dict[str, Any] = {name: asked_of(asked, wanted) for name, wanted in asked["engines"].items()}
+    found["rotations"] = {name: difference(rotation) for name, rotation in asked["rotations"].items()}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
