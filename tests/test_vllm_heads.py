@@ -191,6 +191,7 @@ def test_an_engine_with_its_own_model_starts(saved: tuple[Any, Path]) -> None:
 
 
 ALSO_REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "another GPU": ({"device": "cuda"}, UnsupportedError, "ordinary attention on device 'cuda'"),
     "tensor parallelism": (
         {"processes": 2},
         UnsupportedError,
@@ -296,17 +297,15 @@ PIECEWISE: dict[str, Any] = {"enable_prefix_caching": True, "max_num_batched_tok
 WHOLE: dict[str, Any] = {"enable_prefix_caching": False}
 FEW: dict[str, Any] = {"enable_prefix_caching": False, "num_gpu_blocks_override": 11}
 EXACT = "bytes, exact tokens"
-# By name the model, its rows, and settings of the engine. Keys that vLLM rotates in another way than by default: yarn.
+# By name the model, its rows, and settings of the engine.
 ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "prefix caching, prompts in pieces": ("llama", EXACT, PIECEWISE),
     "no prefix caching": ("llama", EXACT, WHOLE),
     "a cache of few pages": ("llama", EXACT, FEW),
-    "rotated keys": ("llama", "bytes, rotated keys, exact tokens", WHOLE),
-    "splines": ("llama", "numbers behind splines, exact tokens", PIECEWISE),
-    "yarn": ("llama, yarn", "bytes", PIECEWISE),
-    "mistral": ("mistral", "bytes", PIECEWISE),
-    "qwen2": ("qwen2", "bytes", PIECEWISE),
+    "mistral, rotated keys": ("mistral", "bytes, rotated keys, exact tokens", WHOLE),
+    "qwen2, splines": ("qwen2", "numbers behind splines, exact tokens", PIECEWISE),
     "qwen3": ("qwen3", "bytes", PIECEWISE),
+    "llama, yarn": ("llama, yarn", "bytes", PIECEWISE),
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 ROTATIONS: dict[str, dict[str, Any]] = {

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from ordinary_models import build_ordinary
 from test_packed import calibrated
 from test_vllm import NEW_TOKENS, PAGES_OF_ENGINE, PROMPTS, ROWS, continued, dense_model
 from tiny_models import WEIGHT_STD, build
@@ -43,6 +44,7 @@ class Case:
     environment: dict[str, str] = field(default_factory=dict)
     layers: tuple[tuple[int, ...], ...] = ((0, 1),)
     mode: str = "NONE"
+    attention: str = "SplicedMLAImpl"
 
 
 CASES = {
@@ -56,6 +58,14 @@ CASES = {
         environment=TWO_CORES,
         layers=((0,), (1,)),
         mode="DYNAMO_TRACE_ONCE",
+    ),
+    "ordinary attention, two workers with half of the layers each, compiled": Case(
+        "llama",
+        settings={"enforce_eager": False, "pipeline_parallel_size": 2},
+        environment=TWO_CORES,
+        layers=((0,), (1,)),
+        mode="DYNAMO_TRACE_ONCE",
+        attention="SplicedHeadsImpl",
     ),
 }
 
@@ -74,12 +84,17 @@ def experts_model() -> Any:
     return model
 
 
+def llama_model() -> Any:
+    """A tiny model with ordinary attention, two query heads to a key head."""
+    return build_ordinary("llama", max_position_embeddings=512)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[list[int]]]]:
     """The folder of models and their splices, and by model what transformers writes."""
     folder = tmp_path_factory.mktemp("models")
     expected = {}
-    for name, made in (("dense", dense_model), ("experts", experts_model)):
+    for name, made in (("dense", dense_model), ("experts", experts_model), ("llama", llama_model)):
         made().save_pretrained(folder / name)
         model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
         patch_model_with_kvsplice(model, KVSpliceConfig(**ROWS[SPLICE]), calibration=calibrated(model))
@@ -121,7 +136,7 @@ def test_an_engine_in_processes_writes_what_the_patched_model_writes(
     assert code == 0, errors[-3000:]
     found = json.loads(output.splitlines()[-1])
     assert found["mode"] == case.mode
-    assert found["backends"] == [["SplicedMLAImpl"]] * len(case.layers)
+    assert found["backends"] == [[case.attention]] * len(case.layers)
     assert found["first"] == expected[case.model]
     assert found["again"] == expected[case.model]
     layers = [tuple(f"model.layers.{layer}.self_attn.attn" for layer in of_worker) for of_worker in case.layers]

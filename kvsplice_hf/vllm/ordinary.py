@@ -97,7 +97,9 @@ def require_no_windows(sites: Sequence[AttentionSite]) -> None:
 def not_for_heads(engine: Any) -> dict[str, bool]:
     """What an engine may be asked for that it cannot do with rows of ordinary attention, and whether it was."""
     model, processes = engine.model_config, engine.parallel_config.tensor_parallel_size
+    device = engine.device_config.device_type
     return {
+        f"ordinary attention on device {device!r}": device != "cpu",
         f"ordinary attention with tensor_parallel_size={processes}": processes > 1,
         f"ordinary attention with model_impl={model.model_impl!r}": model.model_impl not in ("auto", "vllm"),
     }

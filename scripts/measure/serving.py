@@ -7,13 +7,15 @@ requests are put off and computed again. Perplexity is computed by both. Then en
 their cache holds in the same memory, with splices of a quarter of the bytes and without. The last line of stdout is one
 JSON object.
 
-With `--model`, the same of a real model, on prompts of real text; and of engines without a splice beside the model
-without one, with vLLM's own settings and with the one that goes around its fault (docs/serving.md).
+With `--model`, the same of a real model, with MLA or with ordinary attention, on prompts of real text; and of engines
+without a splice beside the model without one: of MLA with vLLM's own settings and with the one that goes around its
+fault (docs/serving.md).
 
 It runs where vLLM is installed (`make test-vllm` makes such an environment):
 
     python scripts/measure/serving.py
     python scripts/measure/serving.py --model smollm2-plain --statistics smollm2-plain.safetensors
+    python scripts/measure/serving.py --model smollm2-llama --statistics smollm2-llama.safetensors
 """
 
 import gc
@@ -64,23 +66,42 @@ LONGEST_PROMPT = 200
 REMEDY = {"custom_ops": [plugin.NO_OWN_ROTATION]}
 # Latent and key of the only rows that vLLM's own backend for CPUs decodes.
 STOCK_ROW = (512, 64)
+# Tokens of a page of the stock cache: of that backend; and of the one of ordinary attention, by itself and at least.
+STOCK_PAGE, STOCK_PAGE_OF_HEADS, SMALL_PAGE_OF_HEADS = 16, 128, 32
 
 
 @dataclass
 class Arguments:
     """Tokens, perplexity and cache of vLLM with a splice, beside those of transformers."""
 
-    model: str | None = field(default=None, metadata={"help": "folder of an MLA model and its tokenizer; none: random"})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "folder of a model with MLA or ordinary attention, and its tokenizer; none: random"},
+    )
     statistics: str | None = field(default=None, metadata={"help": "calibration statistics of it, kept or to be kept"})
     calibration_tokens: int = field(default=8192, metadata={"help": "tokens of text that it is calibrated on"})
     prompts: int = field(default=32, metadata={"help": "how many, of 3 to 200 tokens; half of them begin alike"})
     new_tokens: int = field(default=16, metadata={"help": "tokens that each is continued by"})
-    bytes_per_token: float = field(default=288.0, metadata={"help": "of the splice that tokens are compared with"})
+    bytes_per_token: float | None = field(
+        default=None, metadata={"help": "of the splice that tokens are compared with; none: a quarter of stock in bf16"}
+    )
     sink_tokens: int = field(default=4, metadata={"help": "exact first tokens of each sequence of that splice"})
     block_size: int = field(default=16, metadata={"help": "tokens of a page where tokens are compared"})
     engine_mb: int = field(default=512, metadata={"help": "memory of the caches where tokens are compared, MiB"})
     cache_mb: int = field(default=64, metadata={"help": "memory of the caches whose tokens are counted, MiB"})
     output: str = field(default="results", metadata={"help": "folder for the results"})
+
+
+def has_mla(config: Any) -> bool:
+    return getattr(config, "kv_lora_rank", None) is not None
+
+
+def stock_bytes(config: Any) -> int:
+    """Bytes of what one layer keeps of a token without a splice, in bf16."""
+    if has_mla(config):
+        return int(2 * (config.kv_lora_rank + config.qk_rope_head_dim))
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * 2 * config.num_key_value_heads * size)
 
 
 def make_model(folder: Path) -> None:
@@ -156,7 +177,7 @@ def engine(model_folder: Path, splice: Path | None, **settings: Any) -> Iterator
     os.environ[FOLDER_VARIABLE] = "" if splice is None else str(splice)
     plugin.register()
     common = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": LONGEST, "disable_log_stats": False}
-    if splice is None:  # the backend of this release that reads every dtype
+    if splice is None and has_mla(AutoConfig.from_pretrained(model_folder)):  # which reads every dtype in this release
         common["attention_config"] = {"backend": "CPU_MLA"}
     made = LLM(str(model_folder), **(common | settings))
     try:
@@ -198,20 +219,28 @@ def loss_of_vllm(made: Any, prompts: list[list[int]]) -> float:
 def modes_of(args: Arguments, config: Any) -> dict[str, tuple[bool, dict[str, Any]]]:
     """Engines that are compared: whether with the splice, and their settings."""
     size = args.block_size
-    # As many pages as two of the longest prompts take.
-    few = {"num_gpu_blocks_override": 1 + 2 * math.ceil((LONGEST_PROMPT + args.new_tokens) / size)}
+
+    def few_of(size: int) -> dict[str, int]:
+        """As many pages as two of the longest prompts take."""
+        return {"num_gpu_blocks_override": 1 + 2 * math.ceil((LONGEST_PROMPT + args.new_tokens) / size)}
+
     pieces = {"enable_prefix_caching": True, "max_num_batched_tokens": 64}
     found: dict[str, tuple[bool, dict[str, Any]]] = {
         "prefix caching, prompts in pieces of 64": (True, pieces),
         "no prefix caching": (True, {"enable_prefix_caching": False, "max_num_batched_tokens": 8192}),
-        "a cache of few pages": (True, {"enable_prefix_caching": True} | few),
+        "a cache of few pages": (True, {"enable_prefix_caching": True} | few_of(size)),
     }
-    if args.model is not None and (config.kv_lora_rank, config.qk_rope_head_dim) == STOCK_ROW:
-        remedy = {"compilation_config": REMEDY, "block_size": 16}
+    if args.model is None:
+        return found
+    if not has_mla(config):
+        stock, few = {"block_size": SMALL_PAGE_OF_HEADS}, few_of(SMALL_PAGE_OF_HEADS)
+        return found | {"no splice": (False, stock), "no splice, a cache of few pages": (False, stock | few)}
+    if (config.kv_lora_rank, config.qk_rope_head_dim) == STOCK_ROW:
+        remedy = {"compilation_config": REMEDY, "block_size": STOCK_PAGE}
         found |= {
             "no splice": (False, remedy),
-            "no splice, a cache of few pages": (False, remedy | few),
-            "no splice, without the remedy for plain RoPE": (False, {"block_size": 16}),
+            "no splice, a cache of few pages": (False, remedy | few_of(STOCK_PAGE)),
+            "no splice, without the remedy for plain RoPE": (False, {"block_size": STOCK_PAGE}),
         }
     return found
 
@@ -251,7 +280,7 @@ def compare(args: Arguments, model_folder: Path, splice: Path) -> list[dict[str,
 def count_tokens(args: Arguments, model_folder: Path, splices: Path) -> list[dict[str, Any]]:
     """How many tokens fit into the cache of engines."""
     cases: dict[str, tuple[Path | None, int]] = {
-        "stock": (None, 16),
+        "stock": (None, STOCK_PAGE if has_mla(AutoConfig.from_pretrained(model_folder)) else STOCK_PAGE_OF_HEADS),
         "a quarter of the bytes, 4 exact tokens, pages of 16": (splices / "exact", 16),
         "a quarter of the bytes, 4 exact tokens, pages of 256": (splices / "exact", 256),
         "a quarter of the bytes, 4 exact tokens, pages of 512": (splices / "exact", 512),
@@ -289,16 +318,20 @@ def tables_of(report: dict[str, Any]) -> list[Table]:
     return [tokens, cache]
 
 
+def splices_of(args: Arguments, config: Any) -> dict[str, KVSpliceConfig]:
+    """The splice that tokens are compared with, and one whose rows have a quarter of the bytes beside exact tokens."""
+    stock = stock_bytes(config)
+    compared = stock / 4 if args.bytes_per_token is None else args.bytes_per_token
+    return {
+        "compared": KVSpliceConfig(bytes_per_token=compared, sink_tokens=args.sink_tokens, allocation="global"),
+        "exact": KVSpliceConfig(bytes_per_token=stock / 4 + 4 * stock / 4096, sink_tokens=4, allocation="layer"),
+    }
+
+
 def run(args: Arguments) -> dict[str, Any]:
     import vllm
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    settings = {
-        "compared": KVSpliceConfig(
-            bytes_per_token=args.bytes_per_token, sink_tokens=args.sink_tokens, allocation="global"
-        ),
-        "exact": KVSpliceConfig(bytes_per_token=288 + 4 * 1152 / 4096, sink_tokens=4, allocation="layer"),
-    }
     if args.model is not None:
         require_folder("model", args.model)
     with tempfile.TemporaryDirectory() as name:
@@ -306,7 +339,7 @@ def run(args: Arguments) -> dict[str, Any]:
         model = folder / "model" if args.model is None else Path(args.model)
         if args.model is None:
             make_model(model)
-        make_splices(args, model, settings, folder)
+        make_splices(args, model, splices_of(args, AutoConfig.from_pretrained(model)), folder)
         report = {"vllm": vllm.__version__, "tokens": compare(args, model, folder / "compared")}
         return report | {"cache": count_tokens(args, model, folder)}
 
