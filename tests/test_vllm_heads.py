@@ -4,6 +4,7 @@ What needs vLLM is skipped where it is not installed; `make test-vllm` runs it i
 """
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -47,6 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {
     },
 }
 LENGTHS = (19, 3, 30)
+AT_ONCE = "the last tokens at once, of sequences of mixed lengths"
 LONGEST = 64
 
 
@@ -104,31 +106,37 @@ def cache_of_engine(layer: ServedHeads, pages: int) -> torch.Tensor:
     return memory.as_strided((pages, PAGE, width), (stride, width, 1), stride)
 
 
-@pytest.mark.parametrize("pieces", PIECES)
+def cuts(pieces: str, length: int) -> list[int]:
+    """Where the pieces of a sequence end in which its tokens come."""
+    size = PIECES.get(pieces, 1)
+    ends = [*range(size, length, size), length]
+    return [length - 2, length - 1, length] if pieces == AT_ONCE else ends
+
+
+@pytest.mark.parametrize("pieces", [*PIECES, AT_ONCE])
 @torch.no_grad()
 def test_attention_on_scattered_pages_is_that_on_what_rows_side_by_side_decode_to(
     served: ServedHeads, pieces: str
 ) -> None:
-    size, sequences = PIECES[pieces], [Sequence(length, seed) for seed, length in enumerate(LENGTHS)]
+    sequences = [Sequence(length, seed) for seed, length in enumerate(LENGTHS)]
     table = torch.randperm(12, generator=torch.Generator().manual_seed(9))[: 3 * 4].view(3, 4).int()
     pages = pages_of(cache_of_engine(served, 12), served)
     found: list[list[torch.Tensor]] = [[] for _ in sequences]
-    for begin in range(0, max(LENGTHS), size):
-        running = [index for index, length in enumerate(LENGTHS) if begin < length]
-        ends = [min(begin + size, LENGTHS[index]) for index in running]
-        starts = [0]
-        for end in ends:
-            starts.append(starts[-1] + end - begin)
-        batch = batch_of(starts, ends, table[running], PAGE)
-        parts = [(sequences[index], slice(begin, end)) for index, end in zip(running, ends, strict=True)]
+    steps = itertools.zip_longest(*(itertools.pairwise([0, *cuts(pieces, length)]) for length in LENGTHS))
+    for step in steps:
+        running = [(index, *piece) for index, piece in enumerate(step) if piece is not None]
+        counts = [end - begin for _, begin, end in running]
+        starts, ends = [0, *itertools.accumulate(counts)], [end for _, _, end in running]
+        batch = batch_of(starts, ends, table[[index for index, _, _ in running]], PAGE)
         key, value, query = (
-            torch.cat([getattr(sequence, name)[part] for sequence, part in parts]) for name in ("key", "value", "query")
+            torch.cat([getattr(sequences[index], name)[begin:end] for index, begin, end in running])
+            for name in ("key", "value", "query")
         )
-        rows = torch.cat([torch.full((e - begin,), i) for i, e in zip(running, ends, strict=True)])
+        rows = torch.tensor([index for index, _, _ in running]).repeat_interleave(torch.tensor(counts))
         slots = table[rows, batch.positions // PAGE].long() * PAGE + batch.positions % PAGE
         store_heads(pages, served, key, value, slots, batch.positions)
         output = attend_heads_in_pages(pages, served, query, 0.3, batch.groups)
-        for index, part in zip(running, output.split([end - begin for end in ends]), strict=True):
+        for (index, _, _), part in zip(running, output.split(counts), strict=True):
             found[index].append(part)
     for sequence, outputs in zip(sequences, found, strict=True):
         torch.testing.assert_close(torch.cat(outputs), sequence.expected(served), rtol=1e-4, atol=1e-4)
