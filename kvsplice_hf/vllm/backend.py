@@ -20,11 +20,11 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from kvsplice_hf.errors import UnsupportedError, UpstreamChangedError
+from kvsplice_hf.errors import UnsupportedError
 from kvsplice_hf.vllm.heads import ServedHeads
 from kvsplice_hf.vllm.pages import Batch, ServedLayer, attend_pages, batch_of, pages_of, store
 from kvsplice_hf.vllm.splices import served_layer
-from kvsplice_hf.vllm.start import FOLDER_VARIABLE, TESTED_VLLM, folder_named
+from kvsplice_hf.vllm.start import folder_named, unlike_tested
 
 
 class SplicedMLABackend(MLACommonBackend):
@@ -100,7 +100,7 @@ class SplicedMLAImpl(CPUMLAImpl):
         self._name, attention = next(item for item in layers.items() if getattr(item[1], "impl", None) is self)
         folder = folder_named()
         if folder is None:
-            raise changed("a worker does not have the environment of the process that started it")
+            raise unlike_tested("a worker does not have the environment of the process that started it")
         model = self._engine.model_config
         self._layer = served_layer(
             folder, extract_layer_index(self._name), model.hf_text_config, model.max_model_len, act_dtype
@@ -146,14 +146,7 @@ class SplicedMLAImpl(CPUMLAImpl):
         output.copy_(found.flatten(1))
 
     def forward_mqa(self, *args: Any, **kwargs: Any) -> Any:
-        raise changed("`MLAAttention` took tokens of a step for decoding, where none were said to be")
-
-
-def changed(what: str) -> UpstreamChangedError:
-    return UpstreamChangedError(
-        f"vLLM does not do what its plug-in for splices relies on: {what}. Install vLLM {TESTED_VLLM}, or unset "
-        f"{FOLDER_VARIABLE} to serve the model without its splice."
-    )
+        raise unlike_tested("`MLAAttention` took tokens of a step for decoding, where none were said to be")
 
 
 def spec_of_rows(attention: Any, layer: ServedLayer | ServedHeads, vllm_config: Any) -> KVCacheSpec:

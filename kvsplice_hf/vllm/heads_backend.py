@@ -15,11 +15,11 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
 from kvsplice_hf.errors import UnsupportedError
-from kvsplice_hf.vllm.backend import SplicedMetadata, SplicedMetadataBuilder, changed, spec_of_rows
+from kvsplice_hf.vllm.backend import SplicedMetadata, SplicedMetadataBuilder, spec_of_rows
 from kvsplice_hf.vllm.heads import ServedHeads, attend_heads_in_pages, store_heads
 from kvsplice_hf.vllm.ordinary import served_heads
 from kvsplice_hf.vllm.pages import pages_of
-from kvsplice_hf.vllm.start import FOLDER_VARIABLE, folder_named
+from kvsplice_hf.vllm.start import FOLDER_VARIABLE, folder_named, unlike_tested
 
 
 class SplicedHeadsBackend(AttentionBackend):
@@ -102,12 +102,12 @@ class SplicedHeadsImpl(AttentionImpl):
         self._name, attention = next(item for item in layers.items() if getattr(item[1], "impl", None) is self)
         folder = folder_named()
         if folder is None:
-            raise changed("a worker does not have the environment of the process that started it")
+            raise unlike_tested("a worker does not have the environment of the process that started it")
         model = self._engine.model_config
         index = extract_layer_index(self._name)
         self._layer = served_heads(folder, index, model.hf_text_config, model.max_model_len, act_dtype)
         if self._layer.geometry.heads != self.num_kv_heads:
-            raise changed(
+            raise unlike_tested(
                 f"layer {index} has {self.num_kv_heads} key heads, and its splice {self._layer.geometry.heads}"
             )
         attention.get_kv_cache_spec = functools.partial(_spec, attention, self._layer)
@@ -139,7 +139,7 @@ class SplicedHeadsImpl(AttentionImpl):
     ) -> torch.Tensor:
         """Attention of all new tokens, [Q, H, d], over the rows; into `output` [Q, H, v]."""
         if output_scale is not None or output_block_scale is not None:
-            raise changed("a quantised output was asked of attention")
+            raise unlike_tested("a quantised output was asked of attention")
         if attn_metadata is None:  # vLLM warms up before it has a cache
             return output
         assert self._layer is not None

@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 
 from kvsplice_hf.code.files import CONFIG_NAME, read_splice_files
-from kvsplice_hf.errors import CheckpointError, ConfigError, UnsupportedError
+from kvsplice_hf.errors import CheckpointError, ConfigError, UnsupportedError, UpstreamChangedError
 from kvsplice_hf.manage.loading import require_fit
 from kvsplice_hf.patch.base import BASE_KEY, base_fingerprint
 from kvsplice_hf.patch.sites import find_sites
@@ -56,6 +56,14 @@ def tell_of_release(version: str) -> None:
             TESTED_VLLM,
             version,
         )
+
+
+def unlike_tested(what: str) -> UpstreamChangedError:
+    """The error for a vLLM that does something else than the release that was tested."""
+    return UpstreamChangedError(
+        f"vLLM does not do what its plug-in for splices relies on: {what}. Install vLLM {TESTED_VLLM}, or unset "
+        f"{FOLDER_VARIABLE} to serve the model without its splice."
+    )
 
 
 def require_servable(engine: Any, folder: Path) -> None:
