@@ -93,7 +93,8 @@ class _CheckedUpdate:
             cache.block_size = size
         elif read_splice_files(self._folder).config.sink_tokens:
             cache.block_size = _TOKENS_PER_PAGE
-        _leave_out_rotation_of_cpus(vllm_config)
+        if vllm_config.model_config.use_mla:
+            _leave_out_rotation_of_cpus(vllm_config)
         require_servable(vllm_config, self._folder)
 
 

@@ -25,7 +25,7 @@ class Arguments:
     """Serve a model with its splice."""
 
     model: str | None = field(
-        default=None, metadata={"help": "folder or hub name of a DeepSeek-V2 or V3; none: a small random one"}
+        default=None, metadata={"help": "folder or hub name of a model of docs/serving.md; none: a small random one"}
     )
     splice: str | None = field(default=None, metadata={"help": "folder of save_kvsplice for that model"})
     host: str = field(default=LOOPBACK, metadata={"help": "address to listen on; the default is this machine alone"})
