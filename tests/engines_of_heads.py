@@ -1,9 +1,9 @@
 """Engines of vLLM on models with ordinary attention, one after the other in this process, for `test_vllm_heads`.
 
-What was asked for is JSON on the command line: prompts, rotations, and by name the folder of a model, that of a splice
-or nothing, and settings of the engine. The last line of stdout is a JSON object: by name what the engine wrote, the
-log-probabilities of the prompts, what its cache holds and whose attention it has; and how far keys that vLLM rotates
-are from those that transformers rotates.
+What was asked for is JSON on the command line: prompts, rotations, what layers may ask of the backend, and by name the
+folder of a model, that of a splice or nothing, and settings of the engine. The last line of stdout is a JSON object: by
+name what the engine wrote, the log-probabilities of the prompts, what its cache holds and whose attention it has; and
+how far keys that vLLM rotates are from those that transformers rotates; and what the backend says to each layer.
 """
 
 import json
@@ -17,6 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from vllm import SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
+
+from kvsplice_hf.errors import UnsupportedError
+from kvsplice_hf.vllm.heads_backend import SplicedHeadsImpl
 
 
 HEADS, SIZE, POSITIONS = 2, 32, 256
@@ -67,10 +70,20 @@ def difference(rotation: dict[str, Any]) -> float:
     return float((found - expected).abs().max())
 
 
+def answer(layer: dict[str, Any]) -> str:
+    """What the backend says to a layer that asks for something."""
+    try:
+        SplicedHeadsImpl(HEADS, SIZE, 1.0, **layer)
+    except UnsupportedError as error:
+        return str(error)
+    return "made"
+
+
 def main() -> None:
     asked = json.loads(sys.argv[1])
     found: dict[str, Any] = {name: asked_of(asked, wanted) for name, wanted in asked["engines"].items()}
     found["rotations"] = {name: difference(rotation) for name, rotation in asked["rotations"].items()}
+    found["layers"] = {name: answer(layer) for name, layer in asked["layers"].items()}
     print(json.dumps(found))
 
 

@@ -330,6 +330,16 @@ ROTATIONS: dict[str, dict[str, Any]] = {
     "yarn": YARN | {"original_max_position_embeddings": 64},
     "yarn, another factor": YARN | {"original_max_position_embeddings": 64, "mscale": 0.7, "mscale_all_dim": 1.0},
 }
+# What a layer may ask of its backend besides attention to all that is before a token.
+LAYERS: dict[str, tuple[dict[str, Any], str]] = {
+    "ALiBi": ({"alibi_slopes": [0.5, 0.25]}, "asks vLLM for ALiBi"),
+    "a window": ({"sliding_window": 8}, "asks vLLM for a sliding window of 8 tokens"),
+    "a quantised cache": ({"kv_cache_dtype": "fp8"}, "asks vLLM for a cache of fp8"),
+    "a soft cap": ({"logits_soft_cap": 30.0}, "asks vLLM for a soft cap of 30.0"),
+    "an encoder": ({"attn_type": "encoder_only"}, "asks vLLM for attention of the type 'encoder_only'"),
+    "keys of another layer": ({"kv_sharing_target_layer_name": "model.layers.0"}, "keys and values of another layer"),
+    "learned sinks": ({"sinks": [0.0, 0.0]}, "asks vLLM for `sinks`"),
+}
 # A quarter of the bytes of the stock row in float32, with nothing beside the rows.
 QUARTER: dict[str, Any] = {"compression": 2.0, "keys": "rotated", "sink_tokens": 0, "allocation": "layer"}
 STOCK = ("stock before", "stock after")
@@ -365,6 +375,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ask("quarter", "llama", "quarter", {}, False)
     ask(STOCK[1], "llama", "", {}, False)
     given = {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "engines": asked, "rotations": ROTATIONS}
+    given |= {"layers": {name: layer for name, (layer, _) in LAYERS.items()}}
     program = Path(__file__).parent / "engines_of_heads.py"
     ended = subprocess.run(
         [sys.executable, str(program), json.dumps(given)], capture_output=True, text=True, timeout=1200
@@ -412,3 +423,9 @@ def test_without_a_splice_vllm_has_its_own_attention_and_computes_what_transform
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_vllm_rotates_keys_as_transformers_does(name: str, written: dict[str, Any]) -> None:
     assert written["rotations"][name] < 1e-5
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_that_asks_for_more_than_rows_serve_is_refused_by_name(case: str, written: dict[str, Any]) -> None:
+    assert LAYERS[case][1] in written["layers"][case]
