@@ -229,7 +229,7 @@ def attend_pages(
         new_tokens, stored = new.shape[2], group.pages.shape[1]
         if not absorbed_is_cheaper(latent_dim, rank, heads, head_dims, new_tokens, stored):
             found = _expanded(new, _gathered(pages, layer, group), weight, value_dim, group.mask, scaling)
-        elif new_tokens == 1 and new.device.type == "cpu" and layer.splice.codec is not None:
+        elif new_tokens == 1:
             found = _decoded(pages, layer, group, new, weight, value_dim, scaling)
         else:
             found, _ = absorbed_attention(new, _gathered(pages, layer, group), weight, value_dim, group.mask, scaling)
@@ -246,13 +246,14 @@ def _decoded(
     value_dim: int,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention [B, 1, H, V] of one new token of each sequence, on packed rows in their pages where C++ reads them."""
+    """Attention [B, 1, H, V] of one new token of each sequence, on rows in their pages where a backend reads them."""
 
     def gathered() -> torch.Tensor:
         states = _gathered(pages, layer, group)
         return absorbed_attention(query, states, weight, value_dim, group.mask, scaling)[0]
 
-    step = step_of(query, _states(pages, layer, group, pages.rows), weight, value_dim, None, scaling, None)
+    rows = pages.rows.view(layer.geometry.row_dtype(layer.dtype))
+    step = step_of(query, _states(pages, layer, group, rows), weight, value_dim, None, scaling, None)
     return decode(step._replace(paging=group.paging), gathered)
 
 
