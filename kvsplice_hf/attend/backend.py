@@ -109,9 +109,9 @@ class Step(NamedTuple):
         bias: added to the scores, float32 [B or 1, 1, S]; or None.
         sinks: one logit per head, [H], that carries no value; or None.
         scaling: factor on the scores.
-        paging: where each sequence has its rows, if `rows` are those of all pages, [pages, tokens of a page, row_bytes];
-            numbers where a backend reads such. Sequences may be of different lengths then, and there is no bias. None
-            otherwise.
+        paging: where each sequence has its rows, if `rows` are those of all pages, [pages, tokens of a page,
+            row_bytes]; or of numbers, for backends that read such. Sequences may be of different lengths then, and
+            there is no bias. None otherwise.
     """
 
     query: torch.Tensor

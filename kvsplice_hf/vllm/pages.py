@@ -14,6 +14,8 @@ of the longest of them, `H` heads, `K` exact tokens, `R` kv_lora_rank, `P` qk_ro
 v_head_dim, `F` angles of a token.
 """
 
+import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -70,21 +72,50 @@ class Pages(NamedTuple):
     exact: torch.Tensor
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True)
+class Group:
     """Sequences that attend together: one with any number of new tokens, or several with one each.
 
     Attributes:
         queries: index of the new tokens among those of all sequences, [B, T].
-        pages, offsets: where the stored tokens are, [B, S].
-        mask: added to the scores, [B, 1, T, S]; None where all see all that was stored before them.
-        paging: the same as pages and lengths.
+        paging: where their stored tokens are.
+        stored: S, those of the longest.
+        shortest: those of the shortest.
+        page_size: tokens of a page.
     """
 
     queries: torch.Tensor
-    pages: torch.Tensor
-    offsets: torch.Tensor
-    mask: torch.Tensor | None
     paging: Paging
+    stored: int
+    shortest: int
+    page_size: int
+
+    @functools.cached_property
+    def places(self) -> torch.Tensor:
+        """Which of its tokens each of S is, [B, S]: past its end a shorter sequence repeats its last, masked there."""
+        column = torch.arange(self.stored, dtype=torch.int64, device=self.queries.device)
+        return column.minimum(self.paging.lengths[:, None] - 1)
+
+    @functools.cached_property
+    def pages(self) -> torch.Tensor:
+        """The pages of the stored tokens, [B, S]. Not asked for where a backend reads them by their table."""
+        return self.paging.table.gather(1, self.places // self.page_size)
+
+    @functools.cached_property
+    def offsets(self) -> torch.Tensor:
+        """Their places in these, [B, S]."""
+        return self.places % self.page_size
+
+    @functools.cached_property
+    def mask(self) -> torch.Tensor | None:
+        """Added to the scores, float32 [B, 1, 1, S]; None where all see all that was stored before them."""
+        if self.shortest == self.stored:
+            return None
+        hidden = (
+            torch.arange(self.stored, dtype=torch.int64, device=self.queries.device) >= self.paging.lengths[:, None]
+        )
+        nothing = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        return nothing.masked_fill_(hidden, torch.finfo(torch.float32).min)[:, None, None]
 
 
 class Batch(NamedTuple):
@@ -124,7 +155,7 @@ def batch_of(starts: list[int], lengths: list[int], block_table: torch.Tensor, p
     """
     device = block_table.device
     positions = [
-        torch.arange(length - (end - start), length, dtype=torch.int64, device=device)
+        torch.arange(length - (end - start), length, dtype=torch.int64, device="cpu")
         for start, end, length in zip(starts[:-1], starts[1:], lengths, strict=True)
     ]
     row_of = {start: row for row, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)) if end > start}
@@ -135,7 +166,7 @@ def batch_of(starts: list[int], lengths: list[int], block_table: torch.Tensor, p
         _group(requests, block_table[[row_of[request.first_query] for request in requests]], page_size)
         for requests in grouped(starts, bounds)
     ]
-    return Batch(torch.cat(positions), groups)
+    return Batch(torch.cat(positions).to(device), groups)
 
 
 def _group(requests: list[Request], tables: torch.Tensor, page_size: int) -> Group:
@@ -143,23 +174,16 @@ def _group(requests: list[Request], tables: torch.Tensor, page_size: int) -> Gro
     device, count = tables.device, requests[0].queries
     first = torch.tensor([request.first_query for request in requests], dtype=torch.int64, device=device)
     keys = torch.tensor([request.keys for request in requests], dtype=torch.int64, device=device)
-    column = torch.arange(int(keys.max()), dtype=torch.int64, device=device)
-    # Past its end a shorter sequence repeats its last token, which is masked there.
-    places = column.minimum(keys[:, None] - 1)
-    mask = None
-    if int(keys.min()) < len(column):
-        hidden = column >= keys[:, None]
-        nothing = torch.zeros(hidden.shape, dtype=torch.float32, device=device)
-        mask = nothing.masked_fill_(hidden, torch.finfo(torch.float32).min)[:, None, None]
+    shortest, longest = (function(request.keys for request in requests) for function in (min, max))
     # What a table holds behind the pages of a sequence means nothing.
-    last = (keys[:, None] - 1) // page_size
-    used = torch.arange(int(last.max()) + 1, dtype=torch.int64, device=device).minimum(last)
+    used = torch.arange(-(-longest // page_size), dtype=torch.int64, device=device)
+    used = used.minimum((keys[:, None] - 1) // page_size)
     return Group(
         queries=first[:, None] + torch.arange(count, dtype=torch.int64, device=device),
-        pages=tables.long().gather(1, places // page_size),
-        offsets=places % page_size,
-        mask=mask,
         paging=Paging(tables.long().gather(1, used), keys),
+        stored=longest,
+        shortest=shortest,
+        page_size=page_size,
     )
 
 
@@ -226,7 +250,7 @@ def attend_pages(
     head_dims = nope_dim, len(layer.order), value_dim
     for group in groups:
         new = query[group.queries].transpose(1, 2)
-        new_tokens, stored = new.shape[2], group.pages.shape[1]
+        new_tokens, stored = new.shape[2], group.stored
         if not absorbed_is_cheaper(latent_dim, rank, heads, head_dims, new_tokens, stored):
             found = _expanded(new, _gathered(pages, layer, group), weight, value_dim, group.mask, scaling)
         elif new_tokens == 1:
@@ -266,18 +290,18 @@ def _gathered(pages: Pages, layer: ServedLayer, group: Group) -> CompressedLaten
 def _states(pages: Pages, layer: ServedLayer, group: Group, rows: torch.Tensor) -> CompressedLatent:
     exact, turns = None, None
     if layer.geometry.sink_tokens:
-        latents = pages.exact[group.pages[:, 0]].view(layer.dtype)
+        latents = pages.exact[group.paging.table[:, 0]].view(layer.dtype)
         count = torch.arange(latents.shape[1], dtype=torch.int64, device=rows.device)
         # Slots behind the end of a short sequence hold no position that is read, but anything else: also what is no
         # number, and nothing times that is not nothing.
         latents = latents.masked_fill((count >= group.paging.lengths[:, None])[..., None], 0)
         exact = ExactTokens(latents, count.expand(latents.shape[0], -1))
     if layer.turns is not None:
-        batch, stored = group.pages.shape
+        batch, stored = len(group.paging.lengths), group.stored
         slots = torch.arange(stored, dtype=SLOT_DTYPE, device=rows.device).expand(batch, -1)
         turns = Turns(layer.turns[:stored].T.contiguous(), slots.contiguous())
     new_tokens = group.queries.shape[1]
-    first = group.pages.shape[1] - new_tokens
+    first = group.stored - new_tokens
     return CompressedLatent(rows, layer.splice, exact, new_tokens, first, layer.dtype, turns=turns)
 
 

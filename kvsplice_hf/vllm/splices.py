@@ -55,7 +55,14 @@ def order_of_keys(config: Any) -> torch.Tensor:
     return torch.cat([numbers[0::2], numbers[1::2]]) if _FIRST_NUMBERS_IN_FRONT[config.model_type] else numbers
 
 
-def served_layer(directory: Path, layer_idx: int, config: Any, positions: int, dtype: torch.dtype) -> ServedLayer:
+def served_layer(
+    directory: Path,
+    layer_idx: int,
+    config: Any,
+    positions: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> ServedLayer:
     """One layer of a saved splice.
 
     Args:
@@ -63,7 +70,7 @@ def served_layer(directory: Path, layer_idx: int, config: Any, positions: int, d
         layer_idx: of the cache layer.
         config: of the model, as transformers has it.
         positions: how many there may be in a sequence.
-        dtype: of the model.
+        dtype, device: of the model; by default on the CPU.
 
     Raises:
         CheckpointError: a file is missing, damaged, of a newer schema, or without this layer.
@@ -74,7 +81,8 @@ def served_layer(directory: Path, layer_idx: int, config: Any, positions: int, d
             f"The splice in {directory} has no layer {layer_idx}: it has {sorted(splices)}. An engine needs all of "
             'them: save a splice that was made with layers="all".'
         )
-    splice = copy.deepcopy(splices[layer_idx]).to(dtype)
+    device = torch.device("cpu") if device is None else device
+    splice = copy.deepcopy(splices[layer_idx]).to(device=device, dtype=dtype)
     geometry = RowGeometry(
         splice.latent_dim,
         splice.rank,
@@ -83,8 +91,10 @@ def served_layer(directory: Path, layer_idx: int, config: Any, positions: int, d
         None if splice.codec is None else splice.codec.row_bytes,
         coded_keys=splice.keys is not None,
     )
-    turns = None if splice.keys is None else _turns(config, positions, tuple(splice.keys.pairs[2].tolist()))
-    return ServedLayer(splice, geometry, dtype, turns, order_of_keys(config))
+    turns = None
+    if splice.keys is not None:
+        turns = _turns(config, positions, tuple(splice.keys.pairs[2].tolist()), device)
+    return ServedLayer(splice, geometry, dtype, turns, order_of_keys(config).to(device))
 
 
 @functools.lru_cache(maxsize=1)
@@ -94,7 +104,7 @@ def _read(directory: Path, description: bytes) -> tuple[dict[int, Any], KVSplice
 
 
 @functools.lru_cache(maxsize=4)
-def _turns_of(text: str, positions: int, columns: tuple[int, ...]) -> torch.Tensor:
+def _turns_of(text: str, positions: int, columns: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """`_turns`, the same tensor for all layers; of a model with these settings, as JSON."""
     settings = json.loads(text)
     rope = settings.get("rope_parameters") or {}
@@ -105,12 +115,13 @@ def _turns_of(text: str, positions: int, columns: tuple[int, ...]) -> torch.Tens
     rotary = type(next(module for name, module in modules if name.endswith("rotary_emb")))(config)
     ids = torch.arange(positions, dtype=torch.int64, device="cpu")[None]
     embeddings = rotary(torch.zeros(1, dtype=torch.float32, device="cpu"), ids)
-    return turns_of(embeddings, torch.tensor(columns, dtype=torch.int64, device="cpu"))[0].contiguous()
+    turns = turns_of(embeddings, torch.tensor(columns, dtype=torch.int64, device="cpu"))[0]
+    return turns.contiguous().to(device)
 
 
-def _turns(config: Any, positions: int, columns: tuple[int, ...]) -> torch.Tensor:
+def _turns(config: Any, positions: int, columns: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """The angles of all positions, uint8 [positions, F], as the rotary embedding of transformers makes them."""
-    return _turns_of(config.to_json_string(use_diff=False), positions, columns)
+    return _turns_of(config.to_json_string(use_diff=False), positions, columns, device)
 
 
 def skeleton_of(config: Any, layers: int | None = None) -> Any:

@@ -239,9 +239,7 @@ def attend_kernel(
         layout_here = layout
         if PACKED:
             layout_here = layout + (start >> 30)
-        base = addresses(
-            rows, batch, row_index, held, row_batch, row_stride, pages, pages_batch, page_count, PAGE_ROWS
-        )
+        base = addresses(rows, batch, row_index, held, row_batch, row_stride, pages, pages_batch, page_count, PAGE_ROWS)
         gain = tl.full([BLOCK_S], 1.0, tl.float32)
         if HAS_GAIN:
             gain = tl.load(gains + tl.load(base, mask=held, other=0).to(tl.int32))

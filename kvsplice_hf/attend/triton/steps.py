@@ -1,11 +1,12 @@
 """A decode step on rows that lie in pages: the attention kernel reads them there, PyTorch does the small rest.
 
-The projections are folded into queries and output as in `patch.absorbed`, one token of each sequence:
+The projections are folded into queries and output as in `patch.absorbed`, for one token of each sequence:
 
-    query on codes  =  expand^T W_UK q,        output  =  W_UV (shares of rows (expand mixed + mu) + shares of exact ones)
+    query on codes  =  expand^T W_UK^T q
+    output          =  W_UV (share of all rows (expand mixed + mu) + shares of exact latents)
 
-Exact tokens and learned sinks are scored beside the rows and put together with them by the log-sum-exp of these. Nothing
-waits for the device.
+Exact tokens and learned sinks are scored beside the rows, and put together with them by the log-sum-exp of these.
+Nothing waits for the device.
 
 Legend: as in `attend.backend`, and `r` numbers of a row that values are read from.
 """
