@@ -91,9 +91,9 @@ def served_layer(
         None if splice.codec is None else splice.codec.row_bytes,
         coded_keys=splice.keys is not None,
     )
-    turns = None
-    if splice.keys is not None:
-        turns = _turns(config, positions, tuple(splice.keys.pairs[2].tolist()), device)
+    turns, keys = None, splices[layer_idx].keys
+    if keys is not None:
+        turns = _turns(config, positions, tuple(keys.pairs[2].tolist()), device)
     return ServedLayer(splice, geometry, dtype, turns, order_of_keys(config).to(device))
 
 

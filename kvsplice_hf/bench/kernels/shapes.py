@@ -51,8 +51,8 @@ WIDE = "wide"
 _MOST_QUERIES = 1024
 _TINY_QUERIES = 20
 _PACKED_SHARE = 0.25
-# Of an engine: rows of a page, bytes or numbers behind them, and tokens that are kept exactly.
-_PAGE, _BEHIND_PAGE, _EXACT = 16, 5, 4
+# Of an engine: rows of a page, and how many tokens of 16 bits per number it has room for behind them.
+_PAGE, _EXACT = 16, 4
 # The variance of a coordinate falls with its place to the power of this, its error to a quarter with each bit. SmolLM2
 # as MLA comes out with widths like those that calibration gives it.
 _SPECTRUM = 1.5
@@ -209,7 +209,8 @@ class Case(NamedTuple):
             return problem
         rows, generator = problem.rows[0], torch.Generator("cpu").manual_seed(1)
         width, device, pages = rows.shape[1], rows.device, -(-self.rows // _PAGE)
-        stride = _PAGE * width + _BEHIND_PAGE
+        behind = _EXACT * self.shape.row_dim * (1 if self.kind not in PACKED_KINDS else 2)
+        stride = _PAGE * width + behind
         memory = torch.zeros(pages * stride, dtype=rows.dtype, device=device)
         placed = memory.as_strided((pages, _PAGE, width), (stride, width, 1))
         table = torch.randperm(pages, generator=generator, dtype=torch.int64, device="cpu").to(device)
