@@ -68,9 +68,27 @@ ALONG_WHOLE = Case("attend", "v2-lite", PREDICTED, "bfloat16", "decode")
 PACK_ALONG = Case("pack", "v3", TRELLIS_KEYS, "bfloat16", "prefill")
 PACK_ONE = Case("pack", "minicpm3", TRELLIS, "float32", "decode")
 SEARCH = Case("search", "v2-lite", TRELLIS, "float32", "prefill")
+# Rows in pages, as an engine has them, without those of exact tokens.
+IN_PAGES = PACKED._replace(paged=True)
+FULL_IN_PAGES = Case("attend", "v3", "full rank", "bfloat16", "decode", paged=True)
+CODED_IN_PAGES = CODED._replace(paged=True)
+ALONG_IN_PAGES = Case("attend", "v3", TRELLIS_KEYS, "bfloat16", "decode", paged=True)
+WHOLE_IN_PAGES = ALONG_WHOLE._replace(paged=True)
 WIDEST = Case("attend", WIDE, "full rank", "bfloat16", "prefill", biased=True)
 REPRESENTATIVES = {
-    "sm_80": (PACKED, PROMPT, ODD, WIDEST, CODED, CODED_FLOATS, ALONG_FLOATS, PACK_ALONG),
+    "sm_80": (
+        PACKED,
+        PROMPT,
+        ODD,
+        WIDEST,
+        CODED,
+        CODED_FLOATS,
+        ALONG_FLOATS,
+        PACK_ALONG,
+        IN_PAGES,
+        FULL_IN_PAGES,
+        WHOLE_IN_PAGES,
+    ),
     "sm_90": (
         NARROW,
         PROMPT,
@@ -84,10 +102,25 @@ REPRESENTATIVES = {
         PACK_ALONG,
         PACK_ONE,
         SEARCH,
+        FULL_IN_PAGES,
+        CODED_IN_PAGES,
+        ALONG_IN_PAGES,
+        WHOLE_IN_PAGES,
     ),
-    "sm_100": (NARROW, PROMPT, CODED_ODD, ALONG_CODED, PACK_ALONG),
-    "gfx942": (PACKED, FLOATS, CODED, PACK_CODED, ALONG_CODED, ALONG_WHOLE, PACK_ALONG, SEARCH),
-    "gfx1100": (NARROW, ODD, MERGE, PACK, ALONG, PACK_ONE, SEARCH),
+    "sm_100": (NARROW, PROMPT, CODED_ODD, ALONG_CODED, PACK_ALONG, IN_PAGES, ALONG_IN_PAGES, WHOLE_IN_PAGES),
+    "gfx942": (
+        PACKED,
+        FLOATS,
+        CODED,
+        PACK_CODED,
+        ALONG_CODED,
+        ALONG_WHOLE,
+        PACK_ALONG,
+        SEARCH,
+        IN_PAGES,
+        CODED_IN_PAGES,
+    ),
+    "gfx1100": (NARROW, ODD, MERGE, PACK, ALONG, PACK_ONE, SEARCH, IN_PAGES),
 }
 
 
@@ -133,6 +166,17 @@ def test_rows_without_coded_keys_bring_nothing_of_them_into_a_kernel() -> None:
     assert not any((*packed, *pack))
     assert all(coded)
     assert pack_coded[0]
+
+
+def test_rows_side_by_side_bring_nothing_of_pages_into_a_kernel() -> None:
+    target = TARGETS["sm_80"]
+    side_by_side, in_pages = (
+        next(line for line in compile_launch(launch, target).asm["source"].splitlines() if "tt.func public" in line)
+        for launch in (case.launch(target.limits) for case in (PACKED, IN_PAGES))
+    )
+    of_pages = ("%pages", "%page_count", "%hidden")
+    assert not any(name in side_by_side for name in of_pages)
+    assert all(name in in_pages for name in of_pages)
 
 
 def test_a_gain_of_keys_is_read_only_for_pieces_of_the_value_that_hold_their_code() -> None:

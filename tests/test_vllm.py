@@ -26,7 +26,8 @@ from kvsplice_hf.errors import CheckpointError, ConfigError, UnsupportedError
 from kvsplice_hf.patch.absorbed import absorbed_attention
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.vllm import plugin, start
-from kvsplice_hf.vllm.pages import ServedLayer, attend_pages, batch_of, pages_of, store
+from kvsplice_hf.vllm.batches import batch_of
+from kvsplice_hf.vllm.pages import ServedLayer, attend_pages, pages_of, store
 from kvsplice_hf.vllm.splices import order_of_keys, served_layer
 
 
@@ -183,10 +184,15 @@ def engine_config(model: Any, **settings: Any) -> Any:
     """What of `VllmConfig` is looked at, as it is where nothing special was asked for."""
     given = {"cache_dtype": "auto", "block_size": 16, "speculative": None, "connector": None, "lora": None}
     given |= {"decode_context": 1, "device": "cpu", "use_mla": True, "folder": "", "stages": 1, "mode": "NONE"}
+    given |= {"dtype": torch.bfloat16, "two_batches": False}
     given |= settings
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            hf_text_config=model.config, use_mla=given["use_mla"], model=given["folder"], revision=None
+            hf_text_config=model.config,
+            use_mla=given["use_mla"],
+            model=given["folder"],
+            revision=None,
+            dtype=given["dtype"],
         ),
         cache_config=SimpleNamespace(cache_dtype=given["cache_dtype"], block_size=given["block_size"]),
         speculative_config=given["speculative"],
@@ -196,6 +202,7 @@ def engine_config(model: Any, **settings: Any) -> Any:
             decode_context_parallel_size=given["decode_context"],
             prefill_context_parallel_size=1,
             pipeline_parallel_size=given["stages"],
+            use_ubatching=given["two_batches"],
         ),
         compilation_config=SimpleNamespace(mode=SimpleNamespace(name=given["mode"])),
         device_config=SimpleNamespace(device_type=given["device"]),
@@ -224,7 +231,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "adapters": ({"lora": object()}, UnsupportedError, "does not serve LoRA"),
     "context parallelism": ({"decode_context": 2}, UnsupportedError, "does not serve context parallelism"),
     "stages that are not compiled": ({"stages": 2}, UnsupportedError, "does not run layers in 2 stages without"),
-    "GPU": ({"device": "cuda"}, UnsupportedError, "does not serve device 'cuda'"),
+    "another device": ({"device": "xpu"}, UnsupportedError, "does not serve device 'xpu'"),
+    "float32 on a GPU": ({"device": "cuda", "dtype": torch.float32}, UnsupportedError, "not serve float32 on a GPU"),
+    "two batches at once": ({"two_batches": True}, UnsupportedError, "does not serve two batches at once"),
     "no MLA": ({"use_mla": False}, UnsupportedError, "does not serve VLLM_MLA_DISABLE"),
     "pages that are too small": ({"block_size": 1}, ConfigError, "Blocks of 1 tokens cannot hold"),
 }

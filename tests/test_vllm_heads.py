@@ -25,9 +25,10 @@ from kvsplice_hf.cache.heads import CompressedHeads, encode_states, exact_states
 from kvsplice_hf.cache.turns import Turns
 from kvsplice_hf.errors import CheckpointError, UnsupportedError
 from kvsplice_hf.vllm import start
+from kvsplice_hf.vllm.batches import batch_of
 from kvsplice_hf.vllm.heads import ServedHeads, attend_heads_in_pages, store_heads
 from kvsplice_hf.vllm.ordinary import is_of_heads, served_heads
-from kvsplice_hf.vllm.pages import attention_in_order, batch_of, pages_of
+from kvsplice_hf.vllm.pages import attention_in_order, pages_of
 
 
 MODELS = ("llama", "mistral", "qwen2", "qwen3")

@@ -109,8 +109,9 @@ class Step(NamedTuple):
         bias: added to the scores, float32 [B or 1, 1, S]; or None.
         sinks: one logit per head, [H], that carries no value; or None.
         scaling: factor on the scores.
-        paging: where each sequence has its rows, if `rows` are packed and those of all pages, [pages, tokens of a page,
-            row_bytes]. Sequences may be of different lengths then, and there is no bias. None otherwise.
+        paging: where each sequence has its rows, if `rows` are those of all pages, [pages, tokens of a page,
+            row_bytes]; or of numbers, for backends that read such. Sequences may be of different lengths then, and
+            there is no bias. None otherwise.
     """
 
     query: torch.Tensor
@@ -173,8 +174,10 @@ class Backend(ABC):
     Attributes:
         name: in messages, and in the tables of `explain`.
         operations: which of the methods below it has: "attend", "attend_heads", "decode", "decode_heads", "encode",
-            "encode_heads", "read_heads", "pack", "search". PyTorch does the others.
+            "encode_heads", "read_heads", "pack", "search"; and "decode_pages", which is `decode` of steps with pages.
+            PyTorch does the others.
         reads_coded_keys: whether those methods take keys that were coded before their rotation.
+        reads_numbers_in_pages: whether pages may hold rows of numbers; packed rows they may anyhow.
         codecs: the kinds of codec whose rows it reads and writes.
     """
 
@@ -182,6 +185,7 @@ class Backend(ABC):
     operations: ClassVar[frozenset[str]]
     codecs: ClassVar[frozenset[str]] = frozenset({RowCodec.kind})
     reads_coded_keys: ClassVar[bool] = False
+    reads_numbers_in_pages: ClassVar[bool] = False
 
     @abstractmethod
     def claims(self, tensors: Sequence[torch.Tensor]) -> bool:

@@ -124,8 +124,9 @@ def decode(step: Step, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
 
     In one call where a backend serves that, by `by_torch` anywhere else.
     """
-    backend = backend_for("decode", step.numbers, step.codec, coded_keys=step.keys is not None)
-    if backend is None:
+    operation = "decode" if step.paging is None else "decode_pages"
+    backend = backend_for(operation, step.numbers, step.codec, coded_keys=step.keys is not None)
+    if backend is None or (step.paging is not None and step.codec is None and not backend.reads_numbers_in_pages):
         return by_torch()
     missing = tuple(part is None for part in (step.codec, step.bias, step.exact, step.paging))
     given = (*missing, step.query.dtype, step.rows.dtype)

@@ -16,8 +16,8 @@ from kvsplice_hf.cache.pages import token_bytes
 from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.code.heads import HeadSplices
 from kvsplice_hf.patch.heads import attention_of_step
+from kvsplice_hf.vllm.batches import Group
 from kvsplice_hf.vllm.pages import (
-    Group,
     Pages,
     attention_in_order,
     bytes_of_page,

@@ -15,8 +15,8 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
 from kvsplice_hf.errors import UnsupportedError
-from kvsplice_hf.vllm.backend import SplicedMetadata, SplicedMetadataBuilder, spec_of_rows
 from kvsplice_hf.vllm.heads import ServedHeads, attend_heads_in_pages, store_heads
+from kvsplice_hf.vllm.mla import SplicedMetadata, SplicedMetadataBuilder, spec_of_rows
 from kvsplice_hf.vllm.ordinary import served_heads
 from kvsplice_hf.vllm.pages import pages_of
 from kvsplice_hf.vllm.start import FOLDER_VARIABLE, folder_named, unlike_tested

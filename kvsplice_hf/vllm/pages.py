@@ -20,16 +20,16 @@ from typing import NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from kvsplice_hf.attend.backend import Paging
 from kvsplice_hf.attend.choice import decode, encode
 from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.heads import exact_states
-from kvsplice_hf.cache.pages import Request, grouped, token_bytes
+from kvsplice_hf.cache.pages import token_bytes
 from kvsplice_hf.cache.rows import CompressedLatent, RowGeometry
 from kvsplice_hf.cache.turns import SLOT_DTYPE, Turns
 from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.patch.absorbed import absorbed_attention, step_of
 from kvsplice_hf.patch.expansion import absorbed_is_cheaper
+from kvsplice_hf.vllm.batches import Group
 
 
 class RowsOfLayer(Protocol):
@@ -89,35 +89,6 @@ class Pages(NamedTuple):
     exact: torch.Tensor
 
 
-class Group(NamedTuple):
-    """Sequences that attend together: one with any number of new tokens, or several with one each.
-
-    Attributes:
-        queries: index of the new tokens among those of all sequences, [B, T].
-        pages, offsets: where the stored tokens are, [B, S].
-        mask: added to the scores, [B, 1, T, S]; None where all see all that was stored before them.
-        paging: the same as pages and lengths.
-    """
-
-    queries: torch.Tensor
-    pages: torch.Tensor
-    offsets: torch.Tensor
-    mask: torch.Tensor | None
-    paging: Paging
-
-
-class Batch(NamedTuple):
-    """What all layers of one step share.
-
-    Attributes:
-        positions: of the new tokens in their sequences, [Q].
-        groups: the sequences.
-    """
-
-    positions: torch.Tensor
-    groups: list[Group]
-
-
 def bytes_of_page(layer: RowsOfLayer, tokens: int) -> int:
     """Bytes of a page of so many tokens, what is exact behind its rows included."""
     row, exact = token_bytes(layer.geometry, layer.dtype)
@@ -136,56 +107,6 @@ def pages_of(cache: torch.Tensor, layer: RowsOfLayer) -> Pages:
     sinks, exact = layer.geometry.sink_tokens, token_bytes(layer.geometry, layer.dtype)[1]
     start = cache.storage_offset() + tokens * width
     return Pages(cache, cache.as_strided((pages, sinks, exact), (cache.stride(0), exact, 1), start))
-
-
-def batch_of(starts: list[int], lengths: list[int], block_table: torch.Tensor, page_size: int) -> Batch:
-    """Where the tokens of a step are.
-
-    Args:
-        starts: first new token of each sequence among those of all, and how many there are in the end, [sequences + 1].
-        lengths: stored tokens of each sequence, the new ones included.
-        block_table: pages of each sequence, [sequences, pages].
-        page_size: tokens of a page.
-    """
-    device = block_table.device
-    positions = [
-        torch.arange(length - (end - start), length, dtype=torch.int64, device=device)
-        for start, end, length in zip(starts[:-1], starts[1:], lengths, strict=True)
-    ]
-    row_of = {start: row for row, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)) if end > start}
-    bounds = [0]
-    for length in lengths:
-        bounds.append(bounds[-1] + length)
-    groups = [
-        _group(requests, block_table[[row_of[request.first_query] for request in requests]], page_size)
-        for requests in grouped(starts, bounds)
-    ]
-    return Batch(torch.cat(positions), groups)
-
-
-def _group(requests: list[Request], tables: torch.Tensor, page_size: int) -> Group:
-    """Sequences with equally many new tokens; `tables` are their lines of the block table."""
-    device, count = tables.device, requests[0].queries
-    first = torch.tensor([request.first_query for request in requests], dtype=torch.int64, device=device)
-    keys = torch.tensor([request.keys for request in requests], dtype=torch.int64, device=device)
-    column = torch.arange(int(keys.max()), dtype=torch.int64, device=device)
-    # Past its end a shorter sequence repeats its last token, which is masked there.
-    places = column.minimum(keys[:, None] - 1)
-    mask = None
-    if int(keys.min()) < len(column):
-        hidden = column >= keys[:, None]
-        nothing = torch.zeros(hidden.shape, dtype=torch.float32, device=device)
-        mask = nothing.masked_fill_(hidden, torch.finfo(torch.float32).min)[:, None, None]
-    # What a table holds behind the pages of a sequence means nothing.
-    last = (keys[:, None] - 1) // page_size
-    used = torch.arange(int(last.max()) + 1, dtype=torch.int64, device=device).minimum(last)
-    return Group(
-        queries=first[:, None] + torch.arange(count, dtype=torch.int64, device=device),
-        pages=tables.long().gather(1, places // page_size),
-        offsets=places % page_size,
-        mask=mask,
-        paging=Paging(tables.long().gather(1, used), keys),
-    )
 
 
 def store(
@@ -276,10 +197,10 @@ def attend_pages(
     head_dims = nope_dim, len(layer.order), value_dim
     for group in groups:
         new = query[group.queries].transpose(1, 2)
-        new_tokens, stored = new.shape[2], group.pages.shape[1]
+        new_tokens, stored = new.shape[2], group.stored
         if not absorbed_is_cheaper(latent_dim, rank, heads, head_dims, new_tokens, stored):
             found = _expanded(new, _gathered(pages, layer, group), weight, value_dim, group.mask, scaling)
-        elif new_tokens == 1 and new.device.type == "cpu" and layer.splice.codec is not None:
+        elif new_tokens == 1:
             found = _decoded(pages, layer, group, new, weight, value_dim, scaling)
         else:
             found, _ = absorbed_attention(new, _gathered(pages, layer, group), weight, value_dim, group.mask, scaling)
@@ -296,13 +217,14 @@ def _decoded(
     value_dim: int,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention [B, 1, H, V] of one new token of each sequence, on packed rows in their pages where C++ reads them."""
+    """Attention [B, 1, H, V] of one new token of each sequence, on rows in their pages where a backend reads them."""
 
     def gathered() -> torch.Tensor:
         states = _gathered(pages, layer, group)
         return absorbed_attention(query, states, weight, value_dim, group.mask, scaling)[0]
 
-    step = step_of(query, _states(pages, layer, group, pages.rows), weight, value_dim, None, scaling, None)
+    rows = pages.rows.view(layer.geometry.row_dtype(layer.dtype))
+    step = step_of(query, _states(pages, layer, group, rows), weight, value_dim, None, scaling, None)
     return decode(step._replace(paging=group.paging), gathered)
 
 
@@ -324,14 +246,14 @@ def _states(pages: Pages, layer: ServedLayer, group: Group, rows: torch.Tensor) 
 def new_rows(group: Group) -> tuple[int, int]:
     """How many of the rows of a sequence are new, and which is the first of them."""
     new_tokens = group.queries.shape[1]
-    return new_tokens, group.pages.shape[1] - new_tokens
+    return new_tokens, group.stored - new_tokens
 
 
 def exact_of(pages: Pages, layer: RowsOfLayer, group: Group) -> ExactTokens | None:
     """The exact first tokens of the sequences; None where there are none."""
     if not layer.geometry.sink_tokens:
         return None
-    latents = pages.exact[group.pages[:, 0]].view(layer.dtype)
+    latents = pages.exact[group.paging.table[:, 0]].view(layer.dtype)
     count = torch.arange(latents.shape[1], dtype=torch.int64, device=latents.device)
     # Slots behind the end of a short sequence hold no position that is read, but anything else: also what is no
     # number, and nothing times that is not nothing.
@@ -343,8 +265,8 @@ def turns_of_group(layer: RowsOfLayer, group: Group) -> Turns | None:
     """How the keys of the sequences are rotated; None where rows hold rotated keys."""
     if layer.turns is None:
         return None
-    batch, stored = group.pages.shape
-    slots = torch.arange(stored, dtype=SLOT_DTYPE, device=group.pages.device).expand(batch, -1)
+    batch, stored = len(group.paging.lengths), group.stored
+    slots = torch.arange(stored, dtype=SLOT_DTYPE, device=group.queries.device).expand(batch, -1)
     return Turns(layer.turns[:stored].T.contiguous(), slots.contiguous())
 
 

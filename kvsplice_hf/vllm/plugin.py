@@ -3,11 +3,20 @@
 vLLM calls `register` in each of its processes. Without the variable nothing happens, and nothing is imported.
 """
 
+import logging
 from typing import Any
 
 
-_BACKEND = "kvsplice_hf.vllm.backend.SplicedMLABackend"
-_BACKEND_OF_HEADS = "kvsplice_hf.vllm.heads_backend.SplicedHeadsBackend"
+logger = logging.getLogger(__name__)
+
+# By kind of platform the backend of ours, and what it takes the place of: all those that vLLM may choose there for MLA.
+_CPU = "kvsplice_hf.vllm.backend.SplicedMLABackend", ("CPU_MLA", "AMX_MLA")
+_CUDA = (
+    "kvsplice_hf.vllm.cuda.SplicedCudaMLABackend",
+    ("FLASHINFER_MLA", "TOKENSPEED_MLA", "CUTLASS_MLA", "FLASH_ATTN_MLA", "FLASHMLA", "TRITON_MLA"),
+)
+# The same for ordinary attention, which GPUs are refused for.
+_HEADS = "kvsplice_hf.vllm.heads_backend.SplicedHeadsBackend", ("CPU_ATTN",)
 _PATCHED = "check_and_update_config"
 NO_OWN_ROTATION = "-rotary_embedding"
 # Tokens of a page where first tokens are exact, and nobody asks for another size: the room for them is in each page.
@@ -34,12 +43,11 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     tell_of_release(vllm.__version__)
-    if is_of_heads(folder):
-        register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND_OF_HEADS)
-        _forget_chosen_backends()
-    else:
-        for stock in (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA):
-            register_backend(stock, _BACKEND)
+    mla = _CUDA if current_platform.is_cuda() else _CPU
+    backend, replaced = _HEADS if is_of_heads(folder) else mla
+    for stock in replaced:
+        register_backend(AttentionBackendEnum[stock], backend)
+    _forget_chosen_backends()
     if _PATCHED not in vars(current_platform):
         setattr(current_platform, _PATCHED, _CheckedUpdate(current_platform, folder))
 
@@ -49,11 +57,9 @@ def unregister() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    for stock in (AttentionBackendEnum.CPU_MLA, AttentionBackendEnum.AMX_MLA):
-        stock.clear_override()
-    if AttentionBackendEnum.CPU_ATTN.is_overridden():
-        AttentionBackendEnum.CPU_ATTN.clear_override()
-        _forget_chosen_backends()
+    for stock in (*_CPU[1], *_CUDA[1], *_HEADS[1]):
+        AttentionBackendEnum[stock].clear_override()
+    _forget_chosen_backends()
     vars(current_platform).pop(_PATCHED, None)
 
 
@@ -83,6 +89,7 @@ class _CheckedUpdate:
 
         cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
         prefixes, size = cache.enable_prefix_caching, cache.block_size
+        is_cpu = vllm_config.device_config.device_type == "cpu"
         chunked, at_once = scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens
         self._update(vllm_config)
         if vllm_config.model_config is None:
@@ -93,7 +100,10 @@ class _CheckedUpdate:
             cache.block_size = size
         elif read_splice_files(self._folder).config.sink_tokens:
             cache.block_size = _TOKENS_PER_PAGE
-        if vllm_config.model_config.use_mla:
+            cache.user_specified_block_size = not is_cpu  # or workers on GPUs take what their backend prefers
+        if not is_cpu:
+            _leave_out_graphs(vllm_config)
+        elif vllm_config.model_config.use_mla:
             _leave_out_rotation_of_cpus(vllm_config)
         require_servable(vllm_config, self._folder)
 
@@ -108,3 +118,18 @@ def _leave_out_rotation_of_cpus(vllm_config: Any) -> None:
     operations = vllm_config.compilation_config.custom_ops
     if NO_OWN_ROTATION not in operations:
         operations.append(NO_OWN_ROTATION)
+
+
+def _leave_out_graphs(vllm_config: Any) -> None:
+    """Have no step captured as a CUDA graph.
+
+    The backend says of itself that it cannot be captured, but vLLM 0.32.0 stores the rows of new tokens in an operation
+    of its own. With graphs that Inductor divides, or that are broken at attention alone, it would be captured without
+    what a step knows, and replayed as nothing.
+    """
+    from vllm.config import CUDAGraphMode
+
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode != CUDAGraphMode.NONE:
+        logger.info("CUDA graphs are left out: steps on spliced rows cannot be captured.")
+    compilation.cudagraph_mode = CUDAGraphMode.NONE

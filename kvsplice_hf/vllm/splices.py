@@ -55,7 +55,14 @@ def order_of_keys(config: Any) -> torch.Tensor:
     return torch.cat([numbers[0::2], numbers[1::2]]) if _FIRST_NUMBERS_IN_FRONT[config.model_type] else numbers
 
 
-def served_layer(directory: Path, layer_idx: int, config: Any, positions: int, dtype: torch.dtype) -> ServedLayer:
+def served_layer(
+    directory: Path,
+    layer_idx: int,
+    config: Any,
+    positions: int,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+) -> ServedLayer:
     """One layer of a saved splice.
 
     Args:
@@ -63,12 +70,12 @@ def served_layer(directory: Path, layer_idx: int, config: Any, positions: int, d
         layer_idx: of the cache layer.
         config: of the model, as transformers has it.
         positions: how many there may be in a sequence.
-        dtype: of the model.
+        dtype, device: of the model; by default on the CPU.
 
     Raises:
         CheckpointError: a file is missing, damaged, of a newer schema, or without this layer.
     """
-    splice, settings = splice_of(directory, layer_idx, dtype)
+    splice, settings = splice_of(directory, layer_idx, dtype, device)
     geometry = RowGeometry(
         splice.latent_dim,
         splice.rank,
@@ -77,11 +84,19 @@ def served_layer(directory: Path, layer_idx: int, config: Any, positions: int, d
         None if splice.codec is None else splice.codec.row_bytes,
         coded_keys=splice.keys is not None,
     )
-    return ServedLayer(splice, geometry, dtype, turns_at(config, positions, splice.keys), order_of_keys(config))
+    turns = turns_at(config, positions, splice.keys)
+    return ServedLayer(splice, geometry, dtype, turns, order_of_keys(config).to(device))
 
 
-def splice_of(directory: Path, layer_idx: int, dtype: torch.dtype) -> tuple[Any, KVSpliceConfig]:
-    """A copy of the splice of one layer in the dtype of the model, and the settings of all.
+def splice_of(
+    directory: Path, layer_idx: int, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[Any, KVSpliceConfig]:
+    """A copy of the splice of one layer, and the settings of all.
+
+    Args:
+        directory: of the splice.
+        layer_idx: of the cache layer.
+        dtype, device: of the model; by default on the CPU.
 
     Raises:
         CheckpointError: a file is missing, damaged, of a newer schema, or without this layer.
@@ -92,7 +107,8 @@ def splice_of(directory: Path, layer_idx: int, dtype: torch.dtype) -> tuple[Any,
             f"The splice in {directory} has no layer {layer_idx}: it has {sorted(splices)}. An engine needs all of "
             'them: save a splice that was made with layers="all".'
         )
-    return copy.deepcopy(splices[layer_idx]).to(dtype), settings
+    device = torch.device("cpu") if device is None else device
+    return copy.deepcopy(splices[layer_idx]).to(device=device, dtype=dtype), settings
 
 
 @functools.lru_cache(maxsize=1)
@@ -102,7 +118,7 @@ def _read(directory: Path, description: bytes) -> tuple[dict[int, Any], KVSplice
 
 
 @functools.lru_cache(maxsize=4)
-def _turns_of(text: str, positions: int, columns: tuple[int, ...]) -> torch.Tensor:
+def _turns_of(text: str, positions: int, columns: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """`turns_at`, the same tensor for all layers; of a model with these settings, as JSON."""
     settings = json.loads(text)
     rope = settings.get("rope_parameters") or {}
@@ -113,7 +129,8 @@ def _turns_of(text: str, positions: int, columns: tuple[int, ...]) -> torch.Tens
     rotary = type(next(module for name, module in modules if name.endswith("rotary_emb")))(config)
     ids = torch.arange(positions, dtype=torch.int64, device="cpu")[None]
     embeddings = rotary(torch.zeros(1, dtype=torch.float32, device="cpu"), ids)
-    return turns_of(embeddings, torch.tensor(columns, dtype=torch.int64, device="cpu"))[0].contiguous()
+    turns = turns_of(embeddings, torch.tensor(columns, dtype=torch.int64, device="cpu"))[0]
+    return turns.contiguous().to(device)
 
 
 def turns_at(config: Any, positions: int, keys: KeyProjection | None) -> torch.Tensor | None:
@@ -122,11 +139,13 @@ def turns_at(config: Any, positions: int, keys: KeyProjection | None) -> torch.T
     Args:
         config: of the model.
         positions: how many.
-        keys: how the keys are coded before their rotation; None where they are coded after it, and need no angles.
+        keys: how the keys are coded before their rotation, on the device of the angles; None where they are coded after
+            it, and need no angles.
     """
     if keys is None:
         return None
-    return _turns_of(config.to_json_string(use_diff=False), positions, tuple(keys.pairs[2].tolist()))
+    columns, device = tuple(keys.pairs[2].tolist()), keys.pairs[2].device
+    return _turns_of(config.to_json_string(use_diff=False), positions, columns, device)
 
 
 def skeleton_of(config: Any, layers: int | None = None) -> Any:

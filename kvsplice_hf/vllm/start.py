@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from kvsplice_hf.code.files import CONFIG_NAME, read_splice_files
@@ -102,18 +103,25 @@ def require_servable(engine: Any, folder: Path) -> None:
             'none. Make one with layers="all".'
         )
     _require_same_base(engine, folder)
+    if _device_of(engine) == "cuda":
+        logger.warning(
+            "Splices in vLLM have not run on a GPU yet: their backend was compiled for GPUs, and run in Triton's "
+            "interpreter. Compare what it writes before you rely on it (docs/serving.md)."
+        )
 
 
 def _require_supported(engine: Any, of_heads: bool) -> None:
     """Refuse what the engine was asked for and spliced rows cannot do."""
-    parallel, model = engine.parallel_config, engine.model_config
+    parallel, model, device = engine.parallel_config, engine.model_config, _device_of(engine)
     asked = {
         f"kv_cache_dtype={engine.cache_config.cache_dtype!r}": engine.cache_config.cache_dtype != "auto",
         "speculative decoding": engine.speculative_config is not None,
         "a KV connector": engine.kv_transfer_config is not None,
         "LoRA": engine.lora_config is not None,
         "context parallelism": max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
-        f"device {engine.device_config.device_type!r}": engine.device_config.device_type != "cpu",
+        f"device {device!r}": device not in (("cpu",) if of_heads else ("cpu", "cuda")),
+        "float32 on a GPU": device == "cuda" and model.dtype is torch.float32,
+        "two batches at once": parallel.use_ubatching,
         "VLLM_MLA_DISABLE": not of_heads and not model.use_mla,
     }
     asked |= not_for_heads(engine) if of_heads else {}
@@ -125,6 +133,12 @@ def _require_supported(engine: Any, of_heads: bool) -> None:
         )
 
 
+def _device_of(engine: Any) -> str:
+    """The kind of device; what PyTorch on ROCm calls cuda as well is "rocm"."""
+    kind = str(engine.device_config.device_type)
+    return "rocm" if kind == "cuda" and torch.version.hip is not None else kind
+
+
 def _require_pipeline_that_starts(engine: Any) -> None:
     """Refuse stages of layers where vLLM would fail at its first request, with or without a splice.
 
@@ -132,7 +146,11 @@ def _require_pipeline_that_starts(engine: Any) -> None:
     """
     stages = engine.parallel_config.pipeline_parallel_size
     is_eager = engine.compilation_config.mode.name == "NONE"
-    if stages > 1 and (is_eager or os.environ.get("VLLM_CPU_CI_ENV", "0") not in ("", "0")):
+    if (
+        stages > 1
+        and _device_of(engine) == "cpu"
+        and (is_eager or os.environ.get("VLLM_CPU_CI_ENV", "0") not in ("", "0"))
+    ):
         raise UnsupportedError(
             f"vLLM {TESTED_VLLM} on a CPU does not run layers in {stages} stages without compiling them, with a splice "
             "or without. Leave out enforce_eager and VLLM_CPU_CI_ENV, or pipeline_parallel_size (docs/serving.md)."

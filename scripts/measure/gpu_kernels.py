@@ -2,8 +2,8 @@
 """The Triton kernels on a GPU: whether they agree with PyTorch, and at which speed they read rows.
 
 Correctness is checked at the shapes of published models, the same at which `kernel_resources.py` compiles the kernels,
-also on packed rows whose keys were coded before their rotation ("coded keys"), and on those of all key heads of a layer
-with ordinary attention ("heads").
+also on packed rows whose keys were coded before their rotation ("coded keys"), on rows in pages as an engine has them
+("in pages"), and on those of all key heads of a layer with ordinary attention ("heads").
 Speed is that of a decode step's attention over a short and a long cache, beside the speed of a copy on this device; for
 some shapes also with blocks other than the chosen ones. It ends with an error where a kernel disagrees. The tables are
 Markdown, on stderr and in the folder of the results. The last line of stdout is one JSON object.
@@ -100,7 +100,9 @@ def time_all(args: Arguments, copy: float) -> list[Row]:
         list(itertools.product(args.geometries, KINDS, dtypes, contexts)), desc="timing", file=sys.stderr
     ):
         compared = args.dry_run or (name in _COMPARED and count == max(contexts) and dtype != "float32")
-        found += bandwidth_of(Case("attend", name, kind, dtype, "decode", rows=count), args.device, copy, compared)
+        case = Case("attend", name, kind, dtype, "decode", rows=count)
+        found += bandwidth_of(case, args.device, copy, compared)
+        found += bandwidth_of(case._replace(paged=True), args.device, copy)
     of_heads = list(itertools.product(args.head_geometries, HEAD_KINDS, dtypes, contexts))
     for name, kind, dtype, count in tqdm(of_heads, desc="timing all heads", file=sys.stderr):
         found += bandwidth_of_heads(HeadCase(name, kind, dtype, rows=count), args.device, copy)
@@ -116,20 +118,24 @@ def markdown_of(checks: list[Row], timings: list[Row]) -> str:
             row["geometry"],
             row["kind"],
             row["dtype"],
-            row["phase"],
+            row["phase"] + _in_pages(row),
             "yes" if row["biased"] else "no",
         ]
         cells += [f"{row['off']:.1e}", f"{row['allowed']:.0e}", "yes" if row["agrees"] else "NO"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| model | rows | dtype | S | blocks | GB/s | of a copy |", "|" + "---|" * 7]
     for row in timings:
-        cells = [row["geometry"], row["kind"], row["dtype"], str(row["rows"]), row["blocks"]]
+        cells = [row["geometry"], row["kind"] + _in_pages(row), row["dtype"], str(row["rows"]), row["blocks"]]
         if "skipped" in row:
             cells += [row["skipped"], NOT_MEASURED]
         else:
             cells += [f"{row['bytes_per_second'] / 1e9:.1f}", f"{row['of_copy']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _in_pages(row: Row) -> str:
+    return ", in pages" if row.get("paged") else ""
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ Nothing is run, and no GPU is needed. It ends with an error where a kernel takes
 Markdown, on stderr and in the folder of the results. The last line of stdout is one JSON object.
 
     python scripts/measure/kernel_resources.py
-    python scripts/measure/kernel_resources.py --targets sm_90 --geometries v3 --kernels attend
+    python scripts/measure/kernel_resources.py --targets sm_90 --geometries v3 --kernels attend --pages
 """
 
 import itertools
@@ -46,6 +46,8 @@ class Arguments:
         default_factory=lambda: [kind for kind in _KINDS if kind != PREDICTED], metadata={"help": ", ".join(_KINDS)}
     )
     dtypes: list[str] = field(default_factory=lambda: list(DTYPES), metadata={"help": ", ".join(DTYPES)})
+    # As of the kind above: the limits are known of those that the tests compile.
+    pages: bool = field(default=False, metadata={"help": "also rows in pages, as an engine has them"})
     output: str = field(default="results", metadata={"help": "folder for the results"})
 
     def __post_init__(self) -> None:
@@ -61,6 +63,7 @@ def compile_all(args: Arguments) -> list[Row]:
         case
         for case in itertools.chain(cases(latents), head_cases(heads))
         if case.kernel in args.kernels and case.kind in args.kinds and case.dtype in args.dtypes
+        if args.pages or not getattr(case, "paged", False)
     ]
     pairs = list(itertools.product(args.targets, chosen))
     with compiled_anew():

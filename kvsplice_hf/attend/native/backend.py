@@ -19,7 +19,7 @@ class NativeBackend(Backend):
 
     name = "C++"
     operations = frozenset(
-        {"attend", "decode", "encode", "pack", "search", "decode_heads", "encode_heads", "read_heads"}
+        {"attend", "decode", "decode_pages", "encode", "pack", "search", "decode_heads", "encode_heads", "read_heads"}
     )
     codecs = frozenset({RowCodec.kind, TrellisCodec.kind})
     reads_coded_keys = True

@@ -15,6 +15,8 @@ A row of n numbers is read in up to three pieces, since a block's sides are powe
 Where keys were coded before their rotation, these pieces are the value alone, n = v, and what queries score on the key
 comes from `turning`. Its code is behind the value, or the last part of it, and is then decoded once more there.
 
+The rows of a batch entry lie side by side, or in pages that a table names (`placing`).
+
 Legend: `B` batch, `M` queries, heads and tokens together, `S` stored rows, `n` numbers of a row, `v` of a value,
 `F` pairs of numbers of a key that are turned together.
 """
@@ -24,6 +26,7 @@ import triton
 import triton.language as tl
 
 from kvsplice_hf.attend.triton.decoding import columns, decoded, of_layout
+from kvsplice_hf.attend.triton.placing import addresses, hidden_among
 from kvsplice_hf.attend.triton.tables import WIDTH
 from kvsplice_hf.attend.triton.turning import pair_queries, turned_keys
 
@@ -103,7 +106,18 @@ def _store_mixed(
 
 # Numbers that grow from step to step must not compile the kernel anew whenever one of them is divisible by 16.
 # Long because up to three pieces of a row take part in each step, and a loop of Triton holds them in variables by name.
-@triton.jit(do_not_specialize=["count", "bias_batch", "bias_query", "table_stride", "table_slots", "slots_batch"])
+@triton.jit(
+    do_not_specialize=[
+        "count",
+        "bias_batch",
+        "bias_query",
+        "table_stride",
+        "table_slots",
+        "slots_batch",
+        "pages_batch",
+        "page_count",
+    ]
+)
 def attend_kernel(
     query,
     rows,
@@ -141,6 +155,11 @@ def attend_kernel(
     slots_batch,
     slots_row,
     circle,
+    pages,
+    pages_batch,
+    page_count,
+    hidden,
+    hidden_count,
     HAS_BIAS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -161,6 +180,8 @@ def attend_kernel(
     KEY_GAINS0: tl.constexpr,
     KEY_GAINS1: tl.constexpr,
     KEY_GAINS2: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -169,7 +190,8 @@ def attend_kernel(
     """One block of queries [BLOCK_M, n] over one split of the rows of one batch entry.
 
     Writes `mixed` [B, M, splits, v], normalised over the split, and `lse` [B, M, splits]. With KEY > 0 a row ends
-    with the code of a key, read with room for KEY numbers and PAIRS pairs; queries are [BLOCK_M, n + 2 F].
+    with the code of a key, read with room for KEY numbers and PAIRS pairs; queries are [BLOCK_M, n + 2 F]. With
+    PAGE_ROWS > 0 rows lie in pages of so many. With HIDDEN > 0 up to so many rows of an entry are left out.
     """
     batch = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -180,7 +202,7 @@ def attend_kernel(
 
     end = count
     if HAS_LENGTHS:
-        end = tl.minimum(tl.load(lengths + batch), count)
+        end = tl.minimum(tl.load(lengths + batch), count).to(tl.int32)
     share = tl.cdiv(tl.cdiv(end, splits), BLOCK_S) * BLOCK_S
     first = split * share
     end = tl.minimum(first + share, end)
@@ -217,7 +239,7 @@ def attend_kernel(
         layout_here = layout
         if PACKED:
             layout_here = layout + (start >> 30)
-        base = rows + batch * row_batch + row_index.to(tl.int64) * row_stride
+        base = addresses(rows, batch, row_index, held, row_batch, row_stride, pages, pages_batch, page_count, PAGE_ROWS)
         gain = tl.full([BLOCK_S], 1.0, tl.float32)
         if HAS_GAIN:
             gain = tl.load(gains + tl.load(base, mask=held, other=0).to(tl.int32))
@@ -253,7 +275,10 @@ def attend_kernel(
             place = bias + batch * bias_batch + row_index.to(tl.int64)[None, :] * bias_key
             place += (query_index % bias_period).to(tl.int64)[:, None] * bias_query
             score += tl.load(place, mask=query_held[:, None] & held[None, :], other=0.0)
-        score = tl.where(held[None, :], score, float("-inf"))
+        seen = held
+        if HIDDEN > 0:
+            seen = held & (hidden_among(hidden + batch * hidden_count, hidden_count, row_index, HIDDEN) == 0)
+        score = tl.where(seen[None, :], score, float("-inf"))
 
         higher = tl.maximum(top, tl.max(score, 1))
         # A query that has not seen a row yet must not subtract infinity from infinity.

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, HeadRows
+from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, HeadRows, Step
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.trellis import TrellisCodec, TrellisTables
@@ -25,9 +25,10 @@ class TritonBackend(Backend):
     """Triton on a GPU, and anywhere in its interpreter. It attends to rows, packs them, and searches trellises."""
 
     name = "Triton"
-    operations = frozenset({"attend", "attend_heads", "pack", "search"})
+    operations = frozenset({"attend", "attend_heads", "decode_pages", "pack", "search"})
     codecs = frozenset({RowCodec.kind, TrellisCodec.kind})
     reads_coded_keys = True
+    reads_numbers_in_pages = True
 
     def claims(self, tensors: Sequence[torch.Tensor]) -> bool:
         return _IN_INTERPRETER or not tensors[0].is_cpu
@@ -58,6 +59,11 @@ class TritonBackend(Backend):
         self, query: torch.Tensor, heads: Sequence[HeadRows], bias: torch.Tensor | None, *, scaling: float
     ) -> list[Attended]:
         return list(itertools.starmap(Attended, _loaded().attend_heads(query, heads, bias, scaling=scaling)))
+
+    def decode(self, step: Step) -> torch.Tensor:
+        from kvsplice_hf.attend.triton import steps  # which needs Triton, as all calls do
+
+        return steps.decode(step)
 
     def pack(self, rows: torch.Tensor, codec: Codec) -> torch.Tensor:
         packed: torch.Tensor = _loaded().encode_pack(rows, codec)

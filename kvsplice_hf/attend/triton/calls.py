@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvsplice_hf.attend.backend import CodedKeys, HeadRows
+from kvsplice_hf.attend.backend import CodedKeys, HeadRows, Paging
 from kvsplice_hf.attend.triton.attention import attend_kernel
 from kvsplice_hf.attend.triton.blocks import limits_of
 from kvsplice_hf.attend.triton.checks import check_keys, check_shapes
@@ -70,6 +70,8 @@ def attend_rows(
     scaling: float | None = None,
     lengths: torch.Tensor | None = None,
     input_precision: str = "ieee",
+    paging: Paging | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of M queries over the same S rows, whose first numbers are the values.
 
@@ -84,6 +86,10 @@ def attend_rows(
         scaling: factor on the query, or None for 1.
         lengths: rows of each batch entry that are read, int32 [B], or None for all S.
         input_precision: of float32 products on tensor cores: "ieee" keeps all bits, "tf32" is faster with 10 bits.
+        paging: where each batch entry has its rows, if `rows` are those of all pages, [pages, rows of a page, n], pages
+            any distance apart. There is no bias then, and no `lengths`. A page that is not there is read as the nearest
+            one.
+        hidden: indices of rows that are left out, int64 [B, K]; others than those of rows are none. Or None.
 
     Returns:
         The weighted means float32 [B, M, v], and the natural log-sum-exp of the scores, float32 [B, M], by which
@@ -96,10 +102,21 @@ def attend_rows(
     _check_device(query)
     if rows.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(f"Got rows of {rows.dtype}; they must be bfloat16, float16 or float32. Convert them first.")
-    check_shapes(query, rows, query.shape[-1], value_dim, bias, splits, lengths, input_precision)
+    check_shapes(query, rows, query.shape[-1], value_dim, bias, splits, lengths, input_precision, paging, hidden)
     dtype = query.dtype if query.dtype == rows.dtype else torch.float32
-    query = _scaled(query, scaling)
-    return _attend(Problem(query, rows.detach(), None, value_dim, bias, lengths, dtype, input_precision), splits)
+    problem = Problem(
+        _scaled(query, scaling),
+        rows.detach(),
+        None,
+        value_dim,
+        bias,
+        lengths,
+        dtype,
+        input_precision,
+        paging=paging,
+        hidden=hidden,
+    )
+    return _attend(problem, splits)
 
 
 def attend_packed(
@@ -114,6 +131,8 @@ def attend_packed(
     lengths: torch.Tensor | None = None,
     input_precision: str = "ieee",
     keys: CodedKeys | None = None,
+    paging: Paging | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_rows` on rows that `codec` packed, without unpacking them in memory.
 
@@ -121,11 +140,11 @@ def attend_packed(
         query: [B, M, n]; [B, M, v + P] with `keys`, the last P numbers rotated. Products are taken in its type.
         packed: uint8 [B, S, row_bytes], the last dimension contiguous. The others may have any strides.
         codec: the codec of the rows, on the same device.
-        value_dim, bias, splits, scaling, lengths, input_precision: see `attend_rows`.
+        value_dim, bias, splits, scaling, lengths, input_precision, paging, hidden: see `attend_rows`.
         keys: how the keys of rows `[code | key code]` are read, where they were coded before their rotation. value_dim
             is the numbers of the code, or n: the key's code is then part of the values as well. At most 128 numbers of
             a key; the table's lines are contiguous, slots may have any strides. A slot beside the table reads its first
-            or last one.
+            or last one. With pages, there are as many slots as the longest sequence has rows.
 
     Returns:
         As `attend_rows`, of `codec.unpack(packed)`.
@@ -143,10 +162,13 @@ def attend_packed(
             f"Got packed rows of {packed.dtype} and queries of {query.shape[-1]} numbers; this codec needs torch.uint8 "
             f"and {query_dim}."
         )
-    check_shapes(query, packed, codec.row_bytes, value_dim, bias, splits, lengths, input_precision)
-    check_keys(keys, packed, codec, value_dim)
+    check_shapes(query, packed, codec.row_bytes, value_dim, bias, splits, lengths, input_precision, paging, hidden)
+    check_keys(keys, packed, codec, value_dim, paging=paging)
     query = _scaled(query, scaling)
-    return _attend(Problem(query, packed, codec, value_dim, bias, lengths, query.dtype, input_precision, keys), splits)
+    problem = Problem(
+        query, packed, codec, value_dim, bias, lengths, query.dtype, input_precision, keys, paging, hidden
+    )
+    return _attend(problem, splits)
 
 
 def attend_heads(
@@ -263,10 +285,10 @@ def _scaled(query: torch.Tensor, scaling: float | None) -> torch.Tensor:
 
 
 def _attend(problem: Problem, splits: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    query, rows, value_dim = problem.query, problem.rows, problem.value_dim
+    query, value_dim = problem.query, problem.value_dim
     batch, queries, _ = query.shape
     device = query.device
-    if batch * queries * rows.shape[1] == 0:
+    if batch * queries * problem.count == 0:
         mixed = torch.zeros(batch, queries, value_dim, dtype=torch.float32, device=device)
         return mixed, torch.full((batch, queries), float("-inf"), dtype=torch.float32, device=device)
     if interpreted():  # it computes wrong numbers in bf16 and slow ones in fp16

@@ -2,7 +2,7 @@
 
 import torch
 
-from kvsplice_hf.attend.backend import CodedKeys
+from kvsplice_hf.attend.backend import CodedKeys, Paging
 from kvsplice_hf.attend.triton.pieces import PIECES, WIDEST, WIDEST_KEY
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.keys import TURN_DTYPE
@@ -22,6 +22,8 @@ def check_shapes(
     splits: int | None,
     lengths: torch.Tensor | None,
     input_precision: str,
+    paging: Paging | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> None:
     """Refuse what the attention kernel does not take; `row_size` is n, or the bytes of a packed row.
 
@@ -29,10 +31,12 @@ def check_shapes(
         ConfigError: shapes, dtypes or strides other than those of `calls.attend_rows`.
     """
     batch, queries, n = query.shape
-    if rows.dim() != 3 or rows.shape[0] != batch or rows.shape[2] != row_size:
+    if rows.dim() != 3 or (paging is None and rows.shape[0] != batch) or rows.shape[2] != row_size:
+        first = batch if paging is None else "pages"
         raise ConfigError(
-            f"Got rows {list(rows.shape)} for queries {list(query.shape)}; needed [{batch}, S, {row_size}]."
+            f"Got rows {list(rows.shape)} for queries {list(query.shape)}; needed [{first}, S, {row_size}]."
         )
+    _check_places(rows, batch, bias, lengths, paging, hidden)
     if rows.shape[1] > MOST_ROWS:
         raise ConfigError(f"Got {rows.shape[1]} rows per sequence; the kernels read at most {MOST_ROWS}.")
     if rows.stride(2) != 1 and row_size > 1:
@@ -55,12 +59,56 @@ def check_shapes(
         raise ConfigError(f"Got input_precision {input_precision!r}; it must be 'ieee' or 'tf32'.")
 
 
+def _check_places(
+    rows: torch.Tensor,
+    batch: int,
+    bias: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    paging: Paging | None,
+    hidden: torch.Tensor | None,
+) -> None:
+    """Refuse tables of pages, and indices of rows that are left out, that the kernel does not read.
+
+    What the tables hold is not looked at, which a GPU would have to be waited for: the kernel reads the nearest page.
+    """
+    if paging is not None:
+        table, ends = paging
+        fits = table.dim() == 2 and table.dtype in (torch.int32, torch.int64) and table.shape[1] > 0
+        fits = fits and ends.dtype in (torch.int32, torch.int64) and ends.is_contiguous()
+        fits = fits and ends.shape == table.shape[:1] == (batch,) and (table.stride(1) == 1 or table.shape[1] == 1)
+        fits = fits and bias is None and lengths is None and rows.shape[0] * rows.shape[1] > 0
+        if not fits or {table.device, ends.device} != {rows.device}:
+            raise ConfigError(
+                f"Got pages {list(rows.shape)} on {rows.device} with a table {table.dtype} {list(table.shape)} on "
+                f"{table.device} and lengths {ends.dtype} {list(ends.shape)} on {ends.device}; needed integers "
+                f"[{batch}, n] and [{batch}] there, each line of the table side by side, and neither bias nor lengths "
+                "beside them."
+            )
+        if table.shape[1] * rows.shape[1] > MOST_ROWS:
+            raise ConfigError(
+                f"Got {table.shape[1]} pages of {rows.shape[1]} rows per sequence; the kernels read at most "
+                f"{MOST_ROWS} rows."
+            )
+    if hidden is not None:
+        fits = hidden.dtype == torch.int64 and hidden.dim() == 2 and hidden.shape[0] == batch and hidden.shape[1] > 0
+        if not fits or not hidden.is_contiguous() or hidden.device != rows.device:
+            raise ConfigError(
+                f"Got hidden rows {hidden.dtype} {list(hidden.shape)} on {hidden.device}; needed int64 [{batch}, K] on "
+                f"{rows.device}, contiguous."
+            )
+
+
 def check_keys(
-    keys: CodedKeys | None, rows: torch.Tensor, codec: RowCodec, value_dim: int, widest: int = WIDEST_KEY
+    keys: CodedKeys | None,
+    rows: torch.Tensor,
+    codec: RowCodec,
+    value_dim: int,
+    widest: int = WIDEST_KEY,
+    paging: Paging | None = None,
 ) -> None:
     """Refuse keys that the attention kernel does not read from packed rows, whose shape is checked already.
 
-    Keys have `widest` numbers at most.
+    Keys have `widest` numbers at most. With pages, slots are as many as the longest sequence has rows.
 
     Raises:
         ConfigError: shapes, dtypes, strides or devices other than those of `CodedKeys`, or gains of other coordinates.
@@ -87,8 +135,12 @@ def check_keys(
         )
     if table.stride(1) != 1 and table.shape[1] > 1:
         raise ConfigError(f"Got a table of strides {table.stride()}; each line must lie side by side.")
-    if slots.dtype != torch.int32 or slots.shape != rows.shape[:2]:
-        raise ConfigError(f"Got slots {slots.dtype} {list(slots.shape)}; needed int32 {list(rows.shape[:2])}.")
+    if paging is not None:
+        needed, fits = f"[{len(paging.table)}, S]", slots.dim() == 2 and len(slots) == len(paging.table)
+    else:
+        needed, fits = str(list(rows.shape[:2])), slots.shape == rows.shape[:2]
+    if slots.dtype != torch.int32 or not fits:
+        raise ConfigError(f"Got slots {slots.dtype} {list(slots.shape)}; needed int32 {needed}.")
     devices = {tensor.device for tensor in (rows, *keys)}
     if len(devices) > 1:
         raise ConfigError(f"Got rows and keys on {sorted(map(str, devices))}; they must be on one device.")

@@ -95,6 +95,11 @@ KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
     ("gfx1100", "trellis, coded keys", 16): 1668,
     ("gfx1100", "trellis", 32): 2672,
     ("gfx1100", "trellis, coded keys", 32): 3248,
+    # Rows in pages, as far as the tests compile them: a page's number, and which rows are left out, in each step.
+    ("sm_80", "packed, in pages", 16): 120,
+    ("sm_80", "trellis, predicted latents, in pages", 16): 152,
+    ("gfx942", "coded keys, in pages", 16): 48,
+    ("gfx1100", "packed, in pages", 16): 916,
     # The kernel of all key heads, by the numbers of a key.
     ("sm_100", "heads of 64", 16): 24,
     ("sm_90", "heads of 64", 32): 32,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvsplice_hf.attend.backend import CodedKeys
+from kvsplice_hf.attend.backend import CodedKeys, Paging
 from kvsplice_hf.attend.triton.attention import attend_kernel
 from kvsplice_hf.attend.triton.blocks import Blocks, Limits, choose_blocks, choose_splits
 from kvsplice_hf.attend.triton.coded_keys import key_arguments, key_settings
@@ -60,11 +60,12 @@ class Problem(NamedTuple):
 
     Attributes:
         query: [B, M, n], contiguous, its factor applied; [B, M, v + P] with `keys`.
-        rows: [B, S, n], or packed uint8 [B, S, row_bytes] of `codec`.
+        rows: [B, S, n], or packed uint8 [B, S, row_bytes] of `codec`; those of all pages with `paging`.
         codec: None where rows are numbers.
         value_dim, bias, lengths, input_precision: see `calls.attend_rows`.
         dtype: of products.
         keys: how the keys of packed rows `[code | key code]` are read, coded before their rotation.
+        paging, hidden: see `calls.attend_rows`.
     """
 
     query: torch.Tensor
@@ -76,6 +77,16 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     input_precision: str = "ieee"
     keys: CodedKeys | None = None
+    paging: Paging | None = None
+    hidden: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """S, or with pages as many rows as there may be: lengths may say of each sequence that there are fewer."""
+        if self.paging is None:
+            return self.rows.shape[1]
+        most = self.paging.table.shape[1] * self.rows.shape[1]
+        return most if self.keys is None else min(most, self.keys.slots.shape[1])
 
     @property
     def read_dim(self) -> int:
@@ -100,24 +111,24 @@ def blocks_for(problem: Problem, limits: Limits) -> Blocks:
 def splits_for(problem: Problem, blocks: Blocks, limits: Limits) -> int:
     """Into how many shares its rows are divided on such a device."""
     batch, queries, _ = problem.query.shape
-    return choose_splits(problem.rows.shape[1], triton.cdiv(queries, blocks.queries) * batch, blocks.rows, limits)
+    return choose_splits(problem.count, triton.cdiv(queries, blocks.queries) * batch, blocks.rows, limits)
 
 
 def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: torch.Tensor) -> Launch:
     """The attention kernel, writing means [B, M, splits, v] and log-sum-exp [B, M, splits]."""
-    query, rows, codec, value_dim, bias, lengths, dtype, input_precision, keys = problem
+    query, rows, codec, value_dim, bias, lengths, dtype, input_precision, keys, paging, hidden = problem
     batch, queries, n = *query.shape[:2], problem.read_dim
     gained, tables = 0 if codec is None else len(codec.sigmas), problem.tables
     arguments = (
         query,
         rows,
         bias,
-        lengths,
+        lengths if paging is None else paging.lengths,
         mixed,
         lse,
         *_codec_arguments(codec, tables),
         queries,
-        rows.shape[1],
+        problem.count,
         n,
         value_dim,
         gained,
@@ -125,14 +136,17 @@ def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: to
         rows.stride(1),
         *_bias_strides(bias),
         *key_arguments(keys, codec, tables, dtype),
+        *_place_arguments(rows, paging, hidden),
     )
     settings = {
         "HAS_BIAS": bias is not None,
-        "HAS_LENGTHS": lengths is not None,
+        "HAS_LENGTHS": lengths is not None or paging is not None,
         "PACKED": codec is not None,
         "HAS_GAIN": gained > 0,
         **_piece_settings(pieces_of(n, keys is not None), value_dim, codec, tables),
         **key_settings(keys, codec, tables),
+        "PAGE_ROWS": 0 if paging is None else rows.shape[1],
+        "HIDDEN": 0 if hidden is None else triton.next_power_of_2(hidden.shape[1]),
         "BLOCK_M": blocks.queries,
         "BLOCK_S": blocks.rows,
         "DTYPE": DTYPES[dtype],
@@ -142,6 +156,12 @@ def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: to
     }
     grid = (triton.cdiv(queries, blocks.queries), batch, lse.shape[2])
     return Launch(attend_kernel, grid, arguments, settings)
+
+
+def _place_arguments(rows: torch.Tensor, paging: Paging | None, hidden: torch.Tensor | None) -> tuple[Any, ...]:
+    """The kernel's arguments from `pages` on. None leaves no trace in the kernel."""
+    of_pages = (None,) * 3 if paging is None else (paging.table, paging.table.stride(0), rows.shape[0])
+    return *of_pages, *((None, None) if hidden is None else (hidden, hidden.shape[1]))
 
 
 def merge_launch(parts: torch.Tensor, part_lse: torch.Tensor, mixed: torch.Tensor, lse: torch.Tensor) -> Launch:

@@ -71,6 +71,11 @@ def agreement_of(case: Case | HeadCase, device: str) -> Row:
 def _attention_off(case: Case, device: str) -> Row:
     problem = case.problem(device, empty=False)
     query, rows, codec, value_dim, bias = problem[:5]
+    if problem.paging is not None and problem.hidden is not None:
+        # The same rows side by side, those that are left out masked.
+        rows = rows[problem.paging.table].flatten(1, 2)[:, : case.rows]
+        bias = torch.zeros(1, 1, case.rows, dtype=torch.float32, device=rows.device)
+        bias[..., problem.hidden[0]] = torch.finfo(torch.float32).min
     numbers = rows if codec is not None else rows.float()
     of_heads = None if bias is None else bias[:, None]
     expected = reference.attend(query.float(), numbers, codec, value_dim, of_heads, keys=problem.keys)
@@ -92,9 +97,10 @@ def _heads_off(case: HeadCase, device: str) -> Row:
 
 def _attend(problem: Problem, splits: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     query, rows, codec, value_dim, bias = problem[:5]
+    places = {"paging": problem.paging, "hidden": problem.hidden}
     if codec is None:
-        return calls.attend_rows(query, rows, value_dim, bias, splits)
-    return calls.attend_packed(query, rows, codec, value_dim, bias, splits, keys=problem.keys)
+        return calls.attend_rows(query, rows, value_dim, bias, splits, **places)
+    return calls.attend_packed(query, rows, codec, value_dim, bias, splits, keys=problem.keys, **places)
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -56,7 +56,9 @@ def spills_allowed(case: Case | HeadCase, target: str) -> int:
     bits = torch.finfo(DTYPES[case.dtype]).bits
     if case.kernel == HEAD_KERNEL:
         return KNOWN_SPILLS.get((target, f"heads of {case.shape.row_dim // 2}", bits), SPILLED)
-    return KNOWN_SPILLS.get((target, rows, bits), SPILLED) if case.kernel == "attend" else SPILLED
+    if case.kernel != "attend":
+        return SPILLED
+    return KNOWN_SPILLS.get((target, rows + (", in pages" if case.paged else ""), bits), SPILLED)
 
 
 def markdown_of(rows: Iterable[Row], targets: Sequence[str]) -> str:
@@ -79,7 +81,7 @@ def markdown_of(rows: Iterable[Row], targets: Sequence[str]) -> str:
 def _line_of(row: Row) -> tuple[str, ...]:
     bits = f"{torch.finfo(DTYPES[row['dtype']]).bits} bits"
     if row["kernel"] == "attend":
-        return "attend", row["kind"], str(row["n"]), bits, row["phase"]
+        return "attend", row["kind"], str(row["n"]), bits, row["phase"] + (", in pages" if row["paged"] else "")
     if row["kernel"] == "merge":
         return "merge", "any", "any", "32 bits", f"{row['rows']:,} rows"
     return row["kernel"], row["kind"], str(row["n"]), bits, row["phase"]

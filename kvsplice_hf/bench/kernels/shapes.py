@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from kvsplice_hf.attend.backend import CodedKeys
+from kvsplice_hf.attend.backend import CodedKeys, Paging
 from kvsplice_hf.attend.triton.blocks import Limits
 from kvsplice_hf.attend.triton.launch import (
     Launch,
@@ -51,6 +51,8 @@ WIDE = "wide"
 _MOST_QUERIES = 1024
 _TINY_QUERIES = 20
 _PACKED_SHARE = 0.25
+# Of an engine: rows of a page, and how many tokens of 16 bits per number it has room for behind them.
+_PAGE, _EXACT = 16, 4
 # The variance of a coordinate falls with its place to the power of this, its error to a quarter with each bit. SmolLM2
 # as MLA comes out with widths like those that calibration gives it.
 _SPECTRUM = 1.5
@@ -147,6 +149,8 @@ class Case(NamedTuple):
         phase: one of `PHASES`.
         biased: whether scores get a bias, as those of padded batches and of prompts do.
         rows: S.
+        paged: whether the rows lie in pages, as those of an engine do, with a gap behind each, and first ones are left
+            out as those of exact tokens.
     """
 
     kernel: str
@@ -156,6 +160,7 @@ class Case(NamedTuple):
     phase: str
     biased: bool = False
     rows: int = ROWS
+    paged: bool = False
 
     @property
     def shape(self) -> RowShape:
@@ -192,11 +197,28 @@ class Case(NamedTuple):
         bias = numbers(1, self.queries // self.shape.heads, self.rows) if self.biased else None
         value_dim = n if is_whole else self.shape.latent_dim
         if self.kind not in PACKED_KINDS:
-            return Problem(query, rows.to(dtype), None, value_dim, bias, None, dtype)
+            return self._placed(Problem(query, rows.to(dtype), None, value_dim, bias, None, dtype))
         codec = packed_codec(self.shape, self.kind).to(device)
         packed = rows.new_empty(1, self.rows, codec.row_bytes, dtype=torch.uint8) if empty else codec.pack(rows)
         keys = coded_keys(self.shape, self.rows, device) if self.kind in WITH_CODED_KEYS else None
-        return Problem(query, packed, codec, value_dim, bias, None, dtype, keys=keys)
+        return self._placed(Problem(query, packed, codec, value_dim, bias, None, dtype, keys=keys))
+
+    def _placed(self, problem: Problem) -> Problem:
+        """The same with its rows in pages, if this case has such."""
+        if not self.paged:
+            return problem
+        rows, generator = problem.rows[0], torch.Generator("cpu").manual_seed(1)
+        width, device, pages = rows.shape[1], rows.device, -(-self.rows // _PAGE)
+        behind = _EXACT * self.shape.row_dim * (1 if self.kind not in PACKED_KINDS else 2)
+        stride = _PAGE * width + behind
+        memory = torch.zeros(pages * stride, dtype=rows.dtype, device=device)
+        placed = memory.as_strided((pages, _PAGE, width), (stride, width, 1))
+        table = torch.randperm(pages, generator=generator, dtype=torch.int64, device="cpu").to(device)
+        place = torch.arange(self.rows, dtype=torch.int64, device=device)
+        placed[table[place // _PAGE], place % _PAGE] = rows
+        lengths = torch.full((1,), self.rows, dtype=torch.int64, device=device)
+        hidden = torch.arange(_EXACT, dtype=torch.int64, device=device)[None]
+        return problem._replace(rows=placed, paging=Paging(table[None], lengths), hidden=hidden)
 
     def launch(self, limits: Limits) -> Launch:
         """Its launch on a device with such limits, of tensors on the CPU that hold nothing."""
@@ -222,13 +244,14 @@ class Case(NamedTuple):
 def cases(names: Sequence[str], rows: int = ROWS) -> Iterator[Case]:
     """All cases of some geometries.
 
-    Prompts have a bias, their causal mask; decode steps have one where a batch is padded. What float16 takes is what
-    bfloat16 takes, but for the conversions: one case each shows that.
+    Prompts have a bias, their causal mask; decode steps have one where a batch is padded, and rows in pages in an
+    engine. What float16 takes is what bfloat16 takes, but for the conversions: one case each shows that.
     """
     for name, kind, dtype in itertools.product(names, KINDS, DTYPES):
         yield Case("attend", name, kind, dtype, "decode", rows=rows)
         if dtype != "float16":
             yield Case("attend", name, kind, dtype, "decode", biased=True, rows=rows)
+            yield Case("attend", name, kind, dtype, "decode", rows=rows, paged=True)
             yield Case("attend", name, kind, dtype, "prefill", biased=True, rows=rows)
     for name, kind, count in itertools.product(names, ("full rank", "half rank"), (rows, LONG_CONTEXT)):
         yield Case("merge", name, kind, "float32", "decode", rows=count)
