@@ -158,7 +158,7 @@ def engine_config(model: Any, **settings: Any) -> Any:
     """What of `VllmConfig` is looked at, as it is where nothing special was asked for."""
     given = {"cache_dtype": "auto", "block_size": 16, "speculative": None, "connector": None, "lora": None}
     given |= {"decode_context": 1, "device": "cpu", "folder": "", "stages": 1, "mode": "NONE", "processes": 1}
-    given |= {"model_impl": "auto", "whole": model.config}
+    given |= {"model_impl": "auto", "whole": model.config, "dtype": torch.bfloat16, "two_batches": False}
     given |= settings
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -168,6 +168,7 @@ def engine_config(model: Any, **settings: Any) -> Any:
             model=given["folder"],
             revision=None,
             model_impl=given["model_impl"],
+            dtype=given["dtype"],
         ),
         cache_config=SimpleNamespace(cache_dtype=given["cache_dtype"], block_size=given["block_size"]),
         speculative_config=given["speculative"],
@@ -178,6 +179,7 @@ def engine_config(model: Any, **settings: Any) -> Any:
             prefill_context_parallel_size=1,
             pipeline_parallel_size=given["stages"],
             tensor_parallel_size=given["processes"],
+            use_ubatching=given["two_batches"],
         ),
         compilation_config=SimpleNamespace(mode=SimpleNamespace(name=given["mode"])),
         device_config=SimpleNamespace(device_type=given["device"]),

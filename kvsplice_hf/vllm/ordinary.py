@@ -130,4 +130,5 @@ def served_heads(directory: Path, layer_idx: int, config: Any, positions: int, d
         coded_keys=splice.keys is not None,
         heads=heads,
     )
-    return ServedHeads(splice, splice.identity, geometry, dtype, turns_at(config, positions, splice.keys))
+    turns = turns_at(config, positions, splice.keys, torch.device("cpu"))
+    return ServedHeads(splice, splice.identity, geometry, dtype, turns)

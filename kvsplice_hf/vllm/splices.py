@@ -75,7 +75,7 @@ def served_layer(
     Raises:
         CheckpointError: a file is missing, damaged, of a newer schema, or without this layer.
     """
-    splice, settings = splice_of(directory, layer_idx, dtype, device)
+    splice, settings = splice_of(directory, layer_idx, dtype)
     geometry = RowGeometry(
         splice.latent_dim,
         splice.rank,
@@ -84,19 +84,13 @@ def served_layer(
         None if splice.codec is None else splice.codec.row_bytes,
         coded_keys=splice.keys is not None,
     )
-    turns = turns_at(config, positions, splice.keys)
-    return ServedLayer(splice, geometry, dtype, turns, order_of_keys(config).to(device))
+    device = torch.device("cpu") if device is None else device
+    turns = turns_at(config, positions, splice.keys, device)
+    return ServedLayer(splice.to(device), geometry, dtype, turns, order_of_keys(config).to(device))
 
 
-def splice_of(
-    directory: Path, layer_idx: int, dtype: torch.dtype, device: torch.device | None = None
-) -> tuple[Any, KVSpliceConfig]:
-    """A copy of the splice of one layer, and the settings of all.
-
-    Args:
-        directory: of the splice.
-        layer_idx: of the cache layer.
-        dtype, device: of the model; by default on the CPU.
+def splice_of(directory: Path, layer_idx: int, dtype: torch.dtype) -> tuple[Any, KVSpliceConfig]:
+    """A copy of the splice of one layer in the dtype of the model, on the CPU, and the settings of all.
 
     Raises:
         CheckpointError: a file is missing, damaged, of a newer schema, or without this layer.
@@ -107,8 +101,7 @@ def splice_of(
             f"The splice in {directory} has no layer {layer_idx}: it has {sorted(splices)}. An engine needs all of "
             'them: save a splice that was made with layers="all".'
         )
-    device = torch.device("cpu") if device is None else device
-    return copy.deepcopy(splices[layer_idx]).to(device=device, dtype=dtype), settings
+    return copy.deepcopy(splices[layer_idx]).to(dtype), settings
 
 
 @functools.lru_cache(maxsize=1)
@@ -133,19 +126,18 @@ def _turns_of(text: str, positions: int, columns: tuple[int, ...], device: torch
     return turns.contiguous().to(device)
 
 
-def turns_at(config: Any, positions: int, keys: KeyProjection | None) -> torch.Tensor | None:
+def turns_at(config: Any, positions: int, keys: KeyProjection | None, device: torch.device) -> torch.Tensor | None:
     """The angles of all positions, uint8 [positions, F], as the rotary embedding of transformers makes them.
 
     Args:
         config: of the model.
         positions: how many.
-        keys: how the keys are coded before their rotation, on the device of the angles; None where they are coded after
-            it, and need no angles.
+        keys: how the keys are coded before their rotation; None where they are coded after it, and need no angles.
+        device: of the angles.
     """
     if keys is None:
         return None
-    columns, device = tuple(keys.pairs[2].tolist()), keys.pairs[2].device
-    return _turns_of(config.to_json_string(use_diff=False), positions, columns, device)
+    return _turns_of(config.to_json_string(use_diff=False), positions, tuple(keys.pairs[2].tolist()), device)
 
 
 def skeleton_of(config: Any, layers: int | None = None) -> Any:
