@@ -288,7 +288,7 @@ def _attend(problem: Problem, splits: int | None) -> tuple[torch.Tensor, torch.T
     query, value_dim = problem.query, problem.value_dim
     batch, queries, _ = query.shape
     device = query.device
-    if batch * queries * problem.count == 0:
+    if batch * queries * problem.row_count == 0:
         mixed = torch.zeros(batch, queries, value_dim, dtype=torch.float32, device=device)
         return mixed, torch.full((batch, queries), float("-inf"), dtype=torch.float32, device=device)
     if interpreted():  # it computes wrong numbers in bf16 and slow ones in fp16

@@ -81,7 +81,7 @@ class Problem(NamedTuple):
     hidden: torch.Tensor | None = None
 
     @property
-    def count(self) -> int:
+    def row_count(self) -> int:
         """S, or with pages as many rows as there may be: lengths may say of each sequence that there are fewer."""
         if self.paging is None:
             return self.rows.shape[1]
@@ -111,7 +111,7 @@ def blocks_for(problem: Problem, limits: Limits) -> Blocks:
 def splits_for(problem: Problem, blocks: Blocks, limits: Limits) -> int:
     """Into how many shares its rows are divided on such a device."""
     batch, queries, _ = problem.query.shape
-    return choose_splits(problem.count, triton.cdiv(queries, blocks.queries) * batch, blocks.rows, limits)
+    return choose_splits(problem.row_count, triton.cdiv(queries, blocks.queries) * batch, blocks.rows, limits)
 
 
 def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: torch.Tensor) -> Launch:
@@ -128,7 +128,7 @@ def attend_launch(problem: Problem, blocks: Blocks, mixed: torch.Tensor, lse: to
         lse,
         *_codec_arguments(codec, tables),
         queries,
-        problem.count,
+        problem.row_count,
         n,
         value_dim,
         gained,

@@ -97,10 +97,10 @@ def _heads_off(case: HeadCase, device: str) -> Row:
 
 def _attend(problem: Problem, splits: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     query, rows, codec, value_dim, bias = problem[:5]
-    places = {"paging": problem.paging, "hidden": problem.hidden}
+    paging, hidden, keys = problem.paging, problem.hidden, problem.keys
     if codec is None:
-        return calls.attend_rows(query, rows, value_dim, bias, splits, **places)
-    return calls.attend_packed(query, rows, codec, value_dim, bias, splits, keys=problem.keys, **places)
+        return calls.attend_rows(query, rows, value_dim, bias, splits, paging=paging, hidden=hidden)
+    return calls.attend_packed(query, rows, codec, value_dim, bias, splits, keys=keys, paging=paging, hidden=hidden)
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -17,7 +17,7 @@ from kvsplice_hf.attend.triton.compilation import (
     limit_excesses,
     resources_of,
 )
-from kvsplice_hf.bench.kernels.head_shapes import HEAD_KERNEL, HeadCase
+from kvsplice_hf.bench.kernels.head_shapes import HeadCase
 from kvsplice_hf.bench.kernels.shapes import DTYPES, PACKED_KINDS, Case
 
 
@@ -54,7 +54,7 @@ def spills_allowed(case: Case | HeadCase, target: str) -> int:
     """Bytes of a thread that may be spilled."""
     rows = case.kind if case.kind in PACKED_KINDS else "unquantised"
     bits = torch.finfo(DTYPES[case.dtype]).bits
-    if case.kernel == HEAD_KERNEL:
+    if isinstance(case, HeadCase):
         return KNOWN_SPILLS.get((target, f"heads of {case.shape.row_dim // 2}", bits), SPILLED)
     if case.kernel != "attend":
         return SPILLED
