@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_convert import assert_same, build, divergence, logits, make, tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -40,15 +41,17 @@ def test_what_the_plain_form_can_hold_it_holds_exactly(name: str) -> None:
     assert_same(torch.cat(steps, 1), expected, 1e-4)
 
 
-def test_the_plain_form_has_no_bias_and_the_default_frequencies(tmp_path: Any) -> None:
-    converted = plain(make("llama-gqa"), kv_lora_rank=40)
+def test_the_plain_form_has_no_bias_the_default_frequencies_and_its_own_output_matrix(tmp_path: Any) -> None:
+    converted = plain(build("Llama", num_key_value_heads=1, tie_word_embeddings=True), kv_lora_rank=40)
     assert not [name for name in converted.state_dict() if name.endswith("bias")]
     assert not converted.config.attention_bias
     assert converted.config.rope_interleave
+    assert not converted.config.tie_word_embeddings
     assert converted.config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
     converted.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(logits(again, tokens()), logits(converted, tokens()))
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("rope_dim", [12, 6, 4, 2])

@@ -84,6 +84,19 @@ def test_latents_that_lie_in_few_dimensions_are_kept_exactly(name: str, bias: bo
     assert model.config.kv_lora_rank == RANK
 
 
+def test_the_reduced_model_has_an_output_matrix_of_its_own(tmp_path: Path) -> None:
+    model = build("deepseek_v3", tie_word_embeddings=True)
+    reduced, _ = reduce_rank(model, RANK // 2, tokens=TOKENS)
+    assert model.config.tie_word_embeddings
+    assert not reduced.config.tie_word_embeddings
+    with torch.no_grad():
+        reduced.get_input_embeddings().weight.mul_(2)
+    assert not torch.equal(reduced.lm_head.weight, reduced.get_input_embeddings().weight)
+    reduced.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(again, TOKENS[:1]), logits(reduced, TOKENS[:1]))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_result_is_a_stock_model(name: str, tmp_path: Path) -> None:
     smaller, _ = reduce_rank(build(name, torch.float32), 20, tokens=TOKENS)

@@ -259,10 +259,21 @@ def test_a_model_of_other_shapes_ends_the_start(saved: tuple[Any, Path]) -> None
         start.require_servable(engine_config(model), saved[1])
 
 
-def test_keys_that_the_engine_would_rotate_otherwise_end_the_start(saved: tuple[Any, Path]) -> None:
+UNREAD = {
+    "rope_interleave=False": {"rope_interleave": False},
+    "tie_word_embeddings=True": {"tie_word_embeddings": True},
+    "attention_bias=True": {"attention_bias": True},
+    "rope_type='linear'": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+    "attention_factor=1.0": {"rope_parameters": {"rope_type": "yarn", "attention_factor": 1.0, "mscale_all_dim": 1.0}},
+}
+
+
+@pytest.mark.parametrize("setting", UNREAD)
+def test_settings_that_the_engine_does_not_read_end_the_start(setting: str, saved: tuple[Any, Path]) -> None:
     model = build("deepseek_v3", torch.float32)
-    model.config.rope_interleave = False
-    with pytest.raises(UnsupportedError, match="rope_interleave=False"):
+    for name, value in UNREAD[setting].items():
+        setattr(model.config, name, value)
+    with pytest.raises(UnsupportedError, match=setting):
         start.require_servable(engine_config(model), saved[1])
 
 

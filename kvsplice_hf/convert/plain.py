@@ -1,10 +1,11 @@
 """The plain form of a converted model: what every engine that serves DeepSeek takes.
 
-The form of `target` has biases (a constant channel holds its norm still) and any list of frequencies. Engines read
-neither, and without an error compute something else. The plain form has no bias, and the default RoPE: each of its
-frequencies once, in order. Its norm is held still by channels that nobody reads (`narrow`): a hidden state behind its
-norm has always the same length, so the more of it the latent holds, the less the latent's own norm varies. With a
-latent as wide as the hidden states it does not vary at all.
+The form of `target` has biases (a constant channel holds its norm still) and any list of frequencies, and its output
+matrix may be that of its embeddings. Engines read none of that, and without an error compute something else. The plain
+form has no bias, an output matrix of its own, and the default RoPE: each of its frequencies once, in order. Its norm is
+held still by channels that nobody reads (`narrow`): a hidden state behind its norm has always the same length, so the
+more of it the latent holds, the less the latent's own norm varies. With a latent as wide as the hidden states it does
+not vary at all.
 
 Legend: see the package and `target`.
 """
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DeepseekV3ForCausalLM
 
 from kvsplice_hf.convert.lowrank import LatentStatistics
@@ -105,6 +107,7 @@ def build_plain_model(
         "attention_bias": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": parameters["rope_theta"]},
         "rope_interleave": True,
+        "tie_word_embeddings": False,
     }
     return assemble(source, config_of(source, layers[0], 2 * len(slots), settings), states)
 
@@ -132,3 +135,17 @@ def _attention_state(
 def _gains(layer: Any) -> torch.Tensor:
     """Of the norm before the attention, float64 [D]."""
     return layer.input_layernorm.weight.detach().cpu().double()
+
+
+def untie_(model: Any) -> None:
+    """Give a model an output matrix of its own, where it has that of its embeddings.
+
+    Engines that serve DeepSeek do not read `tie_word_embeddings`: vLLM 0.32.0 computes logits with a matrix that
+    nothing was loaded into, without an error.
+    """
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    head: Any = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

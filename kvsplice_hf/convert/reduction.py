@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from kvsplice_hf.calibration.calibrator import KVSpliceCalibrator
 from kvsplice_hf.calibration.solve import latent_metric
 from kvsplice_hf.convert.narrow import Narrowing, narrow
+from kvsplice_hf.convert.plain import untie_
 from kvsplice_hf.errors import CalibrationError, ConfigError, PatchStateError, UnsupportedError
 from kvsplice_hf.patch.families import AttentionSite
 from kvsplice_hf.patch.sites import find_sites
@@ -73,7 +74,8 @@ def reduce_rank(
             `tokens`.
 
     Returns:
-        The new model, in the dtype, on the device and in the mode of `model`; and what became of each layer.
+        The new model, in the dtype, on the device and in the mode of `model`, with an output matrix of its own (engines
+        read no tied one); and what became of each layer.
 
     Raises:
         UnsupportedError: the model is of another type, or has weights that are packed, adapted or divided.
@@ -104,6 +106,7 @@ def reduce_rank(
         _replace(smaller.get_submodule(site.name), found, gains)
         layers.append(ReducedLayer(site.name, found.read, found.cost, found.unsteadiness))
     smaller.config.kv_lora_rank = rank
+    untie_(smaller)
     return smaller, layers
 
 

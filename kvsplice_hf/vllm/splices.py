@@ -25,6 +25,8 @@ from kvsplice_hf.vllm.pages import ServedLayer
 # By the type of the model, whether transformers puts the first numbers of all pairs of a key in front.
 _FIRST_NUMBERS_IN_FRONT = {"deepseek_v2": False, "deepseek_v3": True}
 
+# The kinds of RoPE that vLLM has for these models.
+_ROPE = ("default", "yarn")
 # vLLM writes names of its own into the settings of a model when it makes it, for what they call yarn.
 _NAMES_OF_VLLM = "deepseek_"
 
@@ -33,7 +35,7 @@ def require_known_model(config: Any) -> None:
     """Check that rows of a model can be served, by its settings.
 
     Raises:
-        UnsupportedError: another kind of model, or keys in an order that vLLM does not have.
+        UnsupportedError: another kind of model, or settings that vLLM does not read.
     """
     kind = getattr(config, "model_type", "")
     if kind not in _FIRST_NUMBERS_IN_FRONT:
@@ -42,10 +44,23 @@ def require_known_model(config: Any) -> None:
             f"vLLM keeps spliced rows of models of the types {known}; this one is {kind!r}. Unset KVSPLICE_VLLM to "
             "serve it as it is, or run it in transformers with load_kvsplice."
         )
-    if not getattr(config, "rope_interleave", True):
+    parameters = getattr(config, "rope_parameters", None) or {}
+    rope = parameters.get("rope_type", "default")
+    unread = {
+        "rope_interleave=False": not getattr(config, "rope_interleave", True),
+        "tie_word_embeddings=True": getattr(config, "tie_word_embeddings", False),
+        "attention_bias=True": getattr(config, "attention_bias", False),
+        f"rope_type={rope!r}": rope not in _ROPE and not str(rope).startswith(_NAMES_OF_VLLM),
+        # It then leaves out the factor on scores.
+        "mscale_all_dim beside attention_factor=1.0": parameters.get("attention_factor") == 1.0
+        and bool(parameters.get("mscale_all_dim")),
+    }
+    found = [name for name, is_found in unread.items() if is_found]
+    if found:
         raise UnsupportedError(
-            "This model has rope_interleave=False, which vLLM does not read: it would rotate other numbers of a key "
-            "than transformers. Unset KVSPLICE_VLLM, or run it in transformers with load_kvsplice."
+            f"This model has {', '.join(found)}, which vLLM does not read for models of its type: without an error it "
+            "would compute something else. Run it in transformers with load_kvsplice, or serve a model in the plain "
+            "form (convert_to_mla with plain=True; docs/conversion.md)."
         )
 
 
