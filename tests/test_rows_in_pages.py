@@ -14,7 +14,8 @@ from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patch.absorbed import step_of
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.vllm import pages as pages_module
-from kvsplice_hf.vllm.pages import Pages, ServedLayer, attend_pages, batch_of, pages_of, store
+from kvsplice_hf.vllm.batches import batch_of
+from kvsplice_hf.vllm.pages import Pages, ServedLayer, attend_pages, pages_of, store
 from kvsplice_hf.vllm.splices import served_layer
 
 

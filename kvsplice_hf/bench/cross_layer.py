@@ -2,13 +2,13 @@
 
 The first layer of a group is coded as ever. Of each other one what is left of its numbers is coded, after linear
 prediction from the rows of the earlier ones as they read back. All recipes get their bits by one rule, reverse
-water-filling over all layers, that of groups of one among them, so that they can be compared.
+water-filling over all layers, that of groups of one among them, so that they can be compared. What an error of a number
+costs is taken from the bits that calibration gave it: it gives w bits to what costs about 4^w times what nothing does.
 
 Legend: `M` sampled rows, `n` numbers of a row, `D` numbers of all rows of the earlier layers of a group.
 """
 
 import contextlib
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kvsplice_hf.code.codec import RowCodec, gain_factors
+from kvsplice_hf.calibration.allocate import fit_scales
+from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.codecs import Codec
 from kvsplice_hf.code.heads import PartKey, layer_of
 from kvsplice_hf.code.trellis import TrellisCodec
@@ -29,6 +30,9 @@ from kvsplice_hf.patch.state import splice_parts_of
 
 # The squared error of 0 to 7 bits over the variance of a Gaussian coordinate, rounded (Max, 1960).
 _ROUNDED = (1.0, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.000641, 0.000163)
+# Rows that the scale of each number is fitted to.
+_SCALE_ROWS = 2048
+_MOST_BITS = len(_ROUNDED) - 1
 _FIRST = KVSpliceConfig.sink_tokens
 _RIDGE = 0.003
 _LEAST = 1e-12
@@ -181,8 +185,8 @@ class Groups:
         self._layers = sorted({layer_of(part) for part in codecs})
         self.deviations: dict[PartKey, torch.Tensor] = {}
         self._weights: dict[PartKey, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._shapes = _scales_by_width(sample, codecs)
-        self._unit: dict[PartKey, torch.Tensor] = {}
+        self._unit: dict[PartKey, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._costs = {part: _costs(sample.came[part], codec) for part, codec in codecs.items()}
         for layer in tqdm(self._layers, desc=f"groups of {size}", file=sys.stderr):
             self._fit(layer, sample)
 
@@ -212,7 +216,8 @@ class Groups:
             offset = centre[place] - mean @ of_part if sources else centre[place]
             self._weights[part] = of_part.float(), offset.float()
             self.deviations[part] = rest[:, place].std(0).clamp_min(_LEAST).float()
-            self._unit[part] = _unit_deviations(rest[:, place].float(), self.deviations[part], self._codecs[part])
+            some = rest[:: max(1, len(rest) // _SCALE_ROWS), place].float()
+            self._unit[part] = _without_gains(some, self.deviations[part], self._codecs[part])
 
     def bits_saved(self, ordinary: "Groups") -> float:
         """Bits per number at equal squared error in which these groups differ from those of one layer, on average."""
@@ -241,58 +246,51 @@ class Groups:
         return sum(row_bytes(own, *gained[part]) for part, own in widths.items()) / len(self._layers)
 
     def _widths(self, least_gain: float) -> dict[PartKey, torch.Tensor]:
-        """Bits of numbers, each of which takes off so much squared error at least."""
+        """Bits of numbers, each of which takes off at least so much of what errors cost."""
         ratios = TrellisCodec.error_ratios().tolist()
         expected = [error * ratio for error, ratio in zip(_ROUNDED, ratios, strict=False)]
         errors = torch.tensor(expected, dtype=torch.float64, device="cpu")
         gains = errors[:-1] - errors[1:]
         return {
-            part: (deviations.double().square()[:, None] * gains >= least_gain).sum(1)
+            part: ((self._costs[part] * deviations.double().square())[:, None] * gains >= least_gain).sum(1)
             for part, deviations in self.deviations.items()
         }
 
     def _made(self, part: PartKey, widths: torch.Tensor) -> RowCodec:
         own, deviations = self._codecs[part], self.deviations[part]
         first, last = len(own.sigmas), len(own.sigmas) + len(own.key_sigmas)
+        unit, weight = self._unit[part]
+        scales = torch.ones_like(deviations)
+        for width in widths.unique().tolist():
+            if width:
+                chosen = widths == width
+                scales[chosen] = fit_scales(unit[:, chosen], weight[:, chosen], width)[0]
         return TrellisCodec(
-            widths,
-            self._unit[part] * torch.tensor(self._shapes, dtype=torch.float32, device="cpu")[widths],
-            torch.zeros_like(deviations),
-            deviations[:first],
-            deviations[first:last],
+            widths, scales * deviations, torch.zeros_like(deviations), deviations[:first], deviations[first:last]
         )
 
 
-def _unit_deviations(rows: torch.Tensor, deviations: torch.Tensor, own: RowCodec) -> torch.Tensor:
-    """Of rows [M, n] around 0 whose size the gains take out, [n]."""
+def _costs(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
+    """What a squared error of each number of rows [M, n] costs, up to a factor that all share; float64 [n].
+
+    Numbers of one width do not cost the same, and how much is not kept: each lies somewhere within its half bit, at a
+    place that is drawn once, the same for all sizes of groups.
+    """
+    drawn = torch.rand(
+        rows.shape[1], generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu"
+    )
+    bits = codec.widths.double().cpu().clamp(max=float(_MOST_BITS)) + drawn - 0.5
+    return 4.0**bits / rows.double().var(0).clamp_min(_LEAST**2)
+
+
+def _without_gains(rows: torch.Tensor, deviations: torch.Tensor, own: RowCodec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [M, n] around 0 over their deviations and the gains of each, and the squares of these gains, [M, n]."""
     first, last = len(own.sigmas), len(own.sigmas) + len(own.key_sigmas)
-    relative, found = rows / deviations, []
-    for start, stop, has_gain in ((0, first, True), (first, last, True), (last, rows.shape[1], False)):
-        part = relative[:, start:stop]
-        size = part.square().mean(1, keepdim=True).sqrt().clamp_min(_LEAST) if has_gain and stop > start else 1.0
-        found.append((part / size).square().mean(0).sqrt())
-    return torch.cat(found).clamp_min(_LEAST) * deviations
-
-
-def _scales_by_width(sample: Sample, codecs: Mapping[PartKey, RowCodec]) -> list[float]:
-    """The largest level over the deviation of a coordinate, by width 0 to 7, as calibration has fitted it."""
-    found: list[list[float]] = [[] for _ in _ROUNDED]
-    for part, codec in codecs.items():
-        rows = sample.came[part].float()
-        gains = gain_factors(codec.gains(rows))
-        first, last = len(codec.sigmas), len(codec.sigmas) + len(codec.key_sigmas)
-        factors = torch.ones_like(rows)
-        if first:
-            factors[:, :first] = gains[:, :1]
-        if last > first:
-            factors[:, first:last] = gains[:, -1:]
-        deviations = ((rows - codec.centres) / factors).square().mean(0).sqrt()
-        for width, ratio in zip(codec.widths.tolist(), (codec.scales / deviations).tolist(), strict=True):
-            if 0 < width < len(found):
-                found[width].append(ratio)
-    known = [statistics.median(ratios) if ratios else 0.0 for ratios in found]
-    filled = [width for width, ratio in enumerate(known) if ratio]
-    return [known[min(filled, key=lambda other: abs(other - width))] for width in range(len(known))]
+    relative, gains = rows / deviations, torch.ones_like(rows)
+    for start, stop in ((0, first), (first, last)):
+        if stop > start:
+            gains[:, start:stop] = relative[:, start:stop].square().mean(1, keepdim=True).sqrt().clamp_min(_LEAST)
+    return relative / gains, gains.square()
 
 
 @contextlib.contextmanager

@@ -137,7 +137,10 @@ def inputs_of(part: Part, columns: Columns, numbers: Numbers, gains: Numbers | N
 
 def level_values(columns: Columns, numbers: Numbers) -> Numbers:
     """Levels of their numbers, [T, c]."""
-    return np.stack([levels[numbers[:, index]] for index, levels in enumerate(columns.levels)], axis=1)
+    found = np.empty(numbers.shape, dtype=np.int64, order="F")
+    for index, levels in enumerate(columns.levels):
+        levels.take(numbers[:, index], out=found[:, index])
+    return found
 
 
 class Likelihoods:
@@ -165,9 +168,11 @@ class Likelihoods:
         widened = usual[:, columns.groups]
         sums = exact_product(predictors, part.weights) + part.offset
         limit = 1 << 20
-        self._means = np.clip(scaled(sums, part.units - widened, -Z_BITS), -limit, limit)
+        means = np.clip(scaled(sums, part.units - widened, -Z_BITS), -limit, limit)
         scales = np.clip(part.spreads + scales_of(columns, gains) - widened, -128, _LARGEST_SCALE)
-        self._mantissas, self._shifts = _MANTISSAS[scales & 15], LEVEL_BITS - Z_BITS + 16 - (scales >> 4)
+        shifts = LEVEL_BITS - Z_BITS + 16 - (scales >> 4)
+        # Columns are looked at one by one, so each of them lies in one piece.
+        self._means, self._mantissas, self._shifts = map(np.asfortranarray, (means, _MANTISSAS[scales & 15], shifts))
         self._edges = [edges_of(levels, step) for levels, step in zip(columns.levels, columns.steps, strict=True)]
 
     def count(self, column: int) -> int:
@@ -220,7 +225,8 @@ def take_part(reader: Reader, likely: Likelihoods, rows: int) -> tuple[Numbers, 
         CheckpointError: the words end here.
     """
     count = len(likely.columns.steps)
-    numbers, codes = np.zeros((rows, count), dtype=np.int64), np.zeros((rows, count), dtype=np.int64)
+    numbers = np.zeros((rows, count), dtype=np.int64, order="F")
+    codes = np.zeros((rows, count), dtype=np.int64, order="F")
     for first, last, chained in likely.columns.chains:
         parity = Parity(rows)
         for column in range(first, last):
