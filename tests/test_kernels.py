@@ -121,7 +121,8 @@ def assert_same(
     expected: tuple[torch.Tensor, torch.Tensor],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    tolerance = 2e-5 if kernels.interpreted() else TOLERANCE[dtype]
+    # In which order a processor adds makes differences of up to 3e-5 of numbers around 1.
+    tolerance = 5e-5 if kernels.interpreted() else TOLERANCE[dtype]
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
