@@ -62,6 +62,7 @@ FIRST_TOKEN = 8
 SHAPE = SMALL_SHAPE | {"num_hidden_layers": 3, "first_k_dense_replace": 3, "max_position_embeddings": 2048}
 LONGEST = 256
 LONGEST_PROMPT = 200
+PIECE = 64
 # What goes around vLLM's fault with plain RoPE on CPUs.
 REMEDY = {"custom_ops": [plugin.NO_OWN_ROTATION]}
 # Latent and key of the only rows that vLLM's own backend for CPUs decodes.
@@ -152,13 +153,19 @@ def make_prompts(args: Arguments) -> list[list[int]]:
 
 
 @torch.no_grad()
-def by_transformers(model: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float]:
-    """What the patched model writes, and its mean loss on the prompts, nats per token."""
+def by_transformers(
+    model: Any, prompts: list[list[int]], new_tokens: int, piece: int | None = None
+) -> tuple[list[list[int]], float]:
+    """What the patched model writes, and its mean loss on the prompts, nats per token.
+
+    With `piece`, prompts are read in pieces of so many tokens before it writes.
+    """
     written, loss, count = [], 0.0, 0
     model.generation_config.eos_token_id = None  # all go on to the end, as those of the engine do
     for prompt in tqdm(prompts, desc="transformers", file=sys.stderr):
         ids = torch.tensor([prompt])
-        out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+        settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0, "prefill_chunk_size": piece}
+        out = model.generate(ids, **settings)
         written.append(out[0, len(prompt) :].tolist())
         scores = model(ids).logits[0, :-1].log_softmax(-1)
         loss -= scores.gather(1, ids[0, 1:, None]).sum().item()
@@ -224,9 +231,9 @@ def modes_of(args: Arguments, config: Any) -> dict[str, tuple[bool, dict[str, An
         """As many pages as two of the longest prompts take."""
         return {"num_gpu_blocks_override": 1 + 2 * math.ceil((LONGEST_PROMPT + args.new_tokens) / size)}
 
-    pieces = {"enable_prefix_caching": True, "max_num_batched_tokens": 64}
+    pieces = {"enable_prefix_caching": True, "max_num_batched_tokens": PIECE}
     found: dict[str, tuple[bool, dict[str, Any]]] = {
-        "prefix caching, prompts in pieces of 64": (True, pieces),
+        f"prefix caching, prompts in pieces of {PIECE}": (True, pieces),
         "no prefix caching": (True, {"enable_prefix_caching": False, "max_num_batched_tokens": 8192}),
         "a cache of few pages": (True, {"enable_prefix_caching": True} | few_of(size)),
     }
@@ -245,17 +252,30 @@ def modes_of(args: Arguments, config: Any) -> dict[str, tuple[bool, dict[str, An
     return found
 
 
+def in_pieces(
+    model: Any, prompts: list[list[int]], written: list[list[int]], loss: float, count: int
+) -> dict[str, Any]:
+    """How much transformers differs from itself: a prompt as a whole and in pieces is computed with other rounding."""
+    other, _ = by_transformers(model, prompts, count, piece=PIECE)
+    same = sum(one == two for one, two in zip(other, written, strict=True))
+    perplexity = {"perplexity": math.exp(loss), "perplexity_transformers": math.exp(loss)}
+    found = {"mode": f"transformers itself, prompts in pieces of {PIECE}", "same": same, "same_again": same}
+    return found | {"prompts": len(prompts), "preemptions": 0, "prefix_hits": 0} | perplexity
+
+
 def compare(args: Arguments, model_folder: Path, splice: Path) -> list[dict[str, Any]]:
     """Tokens and loss of engines beside those of transformers."""
     prompts, config = make_prompts(args), AutoConfig.from_pretrained(model_folder)
     modes = modes_of(args, config)
-    expected = {}
+    rows: list[dict[str, Any]] = []
+    expected: dict[bool, tuple[list[list[int]], float]] = {}
     for spliced in {spliced for spliced, _ in modes.values()}:
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
         model = load_kvsplice(model, splice) if spliced else model
-        expected[spliced] = by_transformers(model, prompts, args.new_tokens)
+        expected[spliced] = written, loss = by_transformers(model, prompts, args.new_tokens)
+        if spliced:
+            rows.append(in_pieces(model, prompts, written, loss, args.new_tokens))
         del model
-    rows = []
     for name, (spliced, settings) in modes.items():
         common = {"dtype": "float32", "block_size": args.block_size, "max_num_seqs": 32}
         common |= {"kv_cache_memory_bytes": args.engine_mb << 20}
