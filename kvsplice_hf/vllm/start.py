@@ -119,7 +119,7 @@ def _require_supported(engine: Any, of_heads: bool) -> None:
         "a KV connector": engine.kv_transfer_config is not None,
         "LoRA": engine.lora_config is not None,
         "context parallelism": max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1,
-        f"device {device!r}": device not in (("cpu",) if of_heads else ("cpu", "cuda")),
+        f"device {device!r}": device not in ("cpu", "cuda"),
         "float32 on a GPU": device == "cuda" and model.dtype is torch.float32,
         "two batches at once": parallel.use_ubatching,
         "VLLM_MLA_DISABLE": not of_heads and not model.use_mla,

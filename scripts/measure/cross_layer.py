@@ -133,21 +133,25 @@ def bytes_at_equal_loss(rows: Sequence[dict[str, Any]], size: int) -> float | No
     return float((np.log(target["kl_nats"]) - start) / slope)
 
 
-def shape_of(model_name: str, dtype: str) -> RowShape:
-    """Queries of one row, and the numbers of a latent (or value) and of a key."""
+def shape_of(model_name: str, dtype: str) -> tuple[RowShape, int]:
+    """Queries of one row, and the numbers of a latent (or value) and of a key; and the rows of a layer.
+
+    A layer of ordinary attention has a row for each key head, and each of them is predicted from all of earlier layers.
+    """
     site = find_sites(load_model(model_name, dtype).model)[0]
-    queries = site.num_heads // max(site.kv_heads, 1)
-    return RowShape(queries, site.kv_lora_rank, site.qk_rope_head_dim)
+    heads = max(site.kv_heads, 1)
+    return RowShape(site.num_heads // heads, site.kv_lora_rank, site.qk_rope_head_dim), heads
 
 
 @torch.no_grad()
 def measure_time(args: Arguments) -> dict[int, float]:
     """Seconds of attention of one token on rows of one layer, two layers and so on, by number of layers."""
-    shape, calls = shape_of(args.model, args.dtype), {}
+    (shape, of_layer), calls = shape_of(args.model, args.dtype), {}
     for layers in range(1, max(args.groups) + 1):
-        longer = RowShape(shape.heads, shape.latent_dim * layers, shape.rope_dim * layers)
+        rows_read = 1 + (layers - 1) * of_layer
+        longer = RowShape(shape.heads, shape.latent_dim * rows_read, shape.rope_dim * rows_read)
         codec, keys = packed_codec(longer, TRELLIS_KEYS), coded_keys(shape, args.context, "cpu")
-        wide = keys.expand.repeat(1, layers) / layers
+        wide = keys.expand.repeat(1, rows_read) / rows_read
         read = CodedKeys(wide, keys.mean, keys.pairs, keys.table, keys.slots)
         generator = torch.Generator("cpu").manual_seed(0)
         numbers = torch.randn(1, args.context, longer.row_dim, generator=generator, dtype=torch.float32, device="cpu")
