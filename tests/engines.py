@@ -8,6 +8,8 @@ import gc
 import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 
@@ -17,6 +19,7 @@ os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 
+from kvsplice_hf.attend.native.backend import NativeBackend  # noqa: E402
 from kvsplice_hf.vllm import plugin, start  # noqa: E402
 
 
@@ -61,8 +64,29 @@ def size_of_cache(engine: LLM) -> dict[str, int]:
     return {"tokens": cache.num_gpu_blocks * cache.block_size, "page_bytes": pages}
 
 
+def watched_kernels() -> Counter[str]:
+    """Counts the calls of C++ that code new tokens, and those of decode steps that read rows in their pages."""
+    calls: Counter[str] = Counter()
+
+    def stand_in(name: str, counts: Callable[..., bool]) -> None:
+        function = getattr(NativeBackend, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += counts(*args)
+            return function(*args, **kwargs)
+
+        setattr(NativeBackend, name, watched)
+
+    stand_in("encode", lambda *args: True)
+    stand_in("decode", lambda backend, step: step.paging is not None)
+    stand_in("encode_heads", lambda *args: True)
+    stand_in("decode_heads", lambda *args: True)
+    return calls
+
+
 def main() -> None:
     asked = json.loads(sys.argv[1])
+    calls = watched_kernels()
     found: dict[str, Any] = {}
     engine = made(asked, "", attention_config={"backend": "CPU_MLA"})
     found["sizes|stock"] = size_of_cache(engine)
@@ -72,6 +96,8 @@ def main() -> None:
             engine = made(asked, folder, **settings)
             row: dict[str, Any] = {"first": written(asked, engine), "again": written(asked, engine)}
             row |= {counter: counted(engine, counter) for counter in ("num_preemptions", "prefix_cache_hits")}
+            row["kernels"] = dict(calls)
+            calls.clear()
             found[f"{name}|{mode}"] = row
             if "num_gpu_blocks_override" not in settings:
                 found[f"sizes|{name}"] = size_of_cache(engine)

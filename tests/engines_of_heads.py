@@ -8,10 +8,11 @@ how far keys that vLLM rotates are from those that transformers rotates; and wha
 
 import json
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
-from engines import counted, dropped, made, size_of_cache, written
+from engines import counted, dropped, made, size_of_cache, watched_kernels, written
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from vllm import SamplingParams
@@ -35,7 +36,7 @@ def scores(asked: dict[str, Any], engine: Any) -> list[list[float]]:
     ]
 
 
-def asked_of(asked: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+def asked_of(asked: dict[str, Any], wanted: dict[str, Any], calls: Counter[str]) -> dict[str, Any]:
     given = asked | {"base": wanted["model"], "block_size": wanted["block_size"]}
     engine = made(given, wanted["splice"], **wanted["settings"])
     layers = engine.llm_engine.vllm_config.compilation_config.static_forward_context.values()
@@ -44,6 +45,8 @@ def asked_of(asked: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     if wanted["writes"]:
         row |= {"first": written(asked, engine), "again": written(asked, engine)}
         row |= {counter: counted(engine, counter) for counter in ("num_preemptions", "prefix_cache_hits")}
+        row["kernels"] = dict(calls)
+        calls.clear()
     if not wanted["splice"]:
         row["scores"] = scores(asked, engine)
     dropped(engine)
@@ -81,7 +84,8 @@ def answer(layer: dict[str, Any]) -> str:
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
-    found: dict[str, Any] = {name: asked_of(asked, wanted) for name, wanted in asked["engines"].items()}
+    calls = watched_kernels()
+    found: dict[str, Any] = {name: asked_of(asked, wanted, calls) for name, wanted in asked["engines"].items()}
     found["rotations"] = {name: difference(rotation) for name, rotation in asked["rotations"].items()}
     found["layers"] = {name: answer(layer) for name, layer in asked["layers"].items()}
     print(json.dumps(found))

@@ -56,6 +56,34 @@ def test_modules_and_functions_can_be_seen_at_once(path: Path) -> None:
             assert size <= LONGEST_FUNCTION or has_reason(lines, begin - 4, begin), f"{node.name}: {size} lines"
 
 
+def in_the_order_of_hashes(node: ast.AST) -> bool:
+    """Whether an expression is a set, or is made of one without sorting it."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("sorted", "len"):
+        return False
+    is_set = isinstance(node, ast.Set | ast.SetComp) or (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("set", "frozenset")
+    )
+    of_keys = isinstance(node, ast.BinOp) and any(
+        isinstance(side, ast.Call) and isinstance(side.func, ast.Attribute) and side.func.attr in ("keys", "items")
+        for side in (node.left, node.right)
+    )
+    return is_set or of_keys or any(in_the_order_of_hashes(child) for child in ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda path: path.stem)
+def test_cases_of_tests_are_in_one_order_whatever_the_hashes_of_strings(path: Path) -> None:
+    """Otherwise processes that share the tests collect them differently, and none is run."""
+    decorators = [
+        decorator
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        for decorator in node.decorator_list
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.parametrize"
+    ]
+    cases = [decorator.args[1] for decorator in decorators if len(decorator.args) > 1]
+    assert [ast.unparse(case) for case in cases if in_the_order_of_hashes(case)] == []
+
+
 # What is held in a model's weights is asked of this room by all others, and no call goes on from it.
 ASKED_FROM_ANYWHERE = frozenset({"weights"})
 

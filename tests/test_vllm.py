@@ -18,6 +18,7 @@ from tiny_models import FIRST_ORDINARY_TOKEN, WEIGHT_STD, build
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, save_kvsplice
+from kvsplice_hf.attend.native.calls import kernels_available
 from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.heads import exact_states
 from kvsplice_hf.cache.rows import CompressedLatent
@@ -183,6 +184,7 @@ def test_angles_are_the_same_after_vllm_has_renamed_the_kind_of_rotation(tmp_pat
 def engine_config(model: Any, **settings: Any) -> Any:
     """What of `VllmConfig` is looked at, as it is where nothing special was asked for."""
     given = {"cache_dtype": "auto", "block_size": 16, "speculative": None, "connector": None, "lora": None}
+    given |= {"longest": 8192}
     given |= {"decode_context": 1, "device": "cpu", "use_mla": True, "folder": "", "stages": 1, "mode": "NONE"}
     given |= {"dtype": torch.bfloat16, "two_batches": False}
     given |= settings
@@ -192,6 +194,7 @@ def engine_config(model: Any, **settings: Any) -> Any:
             use_mla=given["use_mla"],
             model=given["folder"],
             revision=None,
+            max_model_len=given["longest"],
             dtype=given["dtype"],
         ),
         cache_config=SimpleNamespace(cache_dtype=given["cache_dtype"], block_size=given["block_size"]),
@@ -244,6 +247,20 @@ def test_what_an_engine_cannot_do_with_rows_ends_its_start(case: str, saved: tup
     settings, error, words = REFUSED[case]
     with pytest.raises(error, match=words):
         start.require_servable(engine_config(saved[0], **settings), saved[1])
+
+
+# Exact tokens, the longest sequence, and tokens of a page: the longer sequences may be, the larger.
+PAGES = [(4, 256, 128), (4, 2048, 256), (4, 8192, 512), (1, 8192, 256), (1, 64, 128), (64, 1 << 17, 512)]
+
+
+@pytest.mark.parametrize(("sinks", "longest", "tokens"), PAGES)
+def test_pages_grow_with_sequences_and_with_what_is_exact(sinks: int, longest: int, tokens: int) -> None:
+    assert plugin.tokens_of_page(sinks, longest) == tokens
+
+
+def test_a_quarter_of_the_bytes_holds_at_least_3_8_times_the_tokens_by_itself() -> None:
+    stock = 2 * (512 + 64)
+    assert stock / (stock / 4 + 4 * stock / plugin.tokens_of_page(4, 8192)) > 3.8
 
 
 @pytest.mark.parametrize("name", ["minicpm3", "longcat_flash"])
@@ -388,6 +405,16 @@ def test_an_engine_writes_what_the_patched_model_writes(splice: str, mode: str, 
     assert found["again"] == expected
     assert (found["num_preemptions"] > 0) == (mode == "a cache of few pages")
     assert (found["prefix_cache_hits"] > 0) == MODES[mode]["enable_prefix_caching"]
+
+
+@needs_vllm
+@pytest.mark.parametrize("mode", MODES)
+def test_the_rows_of_an_engine_are_coded_by_kernels_and_read_in_their_pages(mode: str, written: dict[str, Any]) -> None:
+    """vLLM hands over weights of classes of its own, which kernels refuse: that costs time, and no test of tokens."""
+    if not kernels_available("cpu"):
+        pytest.skip("the C++ code could not be compiled here")
+    kernels = written["bytes, exact tokens", mode]["kernels"]
+    assert all(kernels.get(name, 0) >= NEW_TOKENS for name in ("encode", "decode")), kernels
 
 
 @needs_vllm

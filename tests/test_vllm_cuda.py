@@ -191,7 +191,7 @@ def test_the_backend_says_that_it_cannot_be_captured() -> None:
 
 
 @needs_vllm
-@pytest.mark.parametrize(("size", "expected"), [(None, 256), (32, 32)])
+@pytest.mark.parametrize(("size", "expected"), [(None, 512), (32, 32)])
 def test_no_graph_is_captured_and_pages_keep_their_size(
     size: int | None, expected: int, cuda: Any, saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from test_vllm import NEW_TOKENS, PAGE, PIECES, PROMPTS, REFUSED, continued
 from transformers import AutoModelForCausalLM
 
 from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, save_kvsplice
+from kvsplice_hf.attend.native.calls import kernels_available
 from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.heads import CompressedHeads, encode_states, exact_states
 from kvsplice_hf.cache.turns import Turns
@@ -157,6 +158,7 @@ def test_tokens_without_a_place_are_not_stored(served: ServedHeads) -> None:
 def engine_config(model: Any, **settings: Any) -> Any:
     """What of `VllmConfig` is looked at, as it is where nothing special was asked for."""
     given = {"cache_dtype": "auto", "block_size": 16, "speculative": None, "connector": None, "lora": None}
+    given |= {"longest": 8192}
     given |= {"decode_context": 1, "device": "cpu", "folder": "", "stages": 1, "mode": "NONE", "processes": 1}
     given |= {"model_impl": "auto", "whole": model.config, "dtype": torch.bfloat16, "two_batches": False}
     given |= settings
@@ -167,6 +169,7 @@ def engine_config(model: Any, **settings: Any) -> Any:
             use_mla=False,
             model=given["folder"],
             revision=None,
+            max_model_len=given["longest"],
             model_impl=given["model_impl"],
             dtype=given["dtype"],
         ),
@@ -403,6 +406,15 @@ def test_an_engine_writes_what_the_patched_model_writes(name: str, written: dict
     assert found["again"] == expected
     assert (found["num_preemptions"] > 0) == (settings is FEW)
     assert (found["prefix_cache_hits"] > 0) == settings["enable_prefix_caching"]
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", [name for name, (_, rows, _) in ENGINES.items() if rows.startswith("bytes")])
+def test_the_rows_of_an_engine_are_coded_and_read_by_kernels(name: str, written: dict[str, Any]) -> None:
+    if not kernels_available("cpu"):
+        pytest.skip("the C++ code could not be compiled here")
+    kernels = written[name]["kernels"]
+    assert all(kernels.get(f"{kind}_heads", 0) >= NEW_TOKENS for kind in ("encode", "decode")), kernels
 
 
 @needs_vllm

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kvsplice_hf.attend import reference
-from kvsplice_hf.attend.alike import all_attend_alike, as_close, attend_alike, numbers_alike, packed_alike
+from kvsplice_hf.attend.alike import all_attend_alike, as_close, attend_alike, numbers_alike, numbers_of, packed_alike
 from kvsplice_hf.attend.backend import Attended, Backend, CodedKeys, HeadRows, Step
 from kvsplice_hf.attend.native.backend import NativeBackend
 from kvsplice_hf.attend.triton.backend import TritonBackend
@@ -165,7 +165,7 @@ def encode(
     backend = backend_for("encode", given, codec, coded_keys=keys is not None)
     if backend is None:
         return by_torch()
-    alike = packed_alike(codec, lambda: splice.numbers_to_store(latent, k_rot, turns))
+    alike = packed_alike(codec, numbers_of(splice, latent, k_rot, turns))
     of_weights = (weights.offset is None, latent.dtype, weights.compress.dtype, coded(keys is not None))
     kind = ("encode", codec is None, *of_weights, along(codec), backend.name)
     more = () if keys is None else (keys, turns)  # which only some backends take
@@ -178,7 +178,7 @@ def pack(rows: torch.Tensor, codec: Codec) -> torch.Tensor:
     if backend is None:
         return codec.pack(rows)
     kind = ("pack", rows.dtype, rows.device, along(codec), backend.name)
-    alike = packed_alike(codec, lambda: rows)
+    alike = packed_alike(codec, lambda _: rows)
     return either(kind, lambda: backend.pack(rows, codec), lambda: codec.pack(rows), alike)
 
 

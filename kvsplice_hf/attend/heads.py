@@ -3,14 +3,13 @@
 Legend: as in `attend.backend`.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from kvsplice_hf.attend.alike import both_alike, numbers_alike, packed_alike
+from kvsplice_hf.attend.alike import both_alike, numbers_alike, numbers_of, packed_alike
 from kvsplice_hf.attend.backend import Backend, HeadsStep
 from kvsplice_hf.attend.choice import along, backend_for, claiming, coded, either, encode, refusal
 from kvsplice_hf.code.heads import HeadSplices, turns_for
@@ -53,7 +52,7 @@ def encode_heads(
         places = itertools.pairwise([0, *itertools.accumulate(splices.row_bytes)])
         parts = zip(splices, splices.split(values, keys), places, strict=True)
         return all(
-            packed_alike(head.codec, functools.partial(head.numbers_to_store, *part, turns_for(head, turns)))(
+            packed_alike(head.codec, numbers_of(head, *part, turns_for(head, turns)))(
                 found[..., slice(*place)], expected[..., slice(*place)]
             )
             for head, part, place in parts

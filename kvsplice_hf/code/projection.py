@@ -274,17 +274,28 @@ class LearnedKVSplice(nn.Module):
         return rows if self.codec is None else self.codec.pack(rows)
 
     def numbers_to_store(
-        self, latent: torch.Tensor, k_rot: torch.Tensor, turns: torch.Tensor | None = None
+        self,
+        latent: torch.Tensor,
+        k_rot: torch.Tensor,
+        turns: torch.Tensor | None = None,
+        packed: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[code | key]` [..., r + p] of latents [..., R] and rotated keys [..., P], in the latents' dtype."""
-        key = self._keys_to_store(k_rot, turns).to(latent.dtype)
-        return torch.cat([self.encode(latent, self._as_read(key)), key], dim=-1)
+        """`[code | key]` [..., r + p] of latents [..., R] and rotated keys [..., P], in the latents' dtype.
 
-    def _as_read(self, key_code: torch.Tensor) -> torch.Tensor | None:
+        Args:
+            latent, k_rot, turns: as in `rows`.
+            packed: rows of the same tokens. Latents that are predicted from keys are so from those that these hold.
+        """
+        key = self._keys_to_store(k_rot, turns).to(latent.dtype)
+        return torch.cat([self.encode(latent, self._as_read(key, packed)), key], dim=-1)
+
+    def _as_read(self, key_code: torch.Tensor, packed: torch.Tensor | None) -> torch.Tensor | None:
         """What packing leaves of codes of keys [..., q], where latents are predicted from that."""
         if not self.predicted_from:
             return None
         assert self.codec is not None
+        if packed is not None:
+            return self.codec.unpack(packed)[..., self.rank :].to(key_code.dtype)
         return self.codec.behind(key_code, self.rank)
 
     def _keys_to_store(self, k_rot: torch.Tensor, turns: torch.Tensor | None) -> torch.Tensor:

@@ -98,7 +98,9 @@ class SplicedLayers:
         if folder is None:
             raise unlike_tested("a worker does not have the environment of the process that started it")
         model = self._engine.model_config
-        self._weight = get_and_maybe_dequant_weights(self.kv_b_proj, out_dtype=act_dtype)
+        weight = get_and_maybe_dequant_weights(self.kv_b_proj, out_dtype=act_dtype)
+        # vLLM's parameters are of classes of their own, which kernels do not take for plain memory.
+        self._weight = weight.detach().as_subclass(torch.Tensor)
         self._layer = served_layer(
             folder,
             extract_layer_index(self._name),

@@ -14,13 +14,15 @@ of the longest of them, `H` heads, `K` exact tokens, `R` kv_lora_rank, `P` qk_ro
 v_head_dim, `F` angles of a token.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from kvsplice_hf.attend.choice import decode, encode
+from kvsplice_hf.attend.choice import decode, encode, refusal
 from kvsplice_hf.cache.exact import ExactTokens
 from kvsplice_hf.cache.heads import exact_states
 from kvsplice_hf.cache.pages import token_bytes
@@ -30,6 +32,9 @@ from kvsplice_hf.code.projection import LearnedKVSplice
 from kvsplice_hf.patch.absorbed import absorbed_attention, step_of
 from kvsplice_hf.patch.expansion import absorbed_is_cheaper
 from kvsplice_hf.vllm.batches import Group
+
+
+logger = logging.getLogger(__name__)
 
 
 class RowsOfLayer(Protocol):
@@ -218,14 +223,22 @@ def _decoded(
     scaling: float,
 ) -> torch.Tensor:
     """Attention [B, 1, H, V] of one new token of each sequence, on rows in their pages where a backend reads them."""
+    rows = pages.rows.view(layer.geometry.row_dtype(layer.dtype))
+    step = step_of(query, _states(pages, layer, group, rows), weight, value_dim, None, scaling, None)
 
     def gathered() -> torch.Tensor:
+        _tell_what_is_in_the_way(refusal(step.numbers, step.codec, step.keys is not None))
         states = _gathered(pages, layer, group)
         return absorbed_attention(query, states, weight, value_dim, group.mask, scaling)[0]
 
-    rows = pages.rows.view(layer.geometry.row_dtype(layer.dtype))
-    step = step_of(query, _states(pages, layer, group, rows), weight, value_dim, None, scaling, None)
     return decode(step._replace(paging=group.paging), gathered)
+
+
+@functools.cache
+def _tell_what_is_in_the_way(reason: str | None) -> None:
+    """Say once why no kernel reads rows in their pages. (None: it is being compared, or rows are numbers.)"""
+    if reason is not None:
+        logger.warning("Rows are gathered from their pages and read by PyTorch, which takes longer: %s.", reason)
 
 
 def _gathered(pages: Pages, layer: ServedLayer, group: Group) -> CompressedLatent:

@@ -4,6 +4,7 @@ vLLM calls `register` in each of its processes. Without the variable nothing hap
 """
 
 import logging
+import math
 from typing import Any
 
 
@@ -19,8 +20,10 @@ _CUDA = (
 _HEADS = "kvsplice_hf.vllm.heads_backend.SplicedHeadsBackend", ("CPU_ATTN",)
 _PATCHED = "check_and_update_config"
 NO_OWN_ROTATION = "-rotary_embedding"
-# Tokens of a page where first tokens are exact, and nobody asks for another size: the room for them is in each page.
-_TOKENS_PER_PAGE = 256
+# Tokens of a page where first tokens are exact, and nobody asks for another size: at least and at most.
+_SMALLEST_PAGE, _LARGEST_PAGE = 128, 512
+# Rows that take as many bytes as one exact token, about: packed rows are made to have a quarter of the bytes or so.
+_ROWS_OF_EXACT_TOKEN = 4
 
 
 def register() -> None:
@@ -98,14 +101,29 @@ class _CheckedUpdate:
         scheduler.enable_chunked_prefill, scheduler.max_num_batched_tokens = chunked, at_once
         if cache.user_specified_block_size:
             cache.block_size = size
-        elif read_splice_files(self._folder).config.sink_tokens:
-            cache.block_size = _TOKENS_PER_PAGE
+        elif sinks := read_splice_files(self._folder).config.sink_tokens:
+            cache.block_size = tokens_of_page(sinks, vllm_config.model_config.max_model_len)
             cache.user_specified_block_size = not is_cpu  # or workers on GPUs take what their backend prefers
         if not is_cpu:
             _leave_out_graphs(vllm_config)
         elif vllm_config.model_config.use_mla:
             _leave_out_rotation_of_cpus(vllm_config)
         require_servable(vllm_config, self._folder)
+
+
+def tokens_of_page(sinks: int, longest: int) -> int:
+    """How many tokens a page gets where nobody says so: a power of two.
+
+    Each page has room for `sinks` exact tokens, which costs the less the larger pages are; and half of the last page of
+    a sequence is empty on average, which costs the more. For sequences of L tokens, and e rows in place of what is
+    exact, pages of sqrt(2 e L) tokens cost least. Those that fill a cache are long, so `longest` is taken for L.
+
+    Args:
+        sinks: exact first tokens of each sequence.
+        longest: tokens that a sequence may have (`max_model_len`).
+    """
+    best = math.sqrt(2 * _ROWS_OF_EXACT_TOKEN * sinks * longest)
+    return min(max(2 ** round(math.log2(best)), _SMALLEST_PAGE), _LARGEST_PAGE)
 
 
 def _leave_out_rotation_of_cpus(vllm_config: Any) -> None:

@@ -18,13 +18,9 @@ It runs where vLLM is installed (`make test-vllm` makes such an environment):
     python scripts/measure/serving.py --model smollm2-llama --statistics smollm2-llama.safetensors
 """
 
-import gc
 import math
-import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,10 +47,11 @@ from kvsplice_hf.bench.command_line import (
     require_folder,
     results_folder,
 )
+from kvsplice_hf.bench.engines import NOISE, counted, disturbed_embeddings, engine, loss_on, written
+from kvsplice_hf.bench.first_differences import Written, write
 from kvsplice_hf.bench.small_model import SMALL_SHAPE
 from kvsplice_hf.text import load_texts, token_ids
 from kvsplice_hf.vllm import plugin
-from kvsplice_hf.vllm.start import FOLDER_VARIABLE
 
 
 # Ids below are left out: 0 and 1 begin and end a text.
@@ -63,8 +60,6 @@ SHAPE = SMALL_SHAPE | {"num_hidden_layers": 3, "first_k_dense_replace": 3, "max_
 LONGEST = 256
 LONGEST_PROMPT = 200
 PIECE = 64
-# Relative, of a size that float32 makes of sums in another order.
-NOISE = 1e-6
 # What goes around vLLM's fault with plain RoPE on CPUs.
 REMEDY = {"custom_ops": [plugin.NO_OWN_ROTATION]}
 # Latent and key of the only rows that vLLM's own backend for CPUs decodes.
@@ -155,68 +150,17 @@ def make_prompts(args: Arguments) -> list[list[int]]:
 
 
 @torch.no_grad()
-def by_transformers(model: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float]:
+def by_transformers(model: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list[Written], float]:
     """What the patched model writes, and its mean loss on the prompts, nats per token."""
-    written, loss, count = [], 0.0, 0
+    texts, loss, count = [], 0.0, 0
     model.generation_config.eos_token_id = None  # all go on to the end, as those of the engine do
     for prompt in tqdm(prompts, desc="transformers", file=sys.stderr):
         ids = torch.tensor([prompt])
-        out = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
-        written.append(out[0, len(prompt) :].tolist())
+        texts.append(write(model, ids, new_tokens))
         scores = model(ids).logits[0, :-1].log_softmax(-1)
         loss -= scores.gather(1, ids[0, 1:, None]).sum().item()
         count += len(prompt) - 1
-    return written, loss / count
-
-
-@contextmanager
-def engine(model_folder: Path, splice: Path | None, **settings: Any) -> Iterator[Any]:
-    """An engine of vLLM in this process."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    plugin.unregister()
-    os.environ[FOLDER_VARIABLE] = "" if splice is None else str(splice)
-    plugin.register()
-    common = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": LONGEST, "disable_log_stats": False}
-    if splice is None and has_mla(AutoConfig.from_pretrained(model_folder)):  # which reads every dtype in this release
-        common["attention_config"] = {"backend": "CPU_MLA"}
-    made = LLM(str(model_folder), **(common | settings))
-    try:
-        yield made
-    finally:
-        made.llm_engine.engine_core.shutdown()
-        del made
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-
-def counted(made: Any, name: str) -> int:
-    """A counter of the engine."""
-    return int(sum(metric.value for metric in made.get_metrics() if metric.name == f"vllm:{name}"))
-
-
-def by_vllm(made: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-    given = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return [list(out.outputs[0].token_ids) for out in made.generate(given, sampling, use_tqdm=False)]
-
-
-def loss_of_vllm(made: Any, prompts: list[list[int]]) -> float:
-    """Mean loss on the prompts, nats per token."""
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    given = [{"prompt_token_ids": prompt} for prompt in prompts]
-    loss, count = 0.0, 0
-    for prompt, out in zip(prompts, made.generate(given, sampling, use_tqdm=False), strict=True):
-        for token, found in zip(prompt[1:], out.prompt_logprobs[1:], strict=True):
-            loss -= found[token].logprob
-            count += 1
-    return loss / count
+    return texts, loss / count
 
 
 def modes_of(args: Arguments, config: Any) -> dict[str, tuple[bool, dict[str, Any]]]:
@@ -249,23 +193,37 @@ def modes_of(args: Arguments, config: Any) -> dict[str, tuple[bool, dict[str, An
 
 
 def disturbed(
-    model: Any, prompts: list[list[int]], written: list[list[int]], loss: float, count: int
+    model: Any, prompts: list[list[int]], expected: tuple[list[Written], float], count: int
 ) -> dict[str, Any]:
     """How much transformers differs from itself where embeddings are off by what rounding makes of numbers."""
-    random = torch.Generator().manual_seed(0)
-
-    def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * (1 + NOISE * torch.randn(output.shape, generator=random, dtype=output.dtype))
-
-    handle = model.get_input_embeddings().register_forward_hook(hook)
-    try:
+    with disturbed_embeddings(model):
         other, found = by_transformers(model, prompts, count)
-    finally:
-        handle.remove()
-    same = sum(one == two for one, two in zip(other, written, strict=True))
-    row = {"mode": f"transformers itself, embeddings off by {NOISE}", "same": same, "same_again": same}
-    row |= {"prompts": len(prompts), "preemptions": 0, "prefix_hits": 0}
-    return row | {"perplexity": math.exp(found), "perplexity_transformers": math.exp(loss)}
+    tokens = [one.tokens[0].tolist() for one in other]
+    row = {"mode": f"transformers itself, embeddings off by {NOISE}"}
+    row |= beside(tokens, tokens, expected[0]) | {"preemptions": 0, "prefix_hits": 0}
+    return row | {"perplexity": math.exp(found), "perplexity_transformers": math.exp(expected[1])}
+
+
+def beside(first: list[list[int]], again: list[list[int]], expected: list[Written]) -> dict[str, Any]:
+    """How many prompts were continued as by transformers, and how near the other tokens were to the same likelihood.
+
+    The last is the largest difference that transformers has between the logarithms of the probabilities of both tokens,
+    where the first one differs; nothing where none does.
+    """
+    gaps, same = [], []
+    for found in (first, again):
+        pairs = list(zip(found, expected, strict=True))
+        same.append(sum(one == other.tokens[0].tolist() for one, other in pairs))
+        gaps += [gap_of(one, other) for one, other in pairs if one != other.tokens[0].tolist()]
+    return {"same": same[0], "same_again": same[1], "prompts": len(first), "gap": max(gaps, default=None)}
+
+
+def gap_of(found: list[int], expected: Written) -> float:
+    """Nats between two tokens where they differ for the first time, as transformers sees it."""
+    tokens = expected.tokens[0].tolist()
+    at = next(index for index, (one, other) in enumerate(zip(found, tokens, strict=True)) if one != other)
+    logits = expected.logits[0, at]
+    return float(logits[tokens[at]] - logits[found[at]])
 
 
 def compare(args: Arguments, model_folder: Path, splice: Path) -> list[dict[str, Any]]:
@@ -273,51 +231,57 @@ def compare(args: Arguments, model_folder: Path, splice: Path) -> list[dict[str,
     prompts, config = make_prompts(args), AutoConfig.from_pretrained(model_folder)
     modes = modes_of(args, config)
     rows: list[dict[str, Any]] = []
-    expected: dict[bool, tuple[list[list[int]], float]] = {}
+    expected: dict[bool, tuple[list[Written], float]] = {}
     for spliced in {spliced for spliced, _ in modes.values()}:
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
         model = load_kvsplice(model, splice) if spliced else model
-        expected[spliced] = written, loss = by_transformers(model, prompts, args.new_tokens)
+        expected[spliced] = by_transformers(model, prompts, args.new_tokens)
         if spliced:
-            rows.append(disturbed(model, prompts, written, loss, args.new_tokens))
+            rows.append(disturbed(model, prompts, expected[True], args.new_tokens))
         del model
     for name, (spliced, settings) in modes.items():
         common = {"dtype": "float32", "block_size": args.block_size, "max_num_seqs": 32}
-        common |= {"kv_cache_memory_bytes": args.engine_mb << 20}
+        common |= {"kv_cache_memory_bytes": args.engine_mb << 20} | settings_of(model_folder, spliced)
         with engine(model_folder, splice if spliced else None, **(common | settings)) as made:
-            first = by_vllm(made, prompts, args.new_tokens)
-            again = by_vllm(made, prompts, args.new_tokens)
-            (written, loss), found = expected[spliced], math.exp(loss_of_vllm(made, prompts))
-            row = {
-                "mode": name,
-                "same": sum(one == other for one, other in zip(first, written, strict=True)),
-                "same_again": sum(one == other for one, other in zip(again, written, strict=True)),
-                "prompts": len(prompts),
+            first = written(made, prompts, args.new_tokens)
+            again = written(made, prompts, args.new_tokens)
+            texts, loss = expected[spliced]
+            row = {"mode": name} | beside(first, again, texts)
+            row |= {
                 "preemptions": counted(made, "num_preemptions"),
                 "prefix_hits": counted(made, "prefix_cache_hits"),
-                "perplexity": found,
+                "perplexity": math.exp(loss_on(made, prompts)),
                 "perplexity_transformers": math.exp(loss),
             }
         rows.append(row)
     return rows
 
 
+def settings_of(model_folder: Path, spliced: bool) -> dict[str, Any]:
+    """What engines are told where nothing else is asked for."""
+    found: dict[str, Any] = {"max_model_len": LONGEST}
+    if not spliced and has_mla(AutoConfig.from_pretrained(model_folder)):  # which reads every dtype in this release
+        found["attention_config"] = {"backend": "CPU_MLA"}
+    return found
+
+
 def count_tokens(args: Arguments, model_folder: Path, splices: Path) -> list[dict[str, Any]]:
     """How many tokens fit into the cache of engines."""
-    cases: dict[str, tuple[Path | None, int]] = {
-        "stock": (None, STOCK_PAGE if has_mla(AutoConfig.from_pretrained(model_folder)) else STOCK_PAGE_OF_HEADS),
-        "a quarter of the bytes, 4 exact tokens, pages of 16": (splices / "exact", 16),
-        "a quarter of the bytes, 4 exact tokens, pages of 256": (splices / "exact", 256),
-        "a quarter of the bytes, 4 exact tokens, pages of 512": (splices / "exact", 512),
-    }
+    stock = STOCK_PAGE if has_mla(AutoConfig.from_pretrained(model_folder)) else STOCK_PAGE_OF_HEADS
+    cases: dict[str, dict[str, Any]] = {"stock": {"block_size": stock}}
+    for size in (16, 256, 512):
+        cases[f"a quarter of the bytes, 4 exact tokens, pages of {size}"] = {"block_size": size}
+    # The length of sequences is then that of the model, from which the plug-in chooses.
+    cases["the same, pages as the plug-in chooses them"] = {"max_model_len": None}
     rows = []
-    for name, (splice, size) in cases.items():
-        settings = {"dtype": "bfloat16", "block_size": size, "kv_cache_memory_bytes": args.cache_mb << 20}
+    for name, asked in cases.items():
+        splice = None if name == "stock" else splices / "exact"
+        settings = {"dtype": "bfloat16", "kv_cache_memory_bytes": args.cache_mb << 20}
+        settings |= settings_of(model_folder, splice is not None) | asked
         with engine(model_folder, splice, **settings) as made:
             cache = made.llm_engine.vllm_config.cache_config
-            rows.append(
-                {"cache": name, "blocks": cache.num_gpu_blocks, "tokens": cache.num_gpu_blocks * cache.block_size}
-            )
+            row = {"cache": name, "page": cache.block_size, "blocks": cache.num_gpu_blocks}
+            rows.append(row | {"tokens": cache.num_gpu_blocks * cache.block_size})
     for row in rows:
         row["times_stock"] = row["tokens"] / rows[0]["tokens"]
     return rows
@@ -328,6 +292,7 @@ def tables_of(report: dict[str, Any]) -> list[Table]:
         "vLLM with",
         "same as transformers",
         "asked again",
+        "nats between other tokens",
         "preempted",
         "tokens from prefixes",
         "perplexity",
@@ -335,11 +300,14 @@ def tables_of(report: dict[str, Any]) -> list[Table]:
     )
     for row in report["tokens"]:
         same, again = (f"{row[key]} of {row['prompts']}" for key in ("same", "same_again"))
+        gap = "" if row["gap"] is None else f"{row['gap']:.4f}"
         perplexities = (f"{row[key]:.4f}" for key in ("perplexity", "perplexity_transformers"))
-        tokens.add_row(row["mode"], same, again, str(row["preemptions"]), str(row["prefix_hits"]), *perplexities)
-    cache = Table("cache", "pages", "tokens", "times stock")
+        tokens.add_row(row["mode"], same, again, gap, str(row["preemptions"]), str(row["prefix_hits"]), *perplexities)
+    cache = Table("cache", "tokens of a page", "pages", "tokens", "times stock")
     for row in report["cache"]:
-        cache.add_row(row["cache"], str(row["blocks"]), f"{row['tokens']:,}", f"{row['times_stock']:.3f}")
+        cache.add_row(
+            row["cache"], str(row["page"]), str(row["blocks"]), f"{row['tokens']:,}", f"{row['times_stock']:.3f}"
+        )
     return [tokens, cache]
 
 
@@ -356,7 +324,6 @@ def splices_of(args: Arguments, config: Any) -> dict[str, KVSpliceConfig]:
 def run(args: Arguments) -> dict[str, Any]:
     import vllm
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if args.model is not None:
         require_folder("model", args.model)
     with tempfile.TemporaryDirectory() as name:
