@@ -16,10 +16,10 @@ from vllm.v1.kv_cache_interface import KVCacheLayout, KVCacheSpec
 
 from kvsplice_hf.errors import UnsupportedError
 from kvsplice_hf.vllm.heads import ServedHeads, attend_heads_in_pages, store_heads
-from kvsplice_hf.vllm.mla import SplicedMetadata, SplicedMetadataBuilder, spec_of_rows
+from kvsplice_hf.vllm.mla import SplicedMetadata, SplicedMetadataBuilder, place_of, spec_of_rows
 from kvsplice_hf.vllm.ordinary import served_heads
 from kvsplice_hf.vllm.pages import pages_of
-from kvsplice_hf.vllm.start import FOLDER_VARIABLE, folder_named, unlike_tested
+from kvsplice_hf.vllm.start import FOLDER_VARIABLE, unlike_tested
 
 
 class SplicedHeadsBackend(AttentionBackend):
@@ -98,11 +98,7 @@ class SplicedHeadsImpl(AttentionImpl):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Read the splice of this layer, and have the layer ask for pages of its rows."""
-        layers = self._engine.compilation_config.static_forward_context
-        self._name, attention = next(item for item in layers.items() if getattr(item[1], "impl", None) is self)
-        folder = folder_named()
-        if folder is None:
-            raise unlike_tested("a worker does not have the environment of the process that started it")
+        self._name, attention, folder = place_of(self, self._engine)
         model = self._engine.model_config
         index = extract_layer_index(self._name)
         self._layer = served_heads(folder, index, model.hf_text_config, model.max_model_len, act_dtype)

@@ -8,6 +8,7 @@ Written against vLLM 0.32.0; docs/serving.md says what of it is relied on.
 
 import functools
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -92,11 +93,7 @@ class SplicedLayers:
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Read the splice of this layer, and have the layer ask for pages of its rows."""
-        layers = self._engine.compilation_config.static_forward_context
-        self._name, attention = next(item for item in layers.items() if getattr(item[1], "impl", None) is self)
-        folder = folder_named()
-        if folder is None:
-            raise unlike_tested("a worker does not have the environment of the process that started it")
+        self._name, attention, folder = place_of(self, self._engine)
         model = self._engine.model_config
         weight = get_and_maybe_dequant_weights(self.kv_b_proj, out_dtype=act_dtype)
         # vLLM's parameters are of classes of their own, which kernels do not take for plain memory.
@@ -150,6 +147,20 @@ class SplicedLayers:
 
     def forward_mqa(self, *args: Any, **kwargs: Any) -> Any:
         raise unlike_tested("`MLAAttention` took tokens of a step for decoding, where none were said to be")
+
+
+def place_of(implementation: Any, engine: Any) -> tuple[str, Any, Path]:
+    """The name of the layer that an implementation is of, that layer, and the folder of the splice.
+
+    Raises:
+        UpstreamChangedError: nothing says which folder.
+    """
+    layers = engine.compilation_config.static_forward_context
+    name, attention = next(item for item in layers.items() if getattr(item[1], "impl", None) is implementation)
+    folder = folder_named()
+    if folder is None:
+        raise unlike_tested("a worker does not have the environment of the process that started it")
+    return name, attention, folder
 
 
 def spec_of_rows(attention: Any, layer: ServedLayer | ServedHeads, vllm_config: Any) -> KVCacheSpec:
