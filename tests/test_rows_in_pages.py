@@ -1,5 +1,6 @@
 """A decode step in C++ on packed rows where they lie in pages gives the bits of the same rows side by side."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from test_vllm import LONGEST, MODELS, ROWS, save_spliced
 from kvsplice_hf.attend import choice
 from kvsplice_hf.attend.backend import Paging, Step
 from kvsplice_hf.attend.native import calls, library
+from kvsplice_hf.cache.pages import Request
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patch.absorbed import step_of
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.vllm import pages as pages_module
-from kvsplice_hf.vllm.batches import batch_of
+from kvsplice_hf.vllm.batches import Group, _group, batch_of
 from kvsplice_hf.vllm.pages import Pages, ServedLayer, attend_pages, pages_of, store
 from kvsplice_hf.vllm.splices import served_layer
 
@@ -25,6 +27,13 @@ PACKED = [name for name, settings in ROWS.items() if "bits" in settings]
 # Of the tiny models: shorter than the exact first tokens, less than a page, many pages, whole tiles of 64 rows.
 LENGTHS = (1, 2, 3, 30, 31, 64, 60, 201, 190, 1)
 POSITIONS = 256
+
+
+def all_at_once(lengths: tuple[int, ...], table: torch.Tensor, page: int) -> Group:
+    """One new token of each sequence, whatever their lengths; engines put those together that are about as long."""
+    ends = [*itertools.accumulate(lengths, initial=0)]
+    requests = [Request(row, 1, ends[row], length) for row, length in enumerate(lengths)]
+    return _group(requests, table, page)
 
 
 class Stored:
@@ -52,6 +61,7 @@ class Stored:
         self.weight, self.value_dim = site.module.kv_b_proj.weight, site.v_head_dim
         starts = list(range(len(lengths) + 1))
         self.groups = batch_of(starts, list(lengths), self.table, page).groups
+        self.all_at_once = all_at_once(lengths, self.table, page)
 
     def step(self, group: Any) -> Step:
         new = self.query[group.queries].transpose(1, 2)
@@ -79,7 +89,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_rows_in_pages_give_the_bits_of_rows_side_by_side(served: tuple[Any, ServedLayer], page: int) -> None:
     stored = Stored(*served, page)
     assert any(len(set(group.paging.lengths.tolist())) > 1 for group in stored.groups)
-    for group in stored.groups:
+    for group in (*stored.groups, stored.all_at_once):
         found = calls.decode(stored.step(group))
         assert torch.isfinite(found).all()
         assert torch.equal(found, stored.side_by_side(group))

@@ -149,6 +149,7 @@ class HeadsStep(NamedTuple):
         turns: how the keys were rotated, a table uint8 [d / 2, slots] and the slots int32 [B, S]; or None.
         exact: of each exact token the value and key of each head, [B, E, K (v + d)]; or None.
         positions, bias, sinks, scaling: as in `Step`.
+        paging: as in `Step`; rows are then [pages, tokens of a page, bytes].
     """
 
     query: torch.Tensor
@@ -161,6 +162,7 @@ class HeadsStep(NamedTuple):
     bias: torch.Tensor | None
     sinks: torch.Tensor | None
     scaling: float
+    paging: Paging | None = None
 
     @property
     def numbers(self) -> list[torch.Tensor]:
@@ -174,8 +176,8 @@ class Backend(ABC):
     Attributes:
         name: in messages, and in the tables of `explain`.
         operations: which of the methods below it has: "attend", "attend_heads", "decode", "decode_heads", "encode",
-            "encode_heads", "read_heads", "pack", "search"; and "decode_pages", which is `decode` of steps with pages.
-            PyTorch does the others.
+            "encode_heads", "read_heads", "pack", "search"; and "decode_pages" and "decode_heads_pages", which are the
+            same of steps with pages. PyTorch does the others.
         reads_coded_keys: whether those methods take keys that were coded before their rotation.
         reads_numbers_in_pages: whether pages may hold rows of numbers; packed rows they may anyhow.
         codecs: the kinds of codec whose rows it reads and writes.

@@ -22,7 +22,8 @@ _READ = (torch.float32, torch.bfloat16)
 
 def decode_heads(step: HeadsStep, by_torch: Callable[[], torch.Tensor]) -> torch.Tensor:
     """As `decode`, of a layer with ordinary attention: [B, 1, H, v]."""
-    backend, prepared = _backend_for_heads("decode_heads", step.numbers, step.splices, step.identity)
+    operation = "decode_heads" if step.paging is None else "decode_heads_pages"
+    backend, prepared = _backend_for_heads(operation, step.numbers, step.splices, step.identity)
     if backend is None:
         return by_torch()
     given = (
@@ -32,7 +33,7 @@ def decode_heads(step: HeadsStep, by_torch: Callable[[], torch.Tensor]) -> torch
         step.query.dtype,
         coded(step.turns is not None),
     )
-    kind = ("decode_heads", *given, along(step.splices.codec), backend.name)
+    kind = (operation, *given, along(step.splices.codec), backend.name)
     return either(kind, lambda: backend.decode_heads(step, prepared).to(step.query.dtype), by_torch, numbers_alike)
 
 

@@ -91,12 +91,13 @@ def attention_of_step(
     def in_torch() -> torch.Tensor:
         return attention_on_heads(query, rows.heads, mask, scaling, learned_sinks=sinks)[0]
 
-    return decode_heads(_step(query, rows, mask, scaling, sinks), in_torch)
+    return decode_heads(step_of_heads(query, rows, mask, scaling, sinks), in_torch)
 
 
-def _step(
+def step_of_heads(
     query: torch.Tensor, key: CompressedHeads, mask: torch.Tensor | None, scaling: float, sinks: torch.Tensor | None
 ) -> HeadsStep:
+    """A decode step, arguments as of `attention_of_step`."""
     return HeadsStep(
         query=query,
         rows=key.rows,

@@ -1,8 +1,8 @@
 """Spliced rows of ordinary attention in the pages of an engine: the keys and values of all key heads of a layer.
 
 Pages, block tables and groups of sequences are those of `pages`; a row is the rows of the key heads side by side, and
-what is kept of an exact token are the value and the key of each head. Rows are gathered from their pages before they
-are read: neither C++ nor Triton reads rows of several heads by a block table.
+what is kept of an exact token are the value and the key of each head. C++ reads the rows of a decode step by block
+table; those of a prompt are gathered from their pages and decoded.
 
 Legend: as in `pages`, and `H` query heads, `K` key heads, `d` numbers of a key, `v` of a value.
 """
@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 
+from kvsplice_hf.attend.heads import decode_heads, refusal_of_heads
 from kvsplice_hf.cache.heads import CompressedHeads, encode_states, exact_states
 from kvsplice_hf.cache.pages import token_bytes
 from kvsplice_hf.cache.rows import RowGeometry
 from kvsplice_hf.code.heads import HeadSplices
-from kvsplice_hf.patch.heads import attention_of_step
+from kvsplice_hf.patch.heads import attention_of_step, step_of_heads
 from kvsplice_hf.vllm.batches import Group
 from kvsplice_hf.vllm.pages import (
     Pages,
@@ -24,6 +25,7 @@ from kvsplice_hf.vllm.pages import (
     exact_of,
     gathered_rows,
     new_rows,
+    tell_what_is_in_the_way,
     turns_of_group,
     write,
 )
@@ -103,17 +105,34 @@ def attend_heads_in_pages(
     value_dim = layer.geometry.kv_lora_rank // layer.geometry.heads
     output = query.new_empty(*query.shape[:2], value_dim)
     for group in groups:
-        new, stored = query[group.queries].transpose(1, 2), _states(pages, layer, group)
-        if stored.new_tokens == 1 and layer.splice.is_affine:
-            output[group.queries] = attention_of_step(new, stored, group.mask, scaling)
+        new = query[group.queries].transpose(1, 2)
+        if new.shape[2] == 1 and layer.splice.is_affine:
+            output[group.queries] = _decoded(pages, layer, group, new, scaling)
             continue
         shared = new.shape[1] // layer.geometry.heads
-        key, value = (part.repeat_interleave(shared, dim=1) for part in stored.keys_and_values())
+        key, value = (
+            part.repeat_interleave(shared, dim=1) for part in _gathered(pages, layer, group).keys_and_values()
+        )
         output[group.queries] = attention_in_order(new, key, value, group.mask, scaling)
     return output
 
 
-def _states(pages: Pages, layer: ServedHeads, group: Group) -> CompressedHeads:
+def _decoded(pages: Pages, layer: ServedHeads, group: Group, query: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Attention [B, 1, H, v] of one new token of each sequence, on rows in their pages where a backend reads them."""
+
+    def gathered() -> torch.Tensor:
+        tell_what_is_in_the_way(refusal_of_heads(step.numbers, layer.splice))
+        return attention_of_step(query, _gathered(pages, layer, group), group.mask, scaling)
+
+    step = step_of_heads(query, _states(pages, layer, group, pages.rows), None, scaling, None)
+    return decode_heads(step._replace(paging=group.paging), gathered)
+
+
+def _gathered(pages: Pages, layer: ServedHeads, group: Group) -> CompressedHeads:
     """What is stored of the sequences, their rows copied out of their pages."""
-    rows, exact, turns = gathered_rows(pages, layer, group), exact_of(pages, layer, group), turns_of_group(layer, group)
+    return _states(pages, layer, group, gathered_rows(pages, layer, group))
+
+
+def _states(pages: Pages, layer: ServedHeads, group: Group, rows: torch.Tensor) -> CompressedHeads:
+    exact, turns = exact_of(pages, layer, group), turns_of_group(layer, group)
     return CompressedHeads(rows, layer.splice, exact, *new_rows(group), layer.dtype, None, turns, layer.identity)

@@ -227,7 +227,7 @@ def _decoded(
     step = step_of(query, _states(pages, layer, group, rows), weight, value_dim, None, scaling, None)
 
     def gathered() -> torch.Tensor:
-        _tell_what_is_in_the_way(refusal(step.numbers, step.codec, step.keys is not None))
+        tell_what_is_in_the_way(refusal(step.numbers, step.codec, step.keys is not None))
         states = _gathered(pages, layer, group)
         return absorbed_attention(query, states, weight, value_dim, group.mask, scaling)[0]
 
@@ -235,7 +235,7 @@ def _decoded(
 
 
 @functools.cache
-def _tell_what_is_in_the_way(reason: str | None) -> None:
+def tell_what_is_in_the_way(reason: str | None) -> None:
     """Say once why no kernel reads rows in their pages. (None: it is being compared, or rows are numbers.)"""
     if reason is not None:
         logger.warning("Rows are gathered from their pages and read by PyTorch, which takes longer: %s.", reason)

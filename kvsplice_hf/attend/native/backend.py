@@ -19,7 +19,8 @@ class NativeBackend(Backend):
 
     name = "C++"
     operations = frozenset(
-        {"attend", "decode", "decode_pages", "encode", "pack", "search", "decode_heads", "encode_heads", "read_heads"}
+        {"attend", "decode", "decode_pages", "encode", "pack", "search"}
+        | {"decode_heads", "decode_heads_pages", "encode_heads", "read_heads"}
     )
     codecs = frozenset({RowCodec.kind, TrellisCodec.kind})
     reads_coded_keys = True

@@ -20,7 +20,7 @@ from kvsplice_hf.attend.backend import HeadsStep
 from kvsplice_hf.attend.native import types
 from kvsplice_hf.attend.native.calls import contiguous, reads, require_library, room, row_codec, run, transform_of
 from kvsplice_hf.attend.native.keys import basis_of, columns_of, key_coding_of, turned_keys
-from kvsplice_hf.attend.native.problems import read_in_order, splits_for, threads_for
+from kvsplice_hf.attend.native.problems import longest_of, pages_of, read_in_order, splits_for, threads_for
 from kvsplice_hf.attend.native.tables import packer_of
 from kvsplice_hf.code.codec import RowCodec
 from kvsplice_hf.code.heads import HeadSplices
@@ -232,8 +232,9 @@ def decode_heads(step: HeadsStep, known: PreparedHeads) -> torch.Tensor:
     query, bias = step.query.float().contiguous(), read_in_order(step.bias, rows, 1)
     sinks = None if step.sinks is None else step.sinks.float().contiguous()
     exact, positions = contiguous(step.exact), contiguous(step.positions)
-    output, keys = room(batch, 1, heads, value), keys_of_rows(rows, step.turns, known)
-    queries, stored, in_bf16 = heads // count, rows.shape[2], step.query.dtype is torch.bfloat16
+    stored = rows.shape[-2] if step.paging is None else longest_of(step.paging, rows, step.bias, batch)
+    output, keys = room(batch, 1, heads, value), keys_of_rows(batch, stored, step.turns, known)
+    queries, in_bf16 = heads // count, step.query.dtype is torch.bfloat16
     threads = threads_for(batch * stored * (queries * known.columns + known.key_products))
     of_exact = types.numbers_of(exact, 0 if exact is None else exact.numel())  # its sizes are checked above
     given = types.HeadsDecoding(
@@ -247,7 +248,8 @@ def decode_heads(step: HeadsStep, known: PreparedHeads) -> torch.Tensor:
         key=key,
         data=rows.data_ptr(),
         batch_stride=rows.stride(0),
-        row_stride=rows.stride(2),
+        row_stride=rows.stride(-2),
+        **pages_of(rows, step.paging),
         query=query.data_ptr(),
         scaling=step.scaling,
         bias=0 if bias is None else bias.data_ptr(),
@@ -271,19 +273,19 @@ def decode_heads(step: HeadsStep, known: PreparedHeads) -> torch.Tensor:
 
 
 def keys_of_rows(
-    rows: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor] | None, known: PreparedHeads
+    batch: int, stored: int, turns: tuple[torch.Tensor, torch.Tensor] | None, known: PreparedHeads
 ) -> types.Keys:
-    """The table and the slots of the keys of rows [B, 1, S, bytes].
+    """The table and the slots of the keys of S rows of each of B sequences.
 
     Raises:
         ConfigError: these are not those of the rows.
     """
     if known.basis is None:
         return types.NO_KEYS
-    keys = turns and turned_keys(known.basis, *turns, rows.shape[0], rows.shape[2])
+    keys = turns and turned_keys(known.basis, *turns, batch, stored)
     if keys is None:
         found = turns and [[tensor.dtype, *tensor.shape] for tensor in turns]
-        raise ConfigError(f"Got {found} for the rotations of rows {list(rows.shape)}.")
+        raise ConfigError(f"Got {found} for the rotations of {stored} rows of {batch} sequences each.")
     return keys
 
 
@@ -309,8 +311,8 @@ def _check(step: HeadsStep, known: PreparedHeads) -> None:
         and batch > 0
         and heads % len(known.heads) == 0
         and known.sizes == {(value, width)}
-        and step.rows.shape[0] == batch
-        and lie_as_rows(step.rows, known)
+        and (step.rows.shape[0] == batch or step.paging is not None)
+        and lie_as_rows(step.rows if step.paging is None else step.rows[:, None], known)
         and (step.sinks is None or step.sinks.numel() == heads)
     )
     if step.exact is not None:

@@ -41,7 +41,7 @@ def problem_of(
     sizes: int = 0,
 ) -> types.Problem:
     """Rows are [B, S, n] or [B, 1, S, n], or those of all pages; `other_products` are worth threads as well."""
-    count = rows.shape[-2] if paging is None else _longest(paging, rows, bias, batch)
+    count = rows.shape[-2] if paging is None else longest_of(paging, rows, bias, batch)
     _require_rows(rows, batch, paging)
     columns, mixed = (dim, value_dim) if codec is None else columns_of(codec, keys, value_dim)
     products = batch * queries * count * (columns + mixed)
@@ -56,7 +56,7 @@ def problem_of(
         data=rows.data_ptr(),
         batch_stride=rows.stride(0) * rows.itemsize,
         row_stride=rows.stride(-2) * rows.itemsize,
-        **_pages_of(rows, paging),
+        **pages_of(rows, paging),
         query=query,
         query_stride=queries * dim,
         unscored=0,
@@ -90,18 +90,18 @@ def _require_rows(rows: torch.Tensor, batch: int, paging: Paging | None) -> None
         )
 
 
-def _pages_of(rows: torch.Tensor, paging: Paging | None) -> dict[str, int]:
+def pages_of(rows: torch.Tensor, paging: Paging | None) -> dict[str, int]:
     """Where sequences have their rows, as the library takes it."""
     return {
-        "table": 0 if paging is None else paging.table.data_ptr(),
-        "table_stride": 0 if paging is None else paging.table.stride(0),
+        "pages": 0 if paging is None else paging.table.data_ptr(),
+        "pages_stride": 0 if paging is None else paging.table.stride(0),
         "page_rows": rows.shape[-2],
         "page_stride": rows.stride(0) * rows.itemsize,
         "lengths": 0 if paging is None else paging.lengths.data_ptr(),
     }
 
 
-def _longest(paging: Paging, rows: torch.Tensor, bias: torch.Tensor | None, batch: int) -> int:
+def longest_of(paging: Paging, rows: torch.Tensor, bias: torch.Tensor | None, batch: int) -> int:
     """How many rows the longest sequence has.
 
     Raises:

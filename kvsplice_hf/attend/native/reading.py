@@ -35,7 +35,8 @@ def read_heads(
             f"{known.row_bytes} bytes side by side, as float32 or bf16."
         )
     ((value, key),), count = known.sizes, len(known.heads)
-    (batch, _, stored, _), turned = rows.shape, keys_of_rows(rows, turns, known)
+    batch, _, stored, _ = rows.shape
+    turned = keys_of_rows(batch, stored, turns, known)
     keys, values = (torch.empty(batch, count, stored, width, dtype=dtype, device="cpu") for width in (key, value))
     is_bfloat16 = int(dtype is torch.bfloat16)
     given = types.HeadsReading(

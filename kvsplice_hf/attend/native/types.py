@@ -79,8 +79,8 @@ class Problem(NamedTuple):
     data: int
     batch_stride: int
     row_stride: int
-    table: int
-    table_stride: int
+    pages: int
+    pages_stride: int
     page_rows: int
     page_stride: int
     lengths: int
@@ -239,6 +239,11 @@ class HeadsDecoding(NamedTuple):
     data: int
     batch_stride: int
     row_stride: int
+    pages: int
+    pages_stride: int
+    page_rows: int
+    page_stride: int
+    lengths: int
     query: int
     scaling: float
     bias: int

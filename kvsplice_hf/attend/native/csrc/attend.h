@@ -116,7 +116,7 @@ void attend_tile(const Problem& problem, const Tile& tile, const Partial& partia
   const int64_t behind = tile.first + tile.count, rows_left = rows_of_sequence(problem, tile.sequence) - behind;
   if (rows_left > 0) {  // of rows in pages, those in the page of the first one
     int64_t count = smaller(tile.count, rows_left);
-    if (problem.table) count = smaller(count, problem.page_rows - behind % problem.page_rows);
+    if (problem.pages) count = smaller(count, problem.page_rows - behind % problem.page_rows);
     ahead.next = row_of(problem, tile.sequence, behind);
     ahead.end = ahead.next + count * problem.row_stride;
   }

@@ -140,6 +140,9 @@ struct HeadsDecoding {
   int64_t batch, queries, rows, value, key;  // B, G, S, v, d
   const uint8_t* data;
   int64_t batch_stride, row_stride;
+  const int64_t* pages;  // see `Problem`
+  int64_t pages_stride, page_rows, page_stride;
+  const int64_t* lengths;
   const float* query;  // [B, K G, d]
   double scaling;
   const float* bias;  // [B or 1, S], or null
@@ -172,6 +175,9 @@ inline Problem head_problem(const HeadsDecoding& given, int64_t index) {
   problem.kind = kPacked, problem.in_bf16 = given.in_bf16;
   problem.data = given.data + head.first_byte;
   problem.batch_stride = given.batch_stride, problem.row_stride = given.row_stride;
+  problem.pages = given.pages, problem.pages_stride = given.pages_stride;
+  problem.page_rows = given.page_rows, problem.page_stride = given.page_stride;
+  problem.lengths = given.lengths;
   problem.query = given.query + index * given.queries * given.key;
   problem.query_stride = given.count * given.queries * given.key;
   problem.scaling = given.scaling;
@@ -229,7 +235,7 @@ inline void find_shares(const HeadsDecoding& given, const Problem& problem, int6
   shares[0] = problem.sizes[sequence * problem.queries + query];
   each_exact(given, problem, index, sequence, [&](int64_t token, const auto* exact) {
     const int64_t position = problem.hidden[sequence * exact_tokens + token];
-    const bool is_there = position >= 0 && position < problem.rows;
+    const bool is_there = position >= 0 && position < rows_of_sequence(problem, sequence);
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t number = 0; number < keys; ++number) sum += from[number] * number_of(exact + given.value + number);

@@ -25,10 +25,10 @@ struct Problem {
   int64_t in_bf16;  // whether products may be taken of bf16 numbers, sums being float32
   const uint8_t* data;
   int64_t batch_stride, row_stride;
-  // Of packed rows in pages, which are those of each sequence, [B, table_stride], where `data` is the first of all
+  // Of packed rows in pages, which are those of each sequence, [B, pages_stride], where `data` is the first of all
   // pages; or null. A page has `page_rows` rows side by side. And how many rows each sequence has, [B].
-  const int64_t* table;
-  int64_t table_stride, page_rows, page_stride;
+  const int64_t* pages;
+  int64_t pages_stride, page_rows, page_stride;
   const int64_t* lengths;
   const float* query;    // [B, M, n], without the first `unscored` numbers
   int64_t query_stride;  // from one sequence to the next
@@ -70,13 +70,13 @@ struct Tile {
 };
 
 inline const uint8_t* row_of(const Problem& problem, int64_t sequence, int64_t row) {
-  if (problem.table == nullptr) return problem.data + sequence * problem.batch_stride + row * problem.row_stride;
-  const int64_t page = problem.table[sequence * problem.table_stride + row / problem.page_rows];
+  if (problem.pages == nullptr) return problem.data + sequence * problem.batch_stride + row * problem.row_stride;
+  const int64_t page = problem.pages[sequence * problem.pages_stride + row / problem.page_rows];
   return problem.data + page * problem.page_stride + row % problem.page_rows * problem.row_stride;
 }
 
 inline int64_t rows_of_sequence(const Problem& problem, int64_t sequence) {
-  return problem.table == nullptr ? problem.rows : problem.lengths[sequence];
+  return problem.pages == nullptr ? problem.rows : problem.lengths[sequence];
 }
 
 constexpr int kMostQueries = 128;  // that pass over a tile together: their weights should stay in the cache
