@@ -184,17 +184,19 @@ def test_angles_are_the_same_after_vllm_has_renamed_the_kind_of_rotation(tmp_pat
 def engine_config(model: Any, **settings: Any) -> Any:
     """What of `VllmConfig` is looked at, as it is where nothing special was asked for."""
     given = {"cache_dtype": "auto", "block_size": 16, "speculative": None, "connector": None, "lora": None}
-    given |= {"longest": 8192}
-    given |= {"decode_context": 1, "device": "cpu", "use_mla": True, "folder": "", "stages": 1, "mode": "NONE"}
-    given |= {"dtype": torch.bfloat16, "two_batches": False}
+    given |= {"decode_context": 1, "device": "cpu", "folder": "", "stages": 1, "mode": "NONE", "processes": 1}
+    given |= {"model_impl": "auto", "whole": model.config, "dtype": torch.bfloat16, "two_batches": False}
+    given |= {"longest": 8192, "use_mla": getattr(model.config, "kv_lora_rank", None) is not None}
     given |= settings
     return SimpleNamespace(
         model_config=SimpleNamespace(
+            hf_config=given["whole"],
             hf_text_config=model.config,
             use_mla=given["use_mla"],
             model=given["folder"],
             revision=None,
             max_model_len=given["longest"],
+            model_impl=given["model_impl"],
             dtype=given["dtype"],
         ),
         cache_config=SimpleNamespace(cache_dtype=given["cache_dtype"], block_size=given["block_size"]),
@@ -205,6 +207,7 @@ def engine_config(model: Any, **settings: Any) -> Any:
             decode_context_parallel_size=given["decode_context"],
             prefill_context_parallel_size=1,
             pipeline_parallel_size=given["stages"],
+            tensor_parallel_size=given["processes"],
             use_ubatching=given["two_batches"],
         ),
         compilation_config=SimpleNamespace(mode=SimpleNamespace(name=given["mode"])),

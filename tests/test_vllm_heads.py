@@ -16,7 +16,7 @@ import pytest
 import torch
 from ordinary_models import build_ordinary
 from test_packed import SINKS, calibrated
-from test_vllm import NEW_TOKENS, PAGE, PIECES, PROMPTS, REFUSED, continued
+from test_vllm import NEW_TOKENS, PAGE, PIECES, PROMPTS, REFUSED, continued, engine_config
 from transformers import AutoModelForCausalLM
 
 from kvsplice_hf import KVSpliceConfig, patch_model_with_kvsplice, save_kvsplice
@@ -153,40 +153,6 @@ def test_tokens_without_a_place_are_not_stored(served: ServedHeads) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- at the start
-
-
-def engine_config(model: Any, **settings: Any) -> Any:
-    """What of `VllmConfig` is looked at, as it is where nothing special was asked for."""
-    given = {"cache_dtype": "auto", "block_size": 16, "speculative": None, "connector": None, "lora": None}
-    given |= {"longest": 8192}
-    given |= {"decode_context": 1, "device": "cpu", "folder": "", "stages": 1, "mode": "NONE", "processes": 1}
-    given |= {"model_impl": "auto", "whole": model.config, "dtype": torch.bfloat16, "two_batches": False}
-    given |= settings
-    return SimpleNamespace(
-        model_config=SimpleNamespace(
-            hf_config=given["whole"],
-            hf_text_config=model.config,
-            use_mla=False,
-            model=given["folder"],
-            revision=None,
-            max_model_len=given["longest"],
-            model_impl=given["model_impl"],
-            dtype=given["dtype"],
-        ),
-        cache_config=SimpleNamespace(cache_dtype=given["cache_dtype"], block_size=given["block_size"]),
-        speculative_config=given["speculative"],
-        kv_transfer_config=given["connector"],
-        lora_config=given["lora"],
-        parallel_config=SimpleNamespace(
-            decode_context_parallel_size=given["decode_context"],
-            prefill_context_parallel_size=1,
-            pipeline_parallel_size=given["stages"],
-            tensor_parallel_size=given["processes"],
-            use_ubatching=given["two_batches"],
-        ),
-        compilation_config=SimpleNamespace(mode=SimpleNamespace(name=given["mode"])),
-        device_config=SimpleNamespace(device_type=given["device"]),
-    )
 
 
 @pytest.fixture(scope="module")
