@@ -10,6 +10,8 @@ import json
 import sys
 from typing import Any
 
+from kvsplice_hf.bench.engines import written
+
 
 class EngineRows:
     """Methods of a worker of vLLM, in its process (`worker_extension_cls`)."""
@@ -28,14 +30,6 @@ class EngineRows:
         return sorted({type(layer.impl).__name__ for layer in self._layers().values()})
 
 
-def written(engine: Any, asked: dict[str, Any]) -> list[list[int]]:
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True, detokenize=False)
-    given: Any = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
-    return [list(out.outputs[0].token_ids) for out in engine.generate(given, sampling, use_tqdm=False)]
-
-
 def main() -> None:
     from vllm import LLM
 
@@ -50,8 +44,10 @@ def main() -> None:
         worker_extension_cls="engines_in_processes.EngineRows",
         **({"enforce_eager": True} | asked["settings"]),
     )
-    found: dict[str, Any] = {"first": written(engine, asked), "rows": engine.collective_rpc("digests_of_rows")}
-    found |= {"again": written(engine, asked), "backends": engine.collective_rpc("backends")}
+    prompts, new_tokens = asked["prompts"], asked["new_tokens"]
+    found: dict[str, Any] = {"first": written(engine, prompts, new_tokens)}
+    found |= {"rows": engine.collective_rpc("digests_of_rows"), "again": written(engine, prompts, new_tokens)}
+    found["backends"] = engine.collective_rpc("backends")
     found["mode"] = engine.llm_engine.vllm_config.compilation_config.mode.name
     engine.llm_engine.engine_core.shutdown()
     print(json.dumps(found))

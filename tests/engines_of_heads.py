@@ -12,13 +12,13 @@ from collections import Counter
 from typing import Any
 
 import torch
-from engines import counted, dropped, made, size_of_cache, watched_kernels, written
+from engines import answers, size_of_cache, small_engine, watched_kernels
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-from vllm import SamplingParams
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
+from kvsplice_hf.bench.engines import log_probabilities
 from kvsplice_hf.errors import UnsupportedError
 from kvsplice_hf.vllm.heads_backend import SplicedHeadsImpl
 
@@ -26,30 +26,18 @@ from kvsplice_hf.vllm.heads_backend import SplicedHeadsImpl
 HEADS, SIZE, POSITIONS = 2, 32, 256
 
 
-def scores(asked: dict[str, Any], engine: Any) -> list[list[float]]:
-    """Log-probabilities of the tokens of the prompts, from the second one on."""
-    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-    given: Any = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
-    return [
-        [place[token].logprob for token, place in zip(prompt[1:], out.prompt_logprobs[1:], strict=True)]
-        for prompt, out in zip(asked["prompts"], engine.generate(given, sampling, use_tqdm=False), strict=True)
-    ]
-
-
 def asked_of(asked: dict[str, Any], wanted: dict[str, Any], calls: Counter[str]) -> dict[str, Any]:
-    given = asked | {"base": wanted["model"], "block_size": wanted["block_size"]}
-    engine = made(given, wanted["splice"], **wanted["settings"])
-    layers = engine.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-    row: dict[str, Any] = {"attention": sorted({type(layer.impl).__name__ for layer in layers})}
-    row |= {"size": size_of_cache(engine), "blocks": engine.llm_engine.vllm_config.cache_config.num_gpu_blocks}
-    if wanted["writes"]:
-        row |= {"first": written(asked, engine), "again": written(asked, engine)}
-        row |= {counter: counted(engine, counter) for counter in ("num_preemptions", "prefix_cache_hits")}
-        row["kernels"] = dict(calls)
-        calls.clear()
-    if not wanted["splice"]:
-        row["scores"] = scores(asked, engine)
-    dropped(engine)
+    settings = {"block_size": wanted["block_size"]} | wanted["settings"]
+    with small_engine(wanted["model"], wanted["splice"], **settings) as made:
+        of_engine = made.llm_engine.vllm_config
+        layers = of_engine.compilation_config.static_forward_context.values()
+        row: dict[str, Any] = {"attention": sorted({type(layer.impl).__name__ for layer in layers})}
+        row |= {"size": size_of_cache(made), "blocks": of_engine.cache_config.num_gpu_blocks}
+        if wanted["writes"]:
+            row |= answers(made, asked) | {"kernels": dict(calls)}
+            calls.clear()
+        if not wanted["splice"]:
+            row["scores"] = log_probabilities(made, asked["prompts"])
     return row
 
 

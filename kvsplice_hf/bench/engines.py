@@ -85,18 +85,22 @@ def written(made: Any, prompts: list[list[int]], new_tokens: int) -> list[list[i
     return [list(out.outputs[0].token_ids) for out in made.generate(given, sampling, use_tqdm=False)]
 
 
-def loss_on(made: Any, prompts: list[list[int]]) -> float:
-    """Mean loss of an engine on prompts, nats per token."""
+def log_probabilities(made: Any, prompts: list[list[int]]) -> list[list[float]]:
+    """Of the tokens of each prompt, from the second one on, as an engine finds them."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     given = [{"prompt_token_ids": prompt} for prompt in prompts]
-    loss, count = 0.0, 0
-    for prompt, out in zip(prompts, made.generate(given, sampling, use_tqdm=False), strict=True):
-        for token, found in zip(prompt[1:], out.prompt_logprobs[1:], strict=True):
-            loss -= found[token].logprob
-            count += 1
-    return loss / count
+    return [
+        [place[token].logprob for token, place in zip(prompt[1:], out.prompt_logprobs[1:], strict=True)]
+        for prompt, out in zip(prompts, made.generate(given, sampling, use_tqdm=False), strict=True)
+    ]
+
+
+def loss_on(made: Any, prompts: list[list[int]]) -> float:
+    """Mean loss of an engine on prompts, nats per token."""
+    found = [number for of_prompt in log_probabilities(made, prompts) for number in of_prompt]
+    return -sum(found) / len(found)
 
 
 def stored_of(made: Any, prompt: list[int]) -> list[Stored]:
