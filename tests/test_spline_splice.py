@@ -433,7 +433,7 @@ def test_what_needs_affine_codes_refuses_splines() -> None:
 
 
 OPTIONS = (
-    "--kvsplice-enable --kvsplice-k 5 --kvsplice-knots 4 --kvsplice-samples 100 --kvsplice-max-batches 6 "
+    "--kvsplice-enable --kvsplice-k 3 --kvsplice-knots 4 --kvsplice-samples 100 --kvsplice-max-batches 6 "
     "--kvsplice-epochs 2 --kvsplice-lr 2e-3 --kvsplice-save"
 )
 
@@ -447,7 +447,7 @@ def test_training_takes_the_options_of_the_research(architecture: str, tmp_path:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     geometry = ModelGeometry.load(path, model)
     size = SMALL["n_embd"] if architecture == "gpt2" else SMALL["n_embd"] // 3
-    assert [(len(one.mean), one.k, one.knots) for one in geometry.values()] == [(size, 5, 4)]
+    assert [(len(one.mean), one.k, one.knots) for one in geometry.values()] == [(size, 3, 4)]
     assert report["kvsplice_file"] == str(path)
     assert 0 < report["kvsplice_spline_mse"] <= report["kvsplice_pca_mse"]
     with through_geometries(model.eval(), geometry), torch.no_grad():

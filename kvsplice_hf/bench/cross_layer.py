@@ -279,7 +279,7 @@ def _costs(rows: torch.Tensor, codec: RowCodec) -> torch.Tensor:
     drawn = torch.rand(
         rows.shape[1], generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu"
     )
-    bits = codec.widths.double().cpu().clamp(max=float(_MOST_BITS)) + drawn - 0.5
+    bits = codec.widths.cpu().double().clamp(max=float(_MOST_BITS)) + drawn - 0.5
     return 4.0**bits / rows.double().var(0).clamp_min(_LEAST**2)
 
 
