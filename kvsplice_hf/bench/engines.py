@@ -37,10 +37,11 @@ class Stored(NamedTuple):
 @contextmanager
 def disturbed_embeddings(model: PreTrainedModel) -> Iterator[None]:
     """Have embeddings be off by `NOISE`, always in the same way: what rounding does to the model itself."""
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator("cpu").manual_seed(0)
 
     def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * (1 + NOISE * torch.randn(output.shape, generator=random, dtype=output.dtype))
+        drawn = torch.randn(output.shape, generator=random, dtype=torch.float32, device="cpu")
+        return output * (1 + NOISE * drawn.to(output))
 
     handle = model.get_input_embeddings().register_forward_hook(hook)
     try:
