@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kvsplice_hf.code.codecs import Codec, register_codec
@@ -236,26 +237,40 @@ class RowCodec(RowLayout):
     def quantise(self, rows: torch.Tensor, gains: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Codes uint8 [..., n] of rows [..., n]: the level each is put on, 0 where the width is 0 or 16.
 
-        Those ahead of `start` may be any, if that is not less than r.
+        Those ahead of `start` are 0 as well; it is 0, or not less than r.
         """
-        unit = (rows.float() - self.centres) / self._row_scales(gains)
-        bent = self._bends > 0
-        bends = torch.where(bent, self._bends, 1.0)
+        unit = self._in_units(rows, gains, start)
+        bends, widths = self._bends[start:], self.widths[start:]
+        bent = bends > 0
+        bends = torch.where(bent, bends, 1.0)
         # The inverse of the bend, so that cells are of equal size where levels are equally far apart.
         unit = torch.where(bent, torch.asinh(unit * torch.sinh(bends)) / bends, unit)
-        count = 2.0 ** torch.where(self.widths == 16, 0, self.widths).float()
-        return ((unit + 1) * (count / 2)).floor().clamp(min=count.new_zeros(()), max=count - 1).to(torch.uint8)
+        count = 2.0 ** torch.where(widths == 16, 0, widths).float()
+        codes = ((unit + 1) * (count / 2)).floor().clamp(min=count.new_zeros(()), max=count - 1).to(torch.uint8)
+        return F.pad(codes, (start, 0)) if start else codes
 
-    def dequantise(self, codes: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-        """The levels [..., n] of codes uint8 [..., n], float32; coordinates of width 16 come out as their centre."""
-        return self._unit_levels(codes) * self._row_scales(gains) + self.centres
+    def _in_units(self, rows: torch.Tensor, gains: torch.Tensor, start: int) -> torch.Tensor:
+        """The numbers of rows [..., n] from `start` on as levels have them, float32 [..., n - start]."""
+        return (rows[..., start:].float() - self.centres[start:]) / self._row_scales(gains)[..., start:]
 
-    def _unit_levels(self, codes: torch.Tensor) -> torch.Tensor:
-        """The levels [..., n] of codes uint8 [..., n] where all scales are 1."""
-        return self._levels[self.level_numbers(codes).int() + self._first_level.int()]
+    def dequantise(self, codes: torch.Tensor, gains: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """The levels [..., n] of codes uint8 [..., n], float32; coordinates of width 16 come out as their centre.
 
-    def level_numbers(self, codes: torch.Tensor) -> torch.Tensor:
-        """Which level of its grid each coordinate is on, uint8 [..., n], for codes uint8 [..., n] of rows."""
+        Those ahead of `start` come out as 0.
+        """
+        levels = self._unit_levels(codes, start) * self._row_scales(gains)[..., start:] + self.centres[start:]
+        return F.pad(levels, (start, 0)) if start else levels
+
+    def _unit_levels(self, codes: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """The levels [..., n - start] of codes uint8 [..., n] where all scales are 1."""
+        numbers = self.level_numbers(codes, start)[..., start:]
+        return self._levels[numbers.int() + self._first_level[start:].int()]
+
+    def level_numbers(self, codes: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Which level of its grid each coordinate is on, uint8 [..., n], for codes uint8 [..., n] of rows.
+
+        Of those ahead of `start` anything; it is 0, or not less than r.
+        """
         return codes
 
     def _numbers_of_lines(self, lines: torch.Tensor) -> torch.Tensor:
@@ -279,7 +294,7 @@ class RowCodec(RowLayout):
         with torch.no_grad():
             gains = self.gains(rows)
             codes = self.quantise(rows, gains, start)
-        decoded = self._straight_through(rows, codes, gains) if trained else self.dequantise(codes, gains)
+        decoded = self._straight_through(rows, codes, gains) if trained else self.dequantise(codes, gains, start)
         raw = rows[..., self._raw]
         stored = raw.to(torch.bfloat16).float()
         decoded[..., self._raw] = raw.float() + (stored - raw.float()).detach() if trained else stored

@@ -272,9 +272,9 @@ class TrellisCodec(RowCodec):
         plain = torch.ones(1, dtype=torch.float64, device="cpu")
         return torch.cat([plain, torch.tensor(_ERROR_RATIOS, dtype=torch.float64, device="cpu"), plain])
 
-    def level_numbers(self, codes: torch.Tensor) -> torch.Tensor:
+    def level_numbers(self, codes: torch.Tensor, start: int = 0) -> torch.Tensor:
         numbers = codes.clone()
-        for part in self.chains:
+        for part in self.chains[1:] if start else self.chains:
             chain = self._chain_numbers[part]
             numbers[..., chain] = level_numbers(codes[..., chain], codes.dim() - 1)
         return numbers
@@ -296,13 +296,16 @@ class TrellisCodec(RowCodec):
         return super().behind(numbers, start)
 
     def quantise(self, rows: torch.Tensor, gains: torch.Tensor, start: int = 0) -> torch.Tensor:
-        codes = super().quantise(rows, gains)  # of the columns that are not in a trellis
-        unit = (rows.float() - self.centres) / self._row_scales(gains)
+        if len(self.in_chain) == len(self.column_reaches):
+            codes = torch.zeros(rows.shape, dtype=torch.uint8, device=rows.device)
+        else:  # of the columns that are not in a trellis
+            codes = super().quantise(rows, gains, start)
+        unit = self._in_units(rows, gains, start)
         asked = self.chains[1:] if start else self.chains
         for chain, part in enumerate(asked, start=len(self.chains) - len(asked)):
             numbers = self._chain_numbers[part]
             if len(numbers) and codes.numel():
-                of_chain = unit[..., numbers]
+                of_chain = unit[..., numbers - start]
                 found = _searched(of_chain.reshape(-1, len(numbers)), self.trellis_tables(chain))
                 codes[..., numbers] = found.view(of_chain.shape)
         return codes
