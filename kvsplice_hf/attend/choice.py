@@ -191,7 +191,7 @@ def search(unit: torch.Tensor, tables: trellis.TrellisTables) -> torch.Tensor:
 
     def alike(found: torch.Tensor, expected: torch.Tensor) -> bool:
         errors, least = (trellis.squared_error(unit, codes, tables) for codes in (found, expected))
-        return found.shape == expected.shape and as_close(errors, least)
+        return found.shape == expected.shape and as_close(errors, least, unit.shape[-1])
 
     return either(("search", unit.device, backend.name), lambda: backend.search(unit, tables), by_torch, alike)
 
