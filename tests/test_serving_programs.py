@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from programs import load_program
+from tiny_models import build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kvsplice_hf import ConfigError, UnsupportedError
+from kvsplice_hf import ConfigError, KVSpliceConfig, UnsupportedError, patch_model_with_kvsplice, save_kvsplice
 from kvsplice_hf.bench import api_server
 from kvsplice_hf.bench.small_model import FIRST_WORD, STOCK_ROW_BYTES, save_small_model, save_small_splice
 from kvsplice_hf.manage.loading import read_splices
@@ -29,6 +30,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a splice without a model": ("run/serve.py", {"splice": "s"}, "--splice was given without --model"),
     "a folder that is not there": ("run/serve.py", {"model": "./none", "splice": "./none"}, "is not there"),
     "half of a pair": ("measure/serving_load.py", {"model": "m"}, "--model and --splice go together"),
+    "rows of a folder that is not there": (
+        "measure/serving_rows.py",
+        {"model": "./none", "splice": "./none"},
+        "is not there",
+    ),
     "no requests": ("measure/serving_load.py", {"requests": 0}, "--requests is 0; it must be at least 1"),
     "lengths below nothing": ("measure/serving_load.py", {"spread": 1.0}, "--spread is 1.0"),
 }
@@ -40,6 +46,21 @@ def test_what_cannot_be_served_is_refused_before_anything_is_started(case: str) 
     program = load_program(path)
     with pytest.raises(ConfigError, match=words):
         program.check(program.Arguments(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"prompts": 0}, "--prompts is 0"), ({"tokens": 0}, "--tokens is 0"), ({}, "is not one of packed latents")],
+    ids=["no prompts", "no tokens", "rows of numbers"],
+)
+def test_rows_that_cannot_be_compared_are_refused_before_anything_is_started(
+    settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    program = load_program("measure/serving_rows.py")
+    save_kvsplice(patch_model_with_kvsplice(build("deepseek_v3", torch.float32), KVSpliceConfig(rank=8)), tmp_path)
+    args = program.Arguments(**({"model": str(tmp_path), "splice": str(tmp_path)} | settings))
+    with pytest.raises(ConfigError, match=words):
+        program.check(args)
 
 
 def test_the_longest_request_fits_into_what_the_server_is_told() -> None:

@@ -36,6 +36,7 @@ from kvsplice_hf.code.files import read_splice_files
 from kvsplice_hf.errors import ConfigError
 from kvsplice_hf.patch.sites import find_sites
 from kvsplice_hf.text import load_texts, token_ids
+from kvsplice_hf.vllm.ordinary import is_of_heads
 
 
 @dataclass
@@ -94,6 +95,11 @@ def of_prompts(found: list[list[Stored]], first: int) -> list[list[Stored]]:
 
 
 def make_prompts(args: Arguments) -> list[list[int]]:
+    """Pieces of text, of so many tokens each.
+
+    Raises:
+        ConfigError: there is not as much text.
+    """
     ids = token_ids(AutoTokenizer.from_pretrained(args.model), load_texts("varied", "evaluation"))
     step = len(ids) // args.prompts
     if step < args.tokens:
@@ -103,11 +109,28 @@ def make_prompts(args: Arguments) -> list[list[int]]:
     return [ids[index * step :][: args.tokens].tolist() for index in range(args.prompts)]
 
 
+def check(args: Arguments) -> None:
+    """Refuse what cannot be compared.
+
+    Raises:
+        ConfigError: folders that are not there, no prompts, or rows of something else than packed latents.
+    """
+    require_folder("model", args.model)
+    require_folder("splice", args.splice)
+    for option in ("prompts", "tokens"):
+        if getattr(args, option) < 1:
+            raise ConfigError(f"--{option} is {getattr(args, option)}; it must be at least 1.")
+    if is_of_heads(Path(args.splice)) or not read_splice_files(Path(args.splice)).config.is_packed:
+        raise ConfigError(
+            f"The splice in {args.splice} is not one of packed latents. Make one of a model with MLA and a budget in "
+            "bytes (bytes_per_token)."
+        )
+
+
 def run(args: Arguments) -> dict[str, Any]:
     import vllm
 
-    require_folder("model", args.model)
-    require_folder("splice", args.splice)
+    check(args)
     prompts = make_prompts(args)
     model = load_kvsplice(AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval(), args.splice)
     splices = [site.module.kvsplice for site in find_sites(model)]
