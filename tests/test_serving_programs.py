@@ -19,9 +19,11 @@ from tiny_models import build
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvsplice_hf import ConfigError, KVSpliceConfig, UnsupportedError, patch_model_with_kvsplice, save_kvsplice
+from kvsplice_hf.attend import choice
 from kvsplice_hf.bench import api_server
 from kvsplice_hf.bench.small_model import FIRST_WORD, STOCK_ROW_BYTES, save_small_model, save_small_splice
 from kvsplice_hf.manage.loading import read_splices
+from kvsplice_hf.vllm import pages as vllm_pages
 from kvsplice_hf.vllm.start import FOLDER_VARIABLE
 
 
@@ -78,6 +80,15 @@ def test_a_server_that_ended_is_reported_with_the_end_of_its_log(tmp_path: Path)
         api_server.wait_for(f"http://{api_server.LOOPBACK}:{api_server.free_port()}", process, log)
     assert str(found.value).endswith("the reason")
     assert "early" not in str(found.value)
+
+
+def test_what_slows_a_server_is_told_once(tmp_path: Path) -> None:
+    log, kernel = tmp_path / "server.log", "The kernel for encode, C++ is not used: its result differs."
+    pages = "Rows are gathered from their pages and read by PyTorch, which takes longer: no compiler."
+    log.write_text("\n".join(["start", f"(EngineCore pid=7) {kernel}", kernel, f"WARNING {pages}", "end"]))
+    assert api_server.slowed_by(log) == [kernel, pages]
+    sources = [Path(module.__file__).read_text("utf-8") for module in (choice, vllm_pages) if module.__file__]
+    assert all(any(words in source for source in sources) for words in api_server._WITHOUT_KERNELS)
 
 
 def test_a_server_is_ended_with_the_processes_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:

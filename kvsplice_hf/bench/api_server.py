@@ -27,6 +27,8 @@ _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_S
 _START_SECONDS, _END_SECONDS = 600, 30
 _POLL_SECONDS = 0.25
 _TAIL = 30
+# How messages begin that say so (attend/choice.py, vllm/pages.py).
+_WITHOUT_KERNELS = ("The kernel for ", "Rows are gathered from their pages")
 
 
 def vllm_command(*words: str) -> list[str]:
@@ -98,6 +100,13 @@ def wait_for(url: str, process: subprocess.Popen[Any], log: Path) -> None:
     else:
         found = f"did not answer within {_START_SECONDS} seconds"
     raise UnsupportedError(f"`vllm serve` {found}. The end of its log, {log}:\n{_tail(log)}")
+
+
+def slowed_by(log: Path) -> list[str]:
+    """What a server said of kernels that do not serve it, each line once: it is slower than it has to be."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = (line[line.index(words) :] for line in lines for words in _WITHOUT_KERNELS if words in line)
+    return list(dict.fromkeys(found))
 
 
 def _tail(log: Path) -> str:

@@ -25,7 +25,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from kvsplice_hf import ConfigError, UnsupportedError
-from kvsplice_hf.bench.api_server import Watch, api_server, environment_of, metrics, vllm_command
+from kvsplice_hf.bench.api_server import Watch, api_server, environment_of, metrics, slowed_by, vllm_command
 from kvsplice_hf.bench.command_line import (
     ProgramParser,
     console,
@@ -146,6 +146,7 @@ def measure(args: Arguments, model: str, splice: Path | None, folder: Path) -> d
         "output_tokens_per_s": found["output_throughput"],
         "tokens_per_s": found["total_token_throughput"],
     }
+    row["slowed_by"] = slowed_by(folder / "server.log")
     return row | {ours: found[theirs] for ours, theirs in TIMES.items()}
 
 
@@ -197,6 +198,9 @@ def main() -> None:
     with readable_errors():
         report = run(args, folder)
     console().print(table_of(report["servers"]))
+    for arm, row in report["servers"].items():
+        for line in row["slowed_by"]:
+            console().print(f"{arm}: {line}", style="yellow")
     finish(report | environment(args), folder)
 
 
