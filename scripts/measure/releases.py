@@ -97,7 +97,8 @@ def environment(release: str, folder: Path) -> Path:
         venv.create(home, clear=True)
         packages = Path(sysconfig.get_path("purelib", vars={"base": str(home), "platbase": str(home)}))
         # Behind its own packages, those of this environment.
-        (packages / "zz_shared.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
+        # Paths in files of a shared folder are not followed: the package itself, installed in place, is named as well.
+        (packages / "zz_shared.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n", "utf-8")
         wanted = "transformers" if release == "newest" else f"transformers=={release}"
         options = ["--quiet", "--disable-pip-version-check", *(["--upgrade"] if release == "newest" else [])]
         subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", *options, wanted], check=True)
